@@ -1,0 +1,130 @@
+"""What a schedule is: plain data on a grid of unit slots.
+
+Symbols, as in the paper: ``p`` devices of the pipeline, ``d`` one of them, ``m`` microbatches, ``i`` one of them.
+Passes: ``F`` forward, ``B`` backward (the input gradient only, where a ``W`` pass follows), ``W`` weight gradient.
+A *stage* is a consecutive run of layers; device ``placement[stage]`` holds it. Time is counted in slots: a pass takes
+a whole number of them, and what it produces can be used from the slot after its last one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+Op = Literal["run", "start", "done"]
+
+
+class Pass(NamedTuple):
+    """One pass on one device: ``kind`` of ``stage`` for ``microbatch``, in slots ``start .. start + slots - 1``."""
+
+    kind: str
+    stage: int
+    microbatch: int
+    start: int
+    slots: int = 1
+
+    @property
+    def last(self) -> int:
+        """The last slot that the pass takes; its result can be used from the next."""
+        return self.start + self.slots - 1
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.kind}{self.microbatch}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the vocabulary layers for microbatch 0, repeated every :attr:`Vocabulary.period` slots.
+
+    ``run`` steps are passes (S, T, IF, ...), one slot position a device, or None on a device that has no part in it.
+    ``start`` and ``done`` are the two ends of a collective, at the same place on every device. A step stands in its
+    slot before the passes that end there, or (``after``) behind them and behind the slot's transfers.
+    """
+
+    op: Op
+    name: str
+    at: tuple[int | None, ...]
+    after: bool = True
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """How the embedding and the LM head are computed: by which method, and when.
+
+    ``steps`` are ordered: where two stand in the same place of a slot, the earlier in the tuple goes first.
+    """
+
+    method: str
+    period: int
+    steps: tuple[Step, ...]
+    inserted_intervals: int = 0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Every pass of one training (or evaluation) iteration, and when the vocabulary layers run between them.
+
+    Attributes:
+        name: for people; nothing depends on it.
+        p, m: devices and microbatches.
+        interval: slots after which the pattern repeats in the steady state (K).
+        placement: the device of every stage, in depth order.
+        passes: for every device, its passes in order of start.
+        vocabulary: when the sharded (or unsharded) vocabulary layers run.
+        layer_counts: layers a stage, or None for an even split.
+    """
+
+    name: str
+    p: int
+    m: int
+    interval: int
+    placement: tuple[int, ...]
+    passes: tuple[tuple[Pass, ...], ...]
+    vocabulary: Vocabulary
+    layer_counts: tuple[int, ...] | None = None
+    _chunks: tuple[int, ...] = field(init=False, repr=False, compare=False, default=())
+
+    def __post_init__(self) -> None:
+        if self.p < 1 or self.m < 1:
+            raise ValueError(f"p is {self.p} and m is {self.m}; a pipeline needs at least 1 device and 1 microbatch")
+        if len(self.passes) != self.p:
+            raise ValueError(f"passes are given for {len(self.passes)} devices; p is {self.p}")
+        seen: dict[int, int] = {}
+        chunks = []
+        for stage, device in enumerate(self.placement):
+            if not 0 <= device < self.p:
+                raise ValueError(f"placement puts stage {stage} on device {device}; devices are 0 to {self.p - 1}")
+            chunks.append(seen.get(device, 0))
+            seen[device] = seen.get(device, 0) + 1
+        if len(set(seen.values())) != 1 or len(seen) != self.p:
+            raise ValueError(f"placement {self.placement} gives devices different numbers of stages; use the same for all")
+        object.__setattr__(self, "_chunks", tuple(chunks))
+
+    @property
+    def method(self) -> str:
+        """The vocabulary method's name."""
+        return self.vocabulary.method
+
+    @property
+    def stages(self) -> int:
+        """The number of stages, all devices together."""
+        return len(self.placement)
+
+    @property
+    def chunks(self) -> int:
+        """Stages a device."""
+        return self.stages // self.p
+
+    def chunk(self, stage: int) -> int:
+        """Which of its device's chunks a stage is."""
+        return self._chunks[stage]
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether weight gradients are passes of their own."""
+        return any(x.kind == "W" for x in self.passes[0])
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is a backward at all."""
+        return any(x.kind == "B" for x in self.passes[0])
