@@ -1,11 +1,13 @@
 """Building blocks: the passes of microbatch 0, which every later microbatch repeats one interval later.
 
 A block is all that a schedule's author has to write. Starts are in slots; see :mod:`vocabpp_jax.schedules.schedule`.
+Unit slots need not be equal times: a slot in which a device has nothing to do takes no time.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from .schedule import Pass
 
@@ -29,6 +31,16 @@ class Block:
     W: tuple[int, ...] = ()
     backward_slots: int = 1
 
+    def __post_init__(self) -> None:
+        if self.interval < 1:
+            raise ValueError(f"interval is {self.interval}; a block repeats after 1 slot or more")
+        for name in ("F", "B", "W"):
+            starts = getattr(self, name)
+            if len(starts) != len(self.placement) and (starts or name == "F"):
+                raise ValueError(f"{name} has {len(starts)} starts; give one for each of the {len(self.placement)} stages")
+        if self.W and not self.B:
+            raise ValueError("W has starts and B has none; weight gradients need the backward that they follow")
+
     @property
     def p(self) -> int:
         """Devices."""
@@ -41,8 +53,7 @@ class Block:
 
     def delayed_backward(self, slots: int) -> Block:
         """The same block with every B and W ``slots`` later."""
-        return Block(self.interval, self.placement, self.F, tuple(b + slots for b in self.B),
-                     tuple(w + slots for w in self.W), self.backward_slots)
+        return replace(self, B=tuple(b + slots for b in self.B), W=tuple(w + slots for w in self.W))
 
     def passes(self, device: int, i: int) -> list[Pass]:
         """The passes of microbatch ``i`` on one device."""
@@ -53,12 +64,113 @@ class Block:
                 for stage, on in enumerate(self.placement) if on == device]
 
 
+def gpipe(p: int, m: int) -> Block:
+    """GPipe (Huang et al. 2019): all m forwards, then all m backwards; m microbatches in flight.
+
+    No interval holds an F and a B, so one slot serves either, and the two phases become two scans.
+    """
+    return Block(1, tuple(range(p)), F=tuple(range(p)), B=tuple(p - 1 + m + (p - 1 - d) for d in range(p)))
+
+
 def one_f_one_b(p: int) -> Block:
     """1F1B (Narayanan et al. 2019): one forward, one backward of two slots; p - d microbatches in flight."""
     return Block(3, tuple(range(p)), F=tuple(range(p)), B=tuple(p + 2 * (p - 1 - d) for d in range(p)),
                  backward_slots=2)
 
 
-def forward_only(p: int) -> Block:
-    """Evaluation: one forward an interval, nothing kept."""
-    return Block(1, tuple(range(p)), F=tuple(range(p)))
+def interlaced(p: int) -> Block:
+    """1F1B for synchronous vocabulary passes (Lin et al. 2024): every device is between passes when the last F ends.
+
+    That costs a slot of waiting on every second hop, and floor(3p/2) microbatches in flight on the first device.
+    """
+    end = 3 * ((p - 1) // 2) + 2 * ((p - 1) % 2)
+    hops = [p - 1 - d for d in range(p)]
+    return Block(3, tuple(range(p)), F=tuple(end - 3 * (j // 2) - 2 * (j % 2) for j in hops),
+                 B=tuple(end + 1 + 3 * j + j % 2 for j in hops), backward_slots=2)
+
+
+def interleaved_one_f_one_b(p: int, chunks: int) -> Block:
+    """Interleaved 1F1B (Narayanan et al. 2021): device d holds stages d, p + d, 2p + d, ...; p, m unrestricted.
+
+    As in 1F1B, device d runs forwards in slots d mod 3, backwards in the two after it; a chunk takes the next round of
+    three slots that no other chunk of the device has taken. A microbatch at a time, where Megatron takes p at a time.
+    """
+    def bases(first: int, step: int) -> list[int]:
+        taken = [first]
+        while len(taken) < chunks:
+            base = first - (first - taken[-1] - step) // 3 * 3
+            while any((base - other) % (3 * chunks) == 0 for other in taken):
+                base += 3
+            taken.append(base)
+        return taken
+
+    forward = bases(0, p)
+    backward = bases(forward[-1] + p, 2 * p)[::-1]
+    placement = tuple(range(p)) * chunks
+    return Block(3 * chunks, placement, F=tuple(base + d for base in forward for d in range(p)),
+                 B=tuple(base + 2 * (p - 1 - d) for base in backward for d in range(p)), backward_slots=2)
+
+
+def zb_h1(p: int) -> Block:
+    """ZB-H1 (Qi et al. 2023): 1F1B with B and W apart, W delayed until every device holds p microbatches."""
+    B = tuple(p + 2 * (p - 1 - d) for d in range(p))
+    return Block(3, tuple(range(p)), F=tuple(range(p)), B=B, W=tuple(b + 1 + 3 * d for d, b in enumerate(B)))
+
+
+def zb_h2(p: int) -> Block:
+    """ZB-H2 (Qi et al. 2023): 2(p - d) - 1 forwards before the first B, 2p - 1 microbatches held by every device."""
+    B = tuple(3 * (2 * p - 2 - d) + 1 for d in range(p))
+    return Block(3, tuple(range(p)), F=tuple(3 * d for d in range(p)), B=B, W=tuple(b + 1 + 6 * d for d, b in enumerate(B)))
+
+
+def v_min(p: int) -> Block:
+    """V-Min (Qi et al. 2024): device d holds stages d and 2p - 1 - d; about 2p/3 half-stages in flight."""
+    c = 2 if p % 3 == 0 else 0
+    return _v_shape(p, lambda i: i, lambda i: 2 * p - 1 - i, lambda i: 2 * p + c + i, lambda i: 4 * p + c - 1 - i)
+
+
+def v_half(p: int) -> Block:
+    """V-Half (Qi et al. 2024): device d holds stages d and 2p - 1 - d; about p + 2 half-stages in flight."""
+    c = 3 if p % 2 == 0 else 0
+    return _v_shape(p, lambda i: 2 * i, lambda i: 3 * p - 2 - i, lambda i: 3 * p - 1 + c + 2 * i,
+                    lambda i: 6 * p - 2 + c - i)
+
+
+def v_zb(p: int) -> Block:
+    """V-ZB (Qi et al. 2024): device d holds stages d and 2p - 1 - d; 2p half-stages in flight, no bubble inside."""
+    return _v_shape(p, lambda i: 4 * i, lambda i: 6 * p - 5 - 2 * i, lambda i: 6 * p - 4 + 4 * i,
+                    lambda i: 12 * p - 9 - 2 * i)
+
+
+def _v_shape(p: int, F0, F1, B1, B0) -> Block:
+    """Starts of a V-shape's passes as functions of the device, F=B=W=1 slot."""
+    down, up = range(p), range(p - 1, -1, -1)
+    F = tuple(F0(d) for d in down) + tuple(F1(d) for d in up)
+    B = tuple(B0(d) for d in down) + tuple(B1(d) for d in up)
+    placement = (*down, *up)
+    return Block(6, placement, F, B, _first_free(6, placement, F, B))
+
+
+def _first_free(K: int, placement: Sequence[int], F: Sequence[int], B: Sequence[int]) -> tuple[int, ...]:
+    """W in the first slot after its B that its device leaves free in every interval, oldest B first."""
+    taken = [{x % K for starts in (F, B) for x, on in zip(starts, placement, strict=True) if on == d}
+             for d in range(max(placement) + 1)]
+    W = [0] * len(B)
+    for b, stage in sorted((b, stage) for stage, b in enumerate(B)):
+        busy = taken[placement[stage]]
+        W[stage] = next(t for t in range(b + 1, b + 1 + K) if t % K not in busy)
+        busy.add(W[stage] % K)
+    return tuple(W)
+
+
+def forward_only(placement: Sequence[int]) -> Block:
+    """Evaluation: one forward of every stage an interval, nothing kept."""
+    chunks = len(placement) // (max(placement) + 1)
+    taken: dict[int, set[int]] = {}
+    F: list[int] = []
+    for device in placement:
+        busy = taken.setdefault(device, set())
+        earliest = F[-1] + 1 if F else 0
+        F.append(next(t for t in range(earliest, earliest + chunks) if t % chunks not in busy))
+        busy.add(F[-1] % chunks)
+    return Block(chunks, tuple(placement), tuple(F))

@@ -2,24 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
 from . import blocks
 from .blocks import Block
 from .schedule import Schedule
-from .vocabulary import METHODS, insert
+from .vocabulary import METHODS, SHARDED, insert
 
-_BLOCKS = {"1f1b": blocks.one_f_one_b}
+_BLOCKS: dict[str, Callable[[int, int, int], Block]] = {
+    "gpipe": lambda p, m, chunks: blocks.gpipe(p, m),
+    "1f1b": lambda p, m, chunks: blocks.one_f_one_b(p),
+    "interleaved-1f1b": lambda p, m, chunks: blocks.interleaved_one_f_one_b(p, chunks),
+    "zb-h1": lambda p, m, chunks: blocks.zb_h1(p),
+    "zb-h2": lambda p, m, chunks: blocks.zb_h2(p),
+    "v-min": lambda p, m, chunks: blocks.v_min(p),
+    "v-half": lambda p, m, chunks: blocks.v_half(p),
+    "v-zb": lambda p, m, chunks: blocks.v_zb(p),
+}
 SCHEDULES = tuple(_BLOCKS)
+ONLY_ON_1F1B = ("redis", "interlaced", "vocab-naive")
 
 
-def build(schedule: str = "1f1b", method: str = "vocab-2", *, p: int, m: int) -> Schedule:
-    """The named schedule with the named vocabulary method, for ``p`` devices and ``m`` microbatches.
+def methods_of(schedule: str) -> tuple[str, ...]:
+    """The vocabulary methods that a named schedule can be built with."""
+    return METHODS if schedule == "1f1b" else tuple(m for m in METHODS if m not in ONLY_ON_1F1B)
+
+
+def build(schedule: str = "1f1b", method: str = "vocab-2", *, p: int, m: int, chunks: int | None = None,
+          layer_counts: Sequence[int] | None = None) -> Schedule:
+    """The named schedule with the named vocabulary method.
+
+    Args:
+        schedule, method: one of :data:`SCHEDULES`, one of :func:`methods_of` it.
+        p, m: devices, microbatches.
+        chunks: stages a device, for interleaved-1f1b; 2 where not given.
+        layer_counts: layers of every stage, which method redis needs (see :mod:`.layers`) and the others may have.
 
     Raises:
         ValueError: an unknown name, or a combination that makes no sense, with those that do.
     """
-    if schedule not in _BLOCKS:
+    _refuse_nonsense(schedule, method, p, m, chunks, layer_counts)
+    block = blocks.interlaced(p) if method == "interlaced" else _BLOCKS[schedule](p, m, chunks or 2)
+    if layer_counts is not None and len(layer_counts) != len(block.placement):
+        raise ValueError(f"layer_counts has {len(layer_counts)} entries; {schedule} on {p} devices has "
+                         f"{len(block.placement)} stages")
+    built = repeat(block, method, m, name=schedule)
+    return built if layer_counts is None else replace(built, layer_counts=tuple(layer_counts))
+
+
+def _refuse_nonsense(schedule, method, p, m, chunks, layer_counts) -> None:
+    if schedule not in SCHEDULES:
         raise ValueError(f"schedule is {schedule!r}; the schedules are {', '.join(SCHEDULES)}")
-    return repeat(_BLOCKS[schedule](p), method, m, name=schedule)
+    if method not in methods_of(schedule):
+        where = "; that one runs on 1f1b" if method in METHODS else ""
+        raise ValueError(f"method is {method!r}{where}; {schedule} takes {', '.join(methods_of(schedule))}")
+    if p < 1 or m < 1:
+        raise ValueError(f"p is {p} and m is {m}; a pipeline needs at least 1 device and 1 microbatch")
+    if chunks is not None and schedule != "interleaved-1f1b":
+        fixed = 2 if schedule.startswith("v-") else 1
+        if chunks != fixed:
+            raise ValueError(f"chunks is {chunks}; {schedule} has {fixed} a device, and interleaved-1f1b has any number")
+    if chunks is not None and chunks < 2 and schedule == "interleaved-1f1b":
+        raise ValueError(f"chunks is {chunks}; interleaved-1f1b has 2 or more a device, and 1f1b has 1")
+    if layer_counts is not None and any(n < 0 for n in layer_counts):
+        raise ValueError(f"layer_counts is {tuple(layer_counts)}; a stage has 0 layers or more")
 
 
 def repeat(block: Block, method: str, m: int, name: str = "custom") -> Schedule:
@@ -31,5 +78,7 @@ def repeat(block: Block, method: str, m: int, name: str = "custom") -> Schedule:
 
 
 def evaluation(schedule: Schedule) -> Schedule:
-    """Forward passes only, on the same stages: what evaluates the loss and keeps no activations."""
-    raise NotImplementedError
+    """Forward passes only, on the same stages and vocabulary shards: what computes a loss and keeps no activations."""
+    method = "vocab-2" if schedule.method in SHARDED else "baseline"
+    forward = repeat(blocks.forward_only(schedule.placement), method, schedule.m, f"{schedule.name} evaluation")
+    return replace(forward, layer_counts=schedule.layer_counts)

@@ -181,6 +181,8 @@ def _read(schedule: Schedule, d: int, e: Event) -> Iterator[tuple[str, Key]]:
         case "run", "B":
             yield "inbox", ("B", e.stage + 1, i)
             yield "residual", ("F", e.stage, i)
+            if schedule.splits_backward:
+                yield "kept", ("F", e.stage, i)
         case "run", "W":
             yield "kept", ("F", e.stage, i)
             yield "carried", ("B", e.stage, i)

@@ -9,115 +9,165 @@ Between the last stage's F and its B the output layer needs time: one interval f
     big    sum of the input gradient over shards      G    backward of the final norm, on the last stage's device
     CB     broadcast of the first stage's gradient    IB   scatter-add into the local embedding shard
     H      the whole output layer on one device, where it is not sharded
+
+An interval of the lowered program opens at the slot in which C0 runs. A collective starts before a slot's passes and is
+done behind them or behind those of a later slot of the same interval, so that passes hide it and no scan step cuts it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 from .blocks import Block
-from .schedule import Step, Vocabulary
+from .schedule import Op, Step, Vocabulary
 
 BARRIERS = {"baseline": 0, "redis": 0, "interlaced": 0, "vocab-2": 1, "vocab-1": 2, "vocab-naive": 3}
 METHODS = tuple(BARRIERS)
+SHARDED = tuple(m for m in METHODS if m not in ("baseline", "redis"))
 
 
-def _ends_inside(block: Block, device: int, slot: int) -> bool:
-    """Whether a device stands between two passes when ``slot`` ends, rather than in the middle of one."""
-    K = block.interval
-    return not any((slot - x.start) % K < x.slots - 1 for x in block.passes(device, 0))
-
-
-def _vocabulary_slots(block: Block, end: int) -> tuple[int, ...]:
-    """For each device, the slot after which its S and T stand: not in the middle of a pass, a slot after C0."""
-    slots = []
-    for d in range(block.p):
-        free = [t for t in range(end + 1, end + 1 + block.longest) if _ends_inside(block, d, t)]
-        if not free:
-            raise ValueError(f"device {d} is inside a pass at the end of every slot {end + 1}..{end + block.longest}; "
-                             "leave it a boundary there")
-        slots.append(free[-1])
-    return tuple(slots)
-
-
-def insert(block: Block, method: str, period: int | None = None) -> tuple[Block, Vocabulary]:
+def insert(block: Block, method: str) -> tuple[Block, Vocabulary]:
     """The block with room for a method's vocabulary passes, and when those run.
 
-    ``period`` is the slots between two microbatches' outputs of the last stage, where it is not the block's interval.
+    Raises:
+        ValueError: an unknown method, or a block whose devices are never between two passes where S and T must stand.
     """
     if method not in BARRIERS:
         raise ValueError(f"method is {method!r}; the methods are {', '.join(METHODS)}")
-    period = period or block.interval
-    barriers = BARRIERS[method]
-    block = block.delayed_backward(barriers * block.interval)
-    first, last = block.placement[0], block.placement[-1]
-    end = block.F[-1]
-    p = block.p
-
-    def everywhere(op: str, name: str, slot: int, after: bool = True) -> Step:
-        return Step(op, name, (slot,) * p, after)
-
-    def on(device: int, name: str, slot: int, after: bool = True) -> Step:
-        return Step("run", name, tuple(slot if d == device else None for d in range(p)), after)
-
-    train = bool(block.B)
-    if method in ("baseline", "redis"):
-        steps = [on(first, "IF", block.F[0], after=False), on(last, "H", end)]
-        if train:
-            steps.append(on(first, "IB", block.B[0] + block.backward_slots - 1))
-        return block, Vocabulary(method, period, tuple(steps))
-
-    steps = _input_steps(block, everywhere, end, period)
+    if method not in SHARDED:
+        return block, Vocabulary(method, block.interval, tuple(_unsharded(block)))
     if method == "interlaced":
-        names = [("start", "C0"), ("done", "C0"), ("run", "S"), ("start", "stats"), ("done", "stats")]
-        if train:
-            names += [("run", "T"), ("start", "big"), ("done", "big")]
-        steps += [everywhere(op, name, end) for op, name in names]
-        if train:
-            steps.append(on(last, "G", end))
-        return block, Vocabulary(method, period, tuple(steps))
+        return block, Vocabulary(method, block.interval, tuple(_synchronous(block)))
+    output = _output_steps(block, method)
+    inserted = _inserted(block, output, BARRIERS[method]) if block.B else 0
+    block = block.delayed_backward(inserted * block.interval)
+    output = _latest_big(block, output)
+    return block, Vocabulary(method, block.interval, tuple(_input_steps(block, output) + output), inserted)
 
-    at = _vocabulary_slots(block, end)
-    w = block.longest
 
-    def passes(name: str, later: int) -> Step:
-        return Step("run", name, tuple(t + later * period for t in at))
+def _on(block: Block, device: int, name: str, slot: int, after: bool = True) -> Step:
+    return Step("run", name, tuple(slot if d == device else None for d in range(block.p)), after)
 
-    steps += [everywhere("start", "C0", end + 1, after=False), everywhere("done", "C0", end + 1)]
-    # T of an older microbatch before S of a newer one, so that one result of S is held at a time.
+
+def _everywhere(block: Block, op: Op, name: str, slot: int, after: bool = True) -> Step:
+    return Step(op, name, (slot,) * block.p, after)
+
+
+def _ends(block: Block, name: str, first: int, last: int) -> tuple[Step, Step]:
+    """A collective from before the passes of slot ``first`` to behind those of slot ``last``."""
+    return _everywhere(block, "start", name, first, after=False), _everywhere(block, "done", name, last)
+
+
+# --- the output layer ------------------------------------------------------------------------------------------------
+
+
+def _output_steps(block: Block, method: str) -> list[Step]:
+    """C0, S, T and their reductions, each as soon as its inputs allow, at one place of the interval for S and T."""
+    K, end, w, last = block.interval, block.F[-1], block.longest, block.placement[-1]
+    at = _between_passes(block, range(end + 1, end + 1 + w))
+    closed = end + w  # the slot behind which every device has run S
+
+    def passes(name: str, intervals: int) -> Step:
+        return Step("run", name, tuple(t + intervals * K for t in at))
+
+    C0_start, C0_done = _ends(block, "C0", end + 1, end + 1)
+    steps, runs = [C0_start, C0_done], []
     if method == "vocab-naive":
-        older = [passes("T", 2)] if train else []
-        steps += older + [passes("S2", 1), passes("S1", 0)]
-        steps += [everywhere("start", "max", end + w), everywhere("done", "max", end + w + 1)]
-        steps += [everywhere("start", "stats", end + period + w), everywhere("done", "stats", end + period + w + 1)]
+        reductions = _ends(block, "max", closed + 1, closed + 1) + _ends(block, "stats", closed + K + 1, closed + K + 1)
+        runs, first_T = [passes("S2", 1), passes("S1", 0)], 2
     else:
-        steps += ([passes("T", 1)] if train else []) + [passes("S", 0)]
-        steps += [everywhere("start", "stats", end + w), everywhere("done", "stats", end + w + 1)]
-    if not train:
-        return block, Vocabulary(method, period, tuple(steps), barriers)
-    ready = end + w + 1 if method == "vocab-2" else end + (barriers - 1) * period + w
-    # Right behind the stats, or one slot after the last T; it then has until the B that needs it.
-    start = ready + 1
-    needed = block.B[-1] + block.backward_slots - 1
-    done = min(needed, start + max(1, period - 1)) if period != block.interval else needed
-    steps += [everywhere("start", "big", start, after=False), everywhere("done", "big", done, after=False),
-              on(last, "G", done, after=False)]
-    return block, Vocabulary(method, period, tuple(steps), barriers)
+        reductions = _ends(block, "stats", closed + 1, closed + 1)
+        # Algorithm 1 sums what T makes; Algorithm 2 sums what S made, so there T is the one to come later.
+        runs, first_T = [passes("S", 0)], 1 if method == "vocab-1" else -(-(w + 1) // K)
+    if not block.B:
+        return steps + list(reductions[1:]) + runs + list(reductions[:1])
+    big = reductions[-1].at[0] + 1 if method == "vocab-2" else closed + first_T * K + 1
+    # T of an older microbatch before S of a newer one, so that one result of S is held at a time.
+    return (steps + list(reductions[1:]) + [passes("T", first_T)] + runs + list(reductions[:1])
+            + [*_ends(block, "big", big, big), _on(block, last, "G", big)])
 
 
-def _input_steps(block: Block, everywhere, end: int, period: int) -> list[Step]:
-    """IF at least an interval ahead of the first stage's F, IB behind its B; both sums stand inside one interval."""
+def _between_passes(block: Block, slots: Iterable[int]) -> tuple[int, ...]:
+    """For each device the last of the slots behind which it is between two passes, not in the middle of one."""
+    slots, found = list(slots), []
+    for d in range(block.p):
+        inside = {x.start + k for x in block.passes(d, 0) for k in range(x.slots - 1)}
+        free = [t for t in slots if all((t - other) % block.interval for other in inside)]
+        if not free:
+            raise ValueError(f"device {d} is inside a pass at the end of every slot {slots[0]} to {slots[-1]}; "
+                             "leave it a boundary there, where S and T stand")
+        found.append(free[-1])
+    return tuple(found)
+
+
+def _inserted(block: Block, output: list[Step], barriers: int) -> int:
+    """Intervals to insert between the last F and the last stage's B: one a barrier, less what stands there already."""
+    done = next(s.at[0] for s in output if (s.op, s.name) == ("done", "big"))
+    last_of_B = block.B[-1] + block.backward_slots - 1
+    needed = -(-(done + 1 - last_of_B) // block.interval)
+    there = (block.B[-1] - block.F[-1] - 1) // block.interval
+    return max(0, needed, barriers - there)
+
+
+def _latest_big(block: Block, output: list[Step]) -> list[Step]:
+    """The sum of the input gradient, finished as late as its interval and the B that needs it allow."""
+    if not block.B:
+        return output
+    opens = block.F[-1] + 1
+    start = next(s.at[0] for s in output if (s.op, s.name) == ("start", "big"))
+    closes = start + block.interval - 1 - (start - opens) % block.interval
+    done = min(closes, block.B[-1] + block.backward_slots - 2)
+    return [s if (s.op, s.name) not in (("done", "big"), ("run", "G"))
+            else Step(s.op, s.name, tuple(None if t is None else done for t in s.at), s.after) for s in output]
+
+
+# --- the input layer, and the methods without overlap ----------------------------------------------------------------
+
+
+def _input_steps(block: Block, output: list[Step]) -> list[Step]:
+    """IF shortly before the first stage's F, IB shortly after its B, in slots where no other large collective runs."""
     K = block.interval
-    # Slot end + 1 opens the program's interval (C0 starts there), so place both within [end + 1, end + K].
-    phase = end + 1
-    latest = block.F[0] - 1
-    done = latest - (latest - (phase + min(K - 1, 2))) % K if K > 1 else latest
-    start = done - min(K - 1, 1)
-    steps = [everywhere("run", "IF", start), everywhere("start", "CI", start), everywhere("done", "CI", done)]
-    if K == 1 or period != K:
-        pass
+    taken = {t % K for s in output if s.name in ("C0", "big") for t in s.at[:1]}
+
+    def quiet(slots: Iterable[int]) -> int:
+        slots = list(slots)
+        return next((t for t in slots if t % K not in taken), slots[0])
+
+    D = quiet(range(block.F[0] - 1, block.F[0] - 4, -1))
+    steps = [_everywhere(block, "run", "IF", D, after=False), *_ends(block, "CI", D, D)]
     if block.B:
+        taken.add(D % K)
         ready = block.B[0] + block.backward_slots
-        begin = ready + (phase + min(K - 1, 1) - ready) % K
-        steps += [everywhere("start", "CB", begin, after=False),
-                  everywhere("done", "CB", begin + min(K - 1, 1), after=True),
-                  everywhere("run", "IB", begin + min(K - 1, 1))]
+        D = quiet(range(ready, ready + 3))
+        steps += [*_ends(block, "CB", D, D), _everywhere(block, "run", "IB", D)]
     return steps
+
+
+def _unsharded(block: Block) -> Iterator[Step]:
+    """Embedding and head on the first and the last stage's devices, as part of those stages' passes."""
+    first, last = block.placement[0], block.placement[-1]
+    yield _on(block, first, "IF", block.F[0], after=False)
+    yield _on(block, last, "H", block.F[-1])
+    if block.B:
+        yield _on(block, first, "IB", block.B[0] + block.backward_slots - 1)
+
+
+def _synchronous(block: Block) -> Iterator[Step]:
+    """Interlaced (Lin et al. 2024): all steps behind the last F, with every device waiting for each collective."""
+    K, end = block.interval, block.F[-1]
+    _between_passes(block, [end])
+    before = block.F[0] - 1 - (block.F[0] - 1 - end) % K
+    yield from _stand(block, before, ("run IF", "start CI", "done CI"))
+    yield from _stand(block, end, ("start C0", "done C0", "run S", "start stats", "done stats"))
+    if block.B:
+        yield from _stand(block, end, ("run T", "start big", "done big"))
+        yield _on(block, block.placement[-1], "G", end)
+        ready = block.B[0] + block.backward_slots - 1
+        yield from _stand(block, ready + (end - ready) % K, ("start CB", "done CB", "run IB"))
+
+
+def _stand(block: Block, slot: int, steps: Iterable[str]) -> Iterator[Step]:
+    """Steps one after the other behind a slot's passes."""
+    for step in steps:
+        op, name = step.split()
+        yield _everywhere(block, op, name, slot)

@@ -1,0 +1,227 @@
+"""Timing a lowered program: an event model of what the compiled program does, instruction by instruction.
+
+Every device runs the same list of instructions in the same order, so the model is a vector of clocks, one a device,
+carried through that list. Rules, for the compiled program (:data:`COMPILED`):
+
+* ``run`` takes its duration on the devices whose table names a microbatch, and nothing elsewhere;
+* a ``permute`` is a rendezvous: both ends of each pair leave when the later one has come and the data has crossed,
+  also in intervals in which the pair carries nothing, because the program is the same in all of them;
+* a collective begins when the last device has started it and the previous one has ended, and runs beside the passes;
+  a device waits for it where the program says ``done``.
+
+:data:`FREE` are the rules of a framework that runs one process a device: a sender does not wait, a receiver waits
+where it uses the data, and nothing runs that carries no data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from .program import Instruction, Program, Segment
+from .schedule import Schedule
+from .timeline import Timeline, Track
+
+Times = float | Sequence[float]
+
+
+@dataclass(frozen=True)
+class Durations:
+    """How long everything takes, in any one unit of time (seconds where it comes from a cost model).
+
+    Attributes:
+        F, B, W: forward, backward, weight gradient; one number, or one a stage. B is the whole backward where the
+            schedule has no W passes.
+        S, T, S1, S2, H, G, IF, IB: the vocabulary passes; one number, or one a device.
+        CI, C0, max, stats, big, CB: the collectives.
+        transfer: one permute between neighbours; one number, or one a pair as ``[source, target]``.
+        overhead: added to every ``run`` on every device, for reading the predicate of its loop.
+    """
+
+    F: Times = 1.0
+    B: Times = 2.0
+    W: Times = 0.0
+    S: Times = 0.0
+    T: Times = 0.0
+    S1: Times = 0.0
+    S2: Times = 0.0
+    H: Times = 0.0
+    G: Times = 0.0
+    IF: Times = 0.0
+    IB: Times = 0.0
+    CI: float = 0.0
+    C0: float = 0.0
+    max: float = 0.0
+    stats: float = 0.0
+    big: float = 0.0
+    CB: float = 0.0
+    transfer: float | Sequence[Sequence[float]] = 0.0
+    overhead: float = 0.0
+
+    def of(self, schedule: Schedule, kind: str, chunk: int = 0) -> np.ndarray:
+        """The duration of a pass on every device, ``[p]``."""
+        times = np.asarray(getattr(self, kind), float)
+        if times.ndim == 0:
+            return np.full(schedule.p, float(times))
+        per_stage = kind in ("F", "B", "W")
+        if len(times) != (schedule.stages if per_stage else schedule.p):
+            raise ValueError(
+                f"{kind} has {len(times)} durations; give one, or one "
+                f"{'a stage' if per_stage else 'a device'}: {schedule.stages if per_stage else schedule.p}"
+            )
+        return times[_stage_of(schedule)[chunk]] if per_stage else times
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What waits for what.
+
+    Attributes:
+        transfers: "blocking": both ends of a permute wait for each other and for the data; "asynchronous": they go on,
+            the receiver waits where it uses the data, and both at the end of the interval, since no transfer outlives
+            a step of the scan; "eager": the sender never waits.
+        idle: whether transfers and collectives also run in intervals in which they carry nothing.
+    """
+
+    transfers: Literal["blocking", "asynchronous", "eager"] = "blocking"
+    idle: bool = True
+
+
+COMPILED = Rules()
+FREE = Rules(transfers="eager", idle=False)
+
+
+def simulate(program: Program, durations: Durations | None = None, rules: Rules = COMPILED) -> Timeline:
+    """When every pass, transfer and collective of one iteration runs; F=1, B=2 and all else 0 if nothing is said.
+
+    Time and memory grow with intervals x instructions x devices; p=64, m=512 takes about a second.
+    """
+    engine = _Engine(program, durations or Durations(), rules)
+    for segment in program.segments:
+        engine.run(segment)
+    return Timeline(program, tuple(engine.tracks), engine.clock.copy())
+
+
+class _Engine:
+    """The clocks of all devices, carried through the program."""
+
+    def __init__(self, program: Program, durations: Durations, rules: Rules):
+        self.schedule, self.durations, self.rules = program.schedule, durations, rules
+        p = self.schedule.p
+        transfer = np.asarray(durations.transfer, float)
+        if transfer.shape not in ((), (p, p)):
+            raise ValueError(f"transfer has shape {transfer.shape}; give one number, or one a pair, ({p}, {p})")
+        self.transfer = np.broadcast_to(transfer, (p, p))
+        self.devices = np.arange(p)
+        self.stages = _stage_of(self.schedule)
+        self.clock = np.zeros(p)
+        self.link = np.zeros(p)  # until when its transfers keep a device's link busy
+        self.arrival = np.zeros((p, max(1, program.rings.get("inbox", 0))))
+        self.collectives_end = 0.0  # two collectives over the same devices do not overlap
+        self.pending: dict[str, float] = {}
+        self.tracks: list[Track] = []
+
+    def run(self, segment: Segment) -> None:
+        """One scan."""
+        steps = [self._step(instruction, segment.intervals) for instruction in segment.body]
+        for n in range(segment.intervals):
+            for step in steps:
+                step(n)
+            if self.rules.transfers == "asynchronous":
+                np.maximum(self.clock, self.link, out=self.clock)
+
+    def _step(self, instruction: Instruction, intervals: int) -> Callable[[int], None]:
+        """What one instruction does in interval n, with a track to note when it did."""
+        shape = (intervals, self.schedule.p)
+        tables = {"microbatch": np.full(shape, -1, np.int32)} | dict(instruction.tables)
+        track = Track(instruction.op, instruction.name, self.stages[instruction.chunk], tables, len(self.tracks),
+                      np.zeros(shape), np.zeros(shape))
+        self.tracks.append(track)
+        makers = {"run": self._run, "permute": self._permute, "keep": self._keep, "start": self._start,
+                  "done": self._done}
+        return makers[instruction.op](instruction, track)
+
+    def _run(self, instruction: Instruction, track: Track) -> Callable[[int], None]:
+        takes = self.durations.of(self.schedule, instruction.name, instruction.chunk) * (track.microbatch >= 0)
+
+        def step(n: int) -> None:
+            self.clock = np.maximum(self.clock + self.durations.overhead, self._arrived(track, n))
+            track.start[n] = self.clock
+            self.clock = track.end[n] = self.clock + takes[n]
+
+        return step
+
+    def _keep(self, instruction: Instruction, track: Track) -> Callable[[int], None]:
+        cells = track.tables["deliver"]
+
+        def step(n: int) -> None:
+            track.start[n] = track.end[n] = self.clock
+            self.arrival[self.devices[cells[n] >= 0], cells[n][cells[n] >= 0]] = 0.0
+
+        return step
+
+    def _permute(self, instruction: Instruction, track: Track) -> Callable[[int], None]:
+        source, target = np.array(instruction.pairs, int).T
+        takes = self.transfer[source, target]
+        cells = track.tables["deliver"][:, target]
+        mode = self.rules.transfers
+
+        def step(n: int) -> None:
+            ready = self.clock[source]
+            if mode != "eager":
+                ready = np.maximum(ready, self.clock[target])
+            if mode == "asynchronous":
+                ready = np.maximum(ready, np.maximum(self.link[source], self.link[target]))
+            through = ready + takes
+            track.start[n, target], track.end[n, target] = ready, through
+            until = self.clock.copy() if mode == "blocking" else self.link
+            for ends in (source, target):
+                until[ends] = np.maximum(until[ends], through)
+            if mode == "blocking":
+                self.clock = until
+            else:
+                here = cells[n] >= 0
+                self.arrival[target[here], cells[n][here]] = through[here]
+
+        return step
+
+    def _start(self, instruction: Instruction, track: Track) -> Callable[[int], None]:
+        takes = getattr(self.durations, instruction.name) if self.schedule.p > 1 else 0.0
+        runs = (track.microbatch >= 0).any(axis=1) | self.rules.idle
+
+        def step(n: int) -> None:
+            if runs[n]:
+                ready = np.maximum(self.clock, self._arrived(track, n)).max()
+                begin = max(float(ready), self.collectives_end)
+                self.collectives_end = self.pending[instruction.name] = begin + takes
+                track.start[n], track.end[n] = begin, begin + takes
+
+        return step
+
+    def _done(self, instruction: Instruction, track: Track) -> Callable[[int], None]:
+        runs = (track.microbatch >= 0).any(axis=1) | self.rules.idle
+
+        def step(n: int) -> None:
+            if runs[n]:
+                self.clock = np.maximum(self.clock, self.pending.get(instruction.name, 0.0))
+            track.start[n] = track.end[n] = self.clock
+
+        return step
+
+    def _arrived(self, track: Track, n: int) -> np.ndarray | float:
+        """When what an instruction reads from its inbox has come, ``[p]``; a rendezvous has already waited for it."""
+        if self.rules.transfers == "blocking" or "inbox" not in track.tables:
+            return 0.0
+        cells = track.tables["inbox"][n]
+        return np.where(cells >= 0, self.arrival[self.devices, cells], 0.0)
+
+
+def _stage_of(schedule: Schedule) -> np.ndarray:
+    """The stage of every chunk of every device, ``[chunks, p]``."""
+    stages = np.zeros((schedule.chunks, schedule.p), int)
+    for stage, device in enumerate(schedule.placement):
+        stages[schedule.chunk(stage), device] = stage
+    return stages

@@ -1,0 +1,229 @@
+"""The executor: a lowered schedule in, one program for every device out.
+
+Runs inside ``shard_map``. Every segment of the program is a ``lax.scan`` over intervals, its body the segment's
+instructions in order. A pass runs inside a ``lax.while_loop`` of zero or one trips: unlike a conditional, a loop carries
+what it updates in place, so that gradient accumulators and ring buffers are not copied in the slots of other passes.
+Collectives stand outside the loops, at the same place on every device.
+
+Nothing here knows a schedule by name, nor a model: blocks are pure functions, and what the output layer's steps do is
+in :mod:`vocabpp_jax.vocabulary_steps`.
+
+Shapes, per device: B microbatch, L length, D width; rings have their cells in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .layout import PIPE, Layout
+from .linearize import Linearized
+from .rings import Cells, State, get, put, put_if, when, zeros
+from .schedules import Instruction, Program, Segment
+from .vocabulary_steps import VocabularySteps, flight
+
+@dataclass(frozen=True)
+class Executor:
+    """One device's program for one batch.
+
+    Attributes:
+        program, layout: what to run, and where the parameters are.
+        block: the passes of one layer.
+        steps: what the vocabulary layers' instructions do.
+        params: this device's parameters in the compute dtype; ``blocks[chunk][j]`` without the device axis.
+        side: per-microbatch inputs of the blocks, ``[m, B, ...]``.
+        x: shape and dtype of the stream between blocks.
+        observe: count the activations in flight while running.
+    """
+
+    program: Program
+    layout: Layout
+    block: Linearized
+    steps: VocabularySteps
+    params: Any
+    side: Any
+    x: jax.ShapeDtypeStruct
+    observe: bool = False
+
+    def __call__(self) -> State:
+        """Runs the whole program; returns the final state, with ``loss`` and ``grads.*`` among it."""
+        state = self.initial_state()
+        for segment in self.program.segments:
+            state = self.run_segment(segment, state)
+        return state
+
+    def initial_state(self) -> State:
+        """All buffers: rings of the schedule's own size, zero gradients, zero loss."""
+        rings = self.program.rings
+        state = {"inbox": zeros(rings["inbox"], self.x), "out": jnp.zeros(self.x.shape, self.x.dtype)}
+        for ring in ("residual", "kept", "carried"):
+            if ring in rings:
+                state[ring] = (zeros(rings[ring], getattr(self.block, ring)),) * self.layout.depth
+        if self.program.schedule.trains:
+            for c, layers in enumerate(self.params["blocks"]):
+                state[f"grads.blocks.{c}"] = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), layers)
+        if self.observe:
+            cells = rings.get("kept", rings.get("residual", 1))
+            state |= {"alive": jnp.zeros(cells, bool), "in_flight": jnp.zeros((), jnp.int32),
+                      "clobbered": jnp.zeros((), bool)}
+        return state | self.steps.initial_state(rings)
+
+    def run_segment(self, segment: Segment, state: State) -> State:
+        """One scan. Collectives under way when a step ends are carried to the next."""
+        columns, table = _columns(segment)
+        mine = lax.dynamic_index_in_dim(jnp.asarray(table), lax.axis_index(PIPE), axis=1, keepdims=False)
+        local = _landed_within(self.program)
+        kept = tuple(n for n in state if n not in local)
+
+        def interval(carry: State, row: jax.Array) -> tuple[State, None]:
+            for instruction, places in zip(segment.body, columns, strict=True):
+                cells = {name: row[c] for name, c in places.items()}
+                carry = self.execute(instruction, cells, carry)
+            return {n: carry[n] for n in kept}, None
+
+        return lax.scan(interval, {n: state[n] for n in kept}, mine)[0]
+
+    def execute(self, instruction: Instruction, cells: Cells, state: State) -> State:
+        """One instruction."""
+        c = instruction.chunk
+        match instruction.op, instruction.name:
+            case "permute", _:
+                with jax.named_scope("transfer"):
+                    arrived = lax.ppermute(state["out"], PIPE, instruction.pairs)
+                return state | {"inbox": put_if(state["inbox"], cells["deliver"], arrived)}
+            case "keep", _:
+                return state | {"inbox": put_if(state["inbox"], cells["deliver"], state["out"])}
+            case "run", "F":
+                names = ("out", *self._stored("residual", "kept"), *self._counters())
+                return when(cells["microbatch"] >= 0, state, names, lambda s: self.forward(s, cells, c))
+            case "run", "B":
+                frees = () if self.program.schedule.splits_backward else self._counters()
+                names = ("out", f"grads.blocks.{c}", *self._stored("carried"), *frees)
+                return when(cells["microbatch"] >= 0, state, names, lambda s: self.backward(s, cells, c))
+            case "run", "W":
+                names = (f"grads.blocks.{c}", *self._counters())
+                return when(cells["microbatch"] >= 0, state, names, lambda s: self.weights(s, cells, c))
+        return self.steps.execute(instruction, cells, state)
+
+    # --- passes ------------------------------------------------------------------------------------------------------
+
+    def forward(self, state: State, cells: Cells, c: int) -> State:
+        """F: a stage's layers in order, each leaving its residuals in the rings."""
+        state = state | {"out": get(state["inbox"], cells["inbox"])}
+        side = self.side_of(cells)
+
+        def layer(s: State, j: int) -> State:
+            y, residual, kept = self.block.forward(self.params["blocks"][c][j], side, s["out"])
+            s = s | {"out": y}
+            for ring, values in (("residual", residual), ("kept", kept)):
+                if ring in s:
+                    s = s | {ring: _replaced(s[ring], j, put(s[ring][j], cells[ring], values))}
+            return s
+
+        with jax.named_scope(f"F{c}"):
+            state = self._each_layer(state, c, range(self.layout.depth), layer, ("out", *self._stored("residual", "kept")))
+        return self._occupy(state, cells, True)
+
+    def backward(self, state: State, cells: Cells, c: int) -> State:
+        """B: a stage's layers in reverse, from the gradient that arrived."""
+        state = state | {"out": get(state["inbox"], cells["inbox"])}
+        side, grads = self.side_of(cells), f"grads.blocks.{c}"
+
+        def layer(s: State, j: int) -> State:
+            residual = get(s["residual"][j], cells["residual"])
+            kept = get(s["kept"][j], cells["kept"]) if "kept" in s else ()
+            dparams, dx, carried = self.block.backward(self.params["blocks"][c][j], side, residual, kept, s["out"])
+            s = s | {"out": dx, grads: _replaced(s[grads], j, _accumulated(s[grads][j], dparams))}
+            if "carried" in s:
+                s = s | {"carried": _replaced(s["carried"], j, put(s["carried"][j], cells["carried"], carried))}
+            return s
+
+        with jax.named_scope(f"B{c}"):
+            state = self._each_layer(state, c, range(self.layout.depth)[::-1], layer,
+                                     ("out", grads, *self._stored("carried")))
+        return state if self.program.schedule.splits_backward else self._occupy(state, cells, False)
+
+    def weights(self, state: State, cells: Cells, c: int) -> State:
+        """W: the weight gradients of a stage's layers, from what F kept and B carried over."""
+        side, grads = self.side_of(cells), f"grads.blocks.{c}"
+
+        def layer(s: State, j: int) -> State:
+            dparams = self.block.weights(self.params["blocks"][c][j], side, get(s["kept"][j], cells["kept"]),
+                                         get(s["carried"][j], cells["carried"]))
+            return s | {grads: _replaced(s[grads], j, _accumulated(s[grads][j], dparams))}
+
+        with jax.named_scope(f"W{c}"):
+            state = self._each_layer(state, c, range(self.layout.depth), layer, (grads,))
+        return self._occupy(state, cells, False)
+
+    def side_of(self, cells: Cells) -> Any:
+        """The blocks' side inputs of one microbatch."""
+        return get(self.side, cells["microbatch"])
+
+    def _each_layer(self, state: State, c: int, order: range, layer: Callable[[State, int], State],
+                    names: tuple[str, ...]) -> State:
+        """Applies a function to every layer that this device has; where stages are uneven, some devices skip the last."""
+        counts = np.array([self.layout.layer_counts[stage] for stage in self.layout.stage_of[c]])
+        mine = jnp.asarray(counts)[lax.axis_index(PIPE)]
+        for j in order:
+            if j < counts.min():
+                state = layer(state, j)
+            else:
+                state = when(j < mine, state, names, lambda s, j=j: layer(s, j))
+        return state
+
+    def _stored(self, *rings: str) -> tuple[str, ...]:
+        return tuple(r for r in rings if r in self.program.rings)
+
+    # --- observation -------------------------------------------------------------------------------------------------
+
+    def _counters(self) -> tuple[str, ...]:
+        return ("alive", "in_flight", "clobbered") if self.observe else ()
+
+    def _occupy(self, state: State, cells: Cells, alive: bool) -> State:
+        """Marks an activation's cell as alive or free, and remembers the most alive and any overwritten while alive."""
+        if not self.observe or not self.program.schedule.trains:
+            return state
+        cell = cells["kept"] if "kept" in cells else cells["residual"]
+        clobbered = state["clobbered"] | (state["alive"][cell] == alive)
+        flags = state["alive"].at[cell].set(alive)
+        return state | {"alive": flags, "clobbered": clobbered,
+                        "in_flight": jnp.maximum(state["in_flight"], flags.sum(dtype=jnp.int32))}
+
+
+def _replaced(items: tuple, j: int, item: Any) -> tuple:
+    return (*items[:j], item, *items[j + 1:])
+
+
+def _accumulated(total: Any, gradients: Any) -> Any:
+    """Adds gradients in float32; None where this pass makes none."""
+    return jax.tree.map(lambda g, t: t if g is None else t + g.astype(jnp.float32), gradients, total,
+                        is_leaf=lambda g: g is None)
+
+
+def _columns(segment: Segment) -> tuple[list[dict[str, int]], np.ndarray]:
+    """All tables of a segment as one array ``[intervals, p, columns]``, and each instruction's columns."""
+    places, stacked = [], []
+    for instruction in segment.body:
+        places.append({name: len(stacked) + n for n, name in enumerate(instruction.tables)})
+        stacked += instruction.tables.values()
+    return places, np.stack(stacked, axis=-1)
+
+
+def _landed_within(program: Program) -> set[str]:
+    """Collectives that never are under way between two intervals, and so need no place in the carried state."""
+    names = {i.name for s in program.segments for i in s.body if i.op == "start"}
+    crossing = set()
+    for segment in program.segments:
+        ends: dict[str, list[str]] = {}
+        for i in segment.body:
+            if i.op in ("start", "done"):
+                ends.setdefault(i.name, []).append(i.op)
+        crossing |= {name for name, ops in ends.items() if ops[0] == "done" or ops[-1] == "start"}
+    return {flight(name) for name in names - crossing}

@@ -1,0 +1,161 @@
+"""Where every parameter lives: from the canonical tree to a pipeline's, and back.
+
+In the pipeline's layout every leaf that belongs to a device has its devices in front:
+
+* ``blocks[chunk][j]`` is the j-th layer of every device's chunk, leaves ``[p, ...]``, split over ``pipe``. A device
+  with fewer layers than the longest holds zeros there.
+* Sharded vocabulary: ``embed.tokens`` and ``head`` are ``[V_padded, D]``, rows split over ``pipe``.
+* Unsharded (baseline): one table a device, ``[p, V, D]``: the embedding on the first stage's device, the head on the
+  last stage's, zeros between, since one program gives every device the same shapes. A device that holds both of an
+  untied model needs a second table, ``head``.
+* ``final`` is on every device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from .model import Model
+from .schedules import Schedule
+
+Params = Any
+PIPE = "pipe"
+ROW_MULTIPLE = 8  # rows a shard are padded to this, which is what matrix units want
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The placement of a model's parameters under a schedule."""
+
+    model: Model
+    schedule: Schedule
+
+    def __post_init__(self) -> None:
+        if sum(self.layer_counts) != self.model.layers:
+            raise ValueError(f"layer_counts {self.layer_counts} add up to {sum(self.layer_counts)}; "
+                             f"the model has {self.model.layers} layers")
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the vocabulary is split over the pipeline."""
+        return any(step.name == "C0" for step in self.schedule.vocabulary.steps)
+
+    @cached_property
+    def layer_counts(self) -> tuple[int, ...]:
+        """Layers of every stage; where the split is uneven, later stages have one more."""
+        if self.schedule.layer_counts is not None:
+            return self.schedule.layer_counts
+        stages, layers = self.schedule.stages, self.model.layers
+        if layers < stages:
+            raise ValueError(f"layers is {layers}; {stages} stages need at least one each, so {stages} or more")
+        short = stages - layers % stages
+        return tuple(layers // stages + (stage >= short) for stage in range(stages))
+
+    @cached_property
+    def stage_of(self) -> tuple[tuple[int, ...], ...]:
+        """The stage that is chunk c of device d, ``[chunks][p]``."""
+        table = [[0] * self.schedule.p for _ in range(self.schedule.chunks)]
+        for stage, device in enumerate(self.schedule.placement):
+            table[self.schedule.chunk(stage)][device] = stage
+        return tuple(map(tuple, table))
+
+    @cached_property
+    def depth(self) -> int:
+        """Layers to allocate for every stage: the longest one's."""
+        return max(self.layer_counts)
+
+    @cached_property
+    def layer_of(self) -> tuple[tuple[tuple[int | None, ...], ...], ...]:
+        """The layer at ``[chunk][j][device]``, None where that device's stage is shorter."""
+        first = [sum(self.layer_counts[:stage]) for stage in range(self.schedule.stages)]
+        return tuple(
+            tuple(tuple(first[s] + j if j < self.layer_counts[s] else None for s in stages) for j in range(self.depth))
+            for stages in self.stage_of)
+
+    @property
+    def head_is_embedding(self) -> bool:
+        """Whether embedding and head share an array: tied, or the two ends of an unsharded pipeline."""
+        first, last = self.schedule.placement[0], self.schedule.placement[-1]
+        return self.model.tied or (not self.sharded and first != last)
+
+    @property
+    def tied_across(self) -> bool:
+        """Whether a tied table exists twice, on the first and on the last stage's device."""
+        return self.model.tied and not self.sharded and self.schedule.placement[0] != self.schedule.placement[-1]
+
+    def padded(self, rows: int) -> int:
+        """Rows of a sharded table: a multiple of the shards, each of :data:`ROW_MULTIPLE` rows or a multiple."""
+        multiple = self.schedule.p * ROW_MULTIPLE
+        return -(-rows // multiple) * multiple
+
+    def specs(self, tree: Params | None = None) -> Params:
+        """The PartitionSpec of every leaf of the pipeline's tree."""
+        tree = self.shapes() if tree is None else tree
+        return {key: jax.tree.map(lambda _, k=key: PartitionSpec() if k == "final" else PartitionSpec(PIPE), branch)
+                for key, branch in tree.items()}
+
+    def shapes(self) -> Params:
+        """The pipeline's tree as global :class:`jax.ShapeDtypeStruct`."""
+        return jax.eval_shape(self.pack, self.model.param_shapes())
+
+    def pack(self, canonical: Params) -> Params:
+        """Canonical parameters (or gradients) in the pipeline's layout."""
+        blocks = canonical["blocks"]
+        empty = jax.tree.map(jnp.zeros_like, blocks[0])
+
+        def stack(layers: tuple[int | None, ...]) -> Params:
+            return jax.tree.map(lambda *xs: jnp.stack(xs), *(empty if n is None else blocks[n] for n in layers))
+
+        packed = {"blocks": tuple(tuple(stack(layers) for layers in chunk) for chunk in self.layer_of),
+                  "final": canonical["final"], "embed": {}}
+        if self.sharded:
+            for name, table in canonical["embed"].items():
+                packed["embed"][name] = self._pad(table)
+            if not self.model.tied:
+                packed["head"] = self._pad(canonical["head"])
+            return packed
+        first, last = self.schedule.placement[0], self.schedule.placement[-1]
+        for name, table in canonical["embed"].items():
+            packed["embed"][name] = self._on(first, table)
+        head = canonical["embed"]["tokens"] if self.model.tied else canonical["head"]
+        if first != last:
+            packed["embed"]["tokens"] = packed["embed"]["tokens"].at[last].set(head)
+        elif not self.model.tied:
+            packed["head"] = self._on(last, head)
+        return packed
+
+    def unpack(self, packed: Params) -> Params:
+        """The canonical tree of parameters (or gradients, or optimizer moments) in the pipeline's layout."""
+        place = {n: (c, j, d) for c, chunk in enumerate(self.layer_of) for j, layers in enumerate(chunk)
+                 for d, n in enumerate(layers) if n is not None}
+        blocks = tuple(jax.tree.map(lambda x, d=place[n][2]: x[d], packed["blocks"][place[n][0]][place[n][1]])
+                       for n in range(self.model.layers))
+        canonical = {"embed": {}, "blocks": blocks, "final": packed["final"]}
+        first, last = self.schedule.placement[0], self.schedule.placement[-1]
+        for name, table in packed["embed"].items():
+            rows = self.model.vocab_size if name == "tokens" else self.model.positions
+            canonical["embed"][name] = table[:rows] if self.sharded else table[first]
+        if not self.model.tied:
+            head = packed["embed"]["tokens"] if self.head_is_embedding else packed["head"]
+            canonical["head"] = head[: self.model.vocab_size] if self.sharded else head[last]
+        return canonical
+
+    def unique(self) -> Params:
+        """1 where a leaf's entries count, 0 where they repeat another's: what a global norm must be weighted with."""
+        ones = jax.tree.map(lambda _: 1.0, self.shapes())
+        if self.tied_across:
+            first = jnp.arange(self.schedule.p) == self.schedule.placement[0]
+            ones["embed"]["tokens"] = first.astype(jnp.float32)[:, None, None]
+        return ones
+
+    def _pad(self, table: jax.Array) -> jax.Array:
+        return jnp.pad(table, ((0, self.padded(table.shape[0]) - table.shape[0]), (0, 0)))
+
+    def _on(self, device: int, table: jax.Array) -> jax.Array:
+        return jnp.zeros((self.schedule.p, *table.shape), table.dtype).at[device].set(table)

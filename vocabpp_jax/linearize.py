@@ -1,0 +1,207 @@
+"""A block's forward and backward as separate passes, with what one leaves for the other made explicit.
+
+``jax.vjp`` returns a pytree whose leaves are the residuals. :func:`linearize` traces it once and sorts them: what
+depends on the block's input is stored by F and handed to B; what comes from parameters or side inputs alone (weights,
+masks, rotary tables) is never stored but taken, or computed, again. The backward may be split further into the input
+gradient (B) and the weight gradient (W), with the values that W needs from B made explicit too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
+from jax.interpreters.partial_eval import dce_jaxpr
+
+Tree = Any
+Arrays = tuple[jax.Array, ...]
+
+# Re-made in W from their operand instead of being stored beside it.
+_VIEWS = {"reshape", "squeeze", "transpose", "expand_dims", "broadcast_in_dim", "copy", "rev"}
+
+
+@dataclass(frozen=True)
+class Linearized:
+    """The passes of one block. ``residual``, ``kept`` and ``carried`` are the shapes of what is stored between them.
+
+    Attributes:
+        forward: ``(params, side, x) -> y, residual, kept``.
+        backward: ``(params, side, residual, kept, g) -> dparams, dx, carried``. Unsplit, ``dparams`` is complete and
+            ``carried`` empty; split, matrices are None in ``dparams`` and come from ``weights``.
+        weights: ``(params, side, kept, carried) -> dparams`` with vectors None; absent where not split.
+        residual: needed by ``backward`` only.
+        kept: needed by ``weights``, and perhaps by ``backward`` before.
+        carried: made by ``backward`` for ``weights``.
+    """
+
+    forward: Callable[[Tree, Tree, jax.Array], tuple[jax.Array, Arrays, Arrays]]
+    backward: Callable[[Tree, Tree, Arrays, Arrays, jax.Array], tuple[Tree, jax.Array, Arrays]]
+    weights: Callable[[Tree, Tree, Arrays, Arrays], Tree] | None
+    residual: tuple[jax.ShapeDtypeStruct, ...]
+    kept: tuple[jax.ShapeDtypeStruct, ...]
+    carried: tuple[jax.ShapeDtypeStruct, ...]
+
+
+def linearize(block: Callable, params: Tree, x: jax.ShapeDtypeStruct, side: Tree, *, split: bool) -> Linearized:
+    """The passes of ``block(params, x, side)`` at the given shapes.
+
+    Args:
+        block: pure, returns the shape and dtype of ``x``.
+        params, x, side: :class:`jax.ShapeDtypeStruct` trees; one device's shapes.
+        split: whether weight gradients are a pass of their own. Gradients of vectors (norms, biases) stay in
+            ``backward``: left in ``weights`` they would repeat a matrix product.
+
+    Raises:
+        ValueError: the block changes the shape or dtype of its input.
+    """
+    params_flat, params_tree = jax.tree.flatten(params)
+    side_flat, side_tree = jax.tree.flatten(side)
+    fwd, vjp_tree = _trace_forward(block, params, side, x)
+    stored, leaf_of = _sort_residuals(fwd.jaxpr, len(params_flat) + len(side_flat))
+    run_forward = _subset(fwd, [fwd.jaxpr.outvars[0], *stored])
+    leaves = dict.fromkeys(v for v in fwd.jaxpr.outvars[1:] if isinstance(v, Var))
+    rederived = [v for v in leaves if v not in set(stored)]
+    rederive = _subset(fwd, rederived)
+
+    def whole_backward(params_flat, side_flat, stored_values, g):
+        known = dict(zip(stored, stored_values, strict=True))
+        # Nothing rederived depends on x, so any stand-in of its shape will do; it is cut from the traced code.
+        known |= dict(zip(rederived, rederive(*params_flat, *side_flat, g), strict=True))
+        vjp = jax.tree.unflatten(vjp_tree, [leaf_of(v, known) for v in fwd.jaxpr.outvars[1:]])
+        dparams, dx = vjp(g)
+        return (*jax.tree.leaves(dparams), dx)
+
+    stored_shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in stored]
+    bwd = _inlined(jax.make_jaxpr(whole_backward)(params_flat, side_flat, stored_shapes, x))
+    late = [split and len(s.shape) >= 2 for s in params_flat]
+    parts = _split(bwd, late, len(params_flat) + len(side_flat), len(stored))
+    in_kept = [n in parts.kept for n in range(len(stored))]
+
+    def forward(params, side, x):
+        y, *values = run_forward(*jax.tree.leaves(params), *jax.tree.leaves(side), x)
+        return y, tuple(v for v, k in zip(values, in_kept, strict=True) if not k), tuple(
+            v for v, k in zip(values, in_kept, strict=True) if k)
+
+    def backward(params, side, residual, kept, g):
+        residual, kept = iter(residual), iter(kept)
+        values = [next(kept) if k else next(residual) for k in in_kept]
+        out = parts.early(*jax.tree.leaves(params), *jax.tree.leaves(side), *values, g)
+        early = iter(out)
+        dparams = params_tree.unflatten([None if w else next(early) for w in late])
+        return dparams, next(early), tuple(early)
+
+    def weights(params, side, kept, carried):
+        grads = iter(parts.late(*jax.tree.leaves(params), *jax.tree.leaves(side), *kept, *carried))
+        return params_tree.unflatten([next(grads) if w else None for w in late])
+
+    del side_tree
+    select = lambda wanted: tuple(s for s, k in zip(stored_shapes, in_kept, strict=True) if k == wanted)  # noqa: E731
+    return Linearized(forward, backward, weights if split else None, select(False), select(True), parts.carried)
+
+
+def _trace_forward(block: Callable, params: Tree, side: Tree, x: jax.ShapeDtypeStruct) -> tuple[ClosedJaxpr, Any]:
+    """The jaxpr of ``(params, side, x) -> y, *residuals`` and the tree that makes the residuals a VJP again."""
+    trees = []
+
+    def forward(params, side, x):
+        y, vjp = jax.vjp(lambda params, x: block(params, x, side), params, x)
+        leaves, tree = jax.tree.flatten(vjp)
+        trees.append(tree)
+        return y, leaves
+
+    jaxpr, (y, _) = jax.make_jaxpr(forward, return_shape=True)(params, side, x)
+    if (y.shape, y.dtype) != (x.shape, x.dtype):
+        raise ValueError(f"block turns {x.dtype}{list(x.shape)} into {y.dtype}{list(y.shape)}; "
+                         "a pipelined block must keep shape and dtype")
+    return jaxpr, trees[-1]
+
+
+def _sort_residuals(jaxpr: Jaxpr, constants: int) -> tuple[list[Var], Callable]:
+    """The residuals that depend on the input, each once, and how a leaf is looked up among known values."""
+    moving = set(jaxpr.invars[constants:])
+    for eqn in jaxpr.eqns:
+        if any(isinstance(v, Var) and v in moving for v in eqn.invars):
+            moving |= set(eqn.outvars)
+    leaves = [v for v in jaxpr.outvars[1:] if isinstance(v, Var)]
+    return [v for v in dict.fromkeys(leaves) if v in moving], lambda v, known: (
+        v.val if isinstance(v, Literal) else known[v])
+
+
+def _subset(closed: ClosedJaxpr, outputs: Sequence) -> Callable:
+    """A function of a jaxpr's inputs that computes some of its variables and nothing else."""
+    jaxpr = closed.jaxpr.replace(outvars=list(outputs), debug_info=closed.jaxpr.debug_info.with_unknown_names())
+    jaxpr, _ = dce_jaxpr(jaxpr, [True] * len(outputs), instantiate=True)
+    return partial(jax.core.eval_jaxpr, jaxpr, closed.consts)
+
+
+def _inlined(closed: ClosedJaxpr) -> ClosedJaxpr:
+    """The same program without nested jits, so that one can be cut anywhere."""
+
+    def evaluate(jaxpr: Jaxpr, consts: Iterable, *args):
+        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+        read = lambda v: v.val if isinstance(v, Literal) else env[v]  # noqa: E731
+        for eqn in jaxpr.eqns:
+            values = [read(v) for v in eqn.invars]
+            if eqn.primitive.name in ("jit", "pjit", "closed_call"):
+                inner = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
+                out = evaluate(inner.jaxpr, inner.consts, *values)
+            else:
+                out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+                out = out if eqn.primitive.multiple_results else [out]
+            env.update(zip(eqn.outvars, out, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    return jax.make_jaxpr(partial(evaluate, closed.jaxpr, closed.consts))(*closed.in_avals)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    early: Callable  # (constants, stored, g) -> early gradients, dx, carried
+    late: Callable  # (constants, kept, carried) -> late gradients
+    kept: frozenset[int]
+    carried: tuple[jax.ShapeDtypeStruct, ...]
+
+
+def _split(bwd: ClosedJaxpr, late: Sequence[bool], constants: int, stored: int) -> _Parts:
+    """Cuts a backward in two: what the input gradient needs, and the rest.
+
+    An equation that computes both kinds of output, such as a checkpointed region, goes into both parts, and dead code
+    elimination leaves each only its own. Values of the first part that the second uses are carried over.
+    """
+    jaxpr = bwd.jaxpr
+    outputs = jaxpr.outvars
+    early_out = [v for v, w in zip(outputs[:-1], late, strict=True) if not w] + [outputs[-1]]
+    late_out = [v for v, w in zip(outputs[:-1], late, strict=True) if w]
+    if not late_out:
+        return _Parts(_subset(bwd, early_out), lambda *_: (), frozenset(), ())
+    early, _ = dce_jaxpr(jaxpr.replace(outvars=early_out, debug_info=jaxpr.debug_info.with_unknown_names()),
+                         [True] * len(early_out), instantiate=True)
+    rest, _ = dce_jaxpr(jaxpr.replace(outvars=late_out, debug_info=jaxpr.debug_info.with_unknown_names()),
+                        [True] * len(late_out), instantiate=True)
+    fixed = set(jaxpr.invars[:constants]) | set(jaxpr.constvars)
+    from_forward = {v: n for n, v in enumerate(jaxpr.invars[constants:constants + stored])}
+    made_early = {v for eqn in early.eqns for v in eqn.outvars if eqn.primitive.name not in _VIEWS}
+    made_early |= {jaxpr.invars[-1]}
+    kept, carried, eqns = set(), [], []
+    needed = {v for v in late_out if isinstance(v, Var)}
+    for eqn in reversed(rest.eqns):
+        made = [v for v in eqn.outvars if v in needed]
+        if not made or all(v in made_early for v in made):
+            continue
+        eqns.append(eqn)
+        needed |= {v for v in eqn.invars if isinstance(v, Var)}
+    for v in jaxpr.invars[constants:] + [v for eqn in early.eqns for v in eqn.outvars]:
+        if v in needed and v not in fixed:
+            if v in from_forward:
+                kept.add(from_forward[v])
+            elif v in made_early:
+                carried.append(v)
+    late_in = [*jaxpr.invars[:constants], *(jaxpr.invars[constants + n] for n in sorted(kept)), *carried]
+    late_jaxpr = jaxpr.replace(invars=late_in, outvars=late_out, eqns=eqns[::-1],
+                               debug_info=jaxpr.debug_info.with_unknown_names())
+    return _Parts(_subset(bwd, [*early_out, *carried]), partial(jax.core.eval_jaxpr, late_jaxpr, bwd.consts),
+                  frozenset(kept), tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in carried))

@@ -1,0 +1,141 @@
+"""What a run tells about itself: a file of JSON lines, a progress bar or plain lines, a picture of the losses."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+Curve = Sequence[tuple[int, float]]
+"""Steps and the losses at them, in nats a token."""
+
+
+class JsonLines:
+    """Appends records to a file, one JSON object a line, each flushed before the call returns."""
+
+    def __init__(self, path: str | Path):
+        self._file = Path(path).open("a", encoding="utf-8")
+
+    def write(self, **record: Any) -> None:
+        """Append one record of numbers, strings and None. JSON has no infinity and no NaN: they become null."""
+        self._file.write(json.dumps({name: _plain(value) for name, value in record.items()}, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class StepProgress:
+    """Shows how training goes: a bar on a terminal, a plain line every ``line_every`` seconds elsewhere.
+
+    The first step compiles, so speed and time left are counted from the end of it, and without :meth:`paused` time.
+    """
+
+    def __init__(self, steps: int, tokens_per_step: int, out: TextIO | None = None, line_every: float = 5.0):
+        self._steps, self._tokens_per_step, self._line_every = steps, tokens_per_step, line_every
+        self._console = Console(file=out or sys.stdout, soft_wrap=True, highlight=False)
+        self._bar = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.description}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("compiling", total=steps)
+        self._first: int | None = None
+        self._start = 0.0
+        self._not_training = 0.0
+        self._last_line = -math.inf
+
+    def __enter__(self) -> StepProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self._bar.stop()
+
+    def step(self, step: int, loss: float) -> None:
+        """Step ``step`` of 1 to ``steps`` has ended with this loss."""
+        if self._first is None:
+            self._first, self._start, self._not_training = step, time.perf_counter(), 0.0
+        text = f"loss {loss:.4f}"
+        if speed := self.tokens_per_second(step):
+            left = (self._steps - step) * self._tokens_per_step / speed
+            text += f"  {speed:,.0f} tokens/s  {_minutes(left)} left"
+        self._bar.update(self._task, completed=step, description=text)
+        now = time.perf_counter()
+        if not self._console.is_terminal and (now - self._last_line >= self._line_every or step == self._steps):
+            self._last_line = now
+            self.say(f"step {step}/{self._steps}  {text}")
+
+    def tokens_per_second(self, step: int) -> float | None:
+        """The mean speed up to now, None before the second step."""
+        if self._first is None or step == self._first:
+            return None
+        seconds = time.perf_counter() - self._start - self._not_training
+        return (step - self._first) * self._tokens_per_step / seconds
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The block is not training: its time counts for no speed."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._not_training += time.perf_counter() - start
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
+        self._console.print(text, markup=False)
+
+
+def draw_losses(path: str | Path, train: Curve, validation: Curve = (), unigram_entropy: float | None = None) -> None:
+    """Draw loss over steps into a picture file; the unigram entropy is what a model without context can reach."""
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*_columns(train), color="tab:blue", alpha=0.7, linewidth=1, label="train")
+    if validation:
+        axes.plot(*_columns(validation), color="tab:orange", marker="o", markersize=4, label="validation")
+    if unigram_entropy is not None:
+        label = f"unigram entropy, {unigram_entropy:.2f}"
+        axes.axhline(unigram_entropy, color="tab:gray", linestyle="--", linewidth=1, label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats a token")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path)
+
+
+def _columns(curve: Curve) -> tuple[list[int], list[float]]:
+    return [step for step, _ in curve], [loss for _, loss in curve]
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and numpy numbers as Python's own."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _minutes(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, rest = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,170 @@
+"""The library's one door: a model, a schedule and a mesh in; loss and gradients out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from .executor import Executor
+from .layout import PIPE, Layout
+from .linearize import Linearized, linearize
+from .model import Model
+from .schedules import Program, Schedule, evaluation, lower
+from .vocabulary_steps import VocabularySteps
+
+DATA = "data"
+Params = Any
+Batch = dict[str, Any]
+_PER_MICROBATCH = PartitionSpec(None, DATA)
+
+
+def make_mesh(pipe: int, data: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh ``data × pipe``; pipelines are runs of consecutive devices.
+
+    Raises:
+        ValueError: the devices are fewer than ``data · pipe``, or not a multiple of it.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if pipe < 1 or data < 1 or len(devices) % (pipe * data):
+        raise ValueError(f"stages is {pipe} and data-parallel {data}; their product must divide the {len(devices)} devices")
+    return Mesh(np.array(devices[: pipe * data]).reshape(data, pipe), (DATA, PIPE))
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A model under a schedule on a mesh.
+
+    A batch is ``{"tokens", "labels": int32 [m, B, L], "mask": [m, B, L]}`` and, where the blocks take them, ``"side"``:
+    a dictionary of ``[m, B, ...]`` arrays. m microbatches, B microbatch size times the data axis, L length. The mask
+    may be absent. Parameters are a tree in :attr:`layout`, float32, sharded as :attr:`shardings` says.
+
+    Raises:
+        ValueError: the mesh's axis ``pipe`` is not the schedule's p, or the layers do not fill its stages.
+    """
+
+    model: Model
+    schedule: Schedule
+    mesh: Mesh
+    compute_dtype: str = "float32"
+    layout: Layout = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"compute_dtype is {self.compute_dtype!r}; it is float32 or bfloat16")
+        if self.mesh.shape.get(PIPE) != self.schedule.p:
+            raise ValueError(f"the mesh's axis {PIPE!r} is {self.mesh.shape.get(PIPE)}; the schedule's p is {self.schedule.p}")
+        object.__setattr__(self, "layout", Layout(self.model, self.schedule))
+        self.layout.layer_counts  # noqa: B018  refused here, before anything compiles
+
+    @cached_property
+    def program(self) -> Program:
+        """The lowered schedule."""
+        return lower(self.schedule)
+
+    @cached_property
+    def shardings(self) -> Params:
+        """The NamedSharding of every parameter."""
+        return jax.tree.map(partial(NamedSharding, self.mesh), self.layout.specs(),
+                            is_leaf=lambda s: isinstance(s, PartitionSpec))
+
+    def shard(self, canonical: Params) -> Params:
+        """Canonical parameters, placed on the mesh in the pipeline's layout."""
+        return jax.jit(self.layout.pack, out_shardings=self.shardings)(canonical)
+
+    def gather(self, params: Params) -> Params:
+        """The canonical tree of parameters, or gradients, on every device."""
+        return jax.jit(self.layout.unpack, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(params)
+
+    def value_and_grad(self, params: Params, batch: Batch) -> tuple[jax.Array, Params]:
+        """The loss, and its float32 gradients sharded as the parameters are. Pure: put it under ``jax.jit``."""
+        loss, grads, _ = self._run(self.program, params, batch, observe=False)
+        return loss, grads
+
+    def observe(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
+        """What the running program counts: ``in_flight [data, p]``, the most activations alive at once on a device,
+        and ``clobbered [data, p]``, whether one was ever overwritten while alive."""
+        return self._run(self.program, params, batch, observe=True)[2]
+
+    def evaluate(self, params: Params, batch: Batch) -> jax.Array:
+        """The loss alone, by a forward-only program that keeps no activations."""
+        return self._run(self._evaluation, params, batch, observe=False)[0]
+
+    @cached_property
+    def _evaluation(self) -> Program:
+        return lower(evaluation(self.schedule))
+
+    def _run(self, program: Program, params: Params, batch: Batch, *, observe: bool) -> tuple:
+        batch = self._checked(batch)
+        specs = self.layout.specs()
+        device = PartitionSpec(DATA, PIPE)
+        out = (PartitionSpec(), specs if program.schedule.trains else {}, {"in_flight": device, "clobbered": device}
+               if observe else {})
+        run = jax.shard_map(partial(self._on_device, program, observe), mesh=self.mesh,
+                            in_specs=(specs, jax.tree.map(lambda _: _PER_MICROBATCH, batch)), out_specs=out,
+                            check_vma=False)
+        return run(params, batch)
+
+    def _checked(self, batch: Batch) -> Batch:
+        """The batch with a float32 mask; refuses one that does not fit."""
+        shape = jnp.shape(batch["tokens"])
+        data = self.mesh.shape[DATA]
+        if len(shape) != 3 or shape[0] != self.schedule.m or shape[1] % data:
+            raise ValueError(f"tokens has shape {list(shape)}; it takes [m={self.schedule.m}, a multiple of {data}, length]")
+        if self.model.positions is not None and shape[2] > self.model.positions:
+            raise ValueError(f"tokens has length {shape[2]}; the model has {self.model.positions} positions")
+        mask = batch.get("mask")
+        mask = jnp.ones(shape, jnp.float32) if mask is None else jnp.asarray(mask).astype(jnp.float32)
+        return {"tokens": batch["tokens"], "labels": batch["labels"], "mask": mask, "side": batch.get("side", {})}
+
+    def _on_device(self, program: Program, observe: bool, params: Params, batch: Batch) -> tuple:
+        """One device's whole iteration."""
+        dtype = jnp.dtype(self.compute_dtype)
+        cast = jax.tree.map(lambda w: w.astype(dtype), params)
+        blocks = jax.tree.map(lambda w: w.reshape(w.shape[1:]), cast["blocks"])
+        tables = {k: v for k, v in cast.items() if k != "blocks"}
+        if not self.layout.sharded:
+            tables |= {k: jax.tree.map(lambda w: w.reshape(w.shape[1:]), tables[k]) for k in ("embed", "head") if k in tables}
+        count = jax.lax.psum(batch["mask"].sum(), DATA)
+        vocabulary = VocabularySteps(Layout(self.model, program.schedule), tables,
+                                     {"tokens": batch["tokens"], "labels": batch["labels"],
+                                      "weight": batch["mask"] / jnp.maximum(count, 1)},
+                                     native_broadcast=self.mesh.devices.flat[0].platform in ("gpu", "cuda"))
+        _, B, L = batch["tokens"].shape
+        x = jax.ShapeDtypeStruct((B, L, self.model.width), dtype)
+        executor = Executor(program, vocabulary.layout, self._linearized(program, x, blocks, batch["side"]), vocabulary,
+                            tables | {"blocks": blocks}, batch["side"], x, observe)
+        state = executor()
+        loss = state["loss"] if self.layout.sharded else jax.lax.psum(state["loss"], PIPE)
+        counters = {k: state[k].reshape(1, 1) for k in ("in_flight", "clobbered")} if observe else {}
+        grads = self._gradients(state, params) if program.schedule.trains else {}
+        return jax.lax.psum(loss, DATA), grads, counters
+
+    def _linearized(self, program: Program, x: jax.ShapeDtypeStruct, blocks: Params, side: Any) -> Linearized:
+        shape = lambda t: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), t)  # noqa: E731
+        one_side = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), side)
+        if not program.schedule.trains:
+            return Linearized(lambda p, s, x: (self.model.block(p, x, s), (), ()), None, None, (), (), ())
+        return linearize(self.model.block, shape(blocks[0][0]), x, one_side, split=program.schedule.splits_backward)
+
+    def _gradients(self, state: dict[str, Any], params: Params) -> Params:
+        """The accumulated gradients as a tree like the parameters, summed over what they have to be summed over."""
+        grads = {"blocks": tuple(state[f"grads.blocks.{c}"] for c in range(len(params["blocks"]))),
+                 "embed": {k: state[f"grads.embed.{k}"] for k in params["embed"]},
+                 "final": jax.lax.psum(state["grads.final"], PIPE)}
+        if "head" in params:
+            grads["head"] = state["grads.head"]
+        if self.layout.tied_across:
+            table = jax.lax.psum(grads["embed"]["tokens"], PIPE)
+            first, last = self.schedule.placement[0], self.schedule.placement[-1]
+            d = jax.lax.axis_index(PIPE)
+            grads["embed"]["tokens"] = jnp.where((d == first) | (d == last), table, 0)
+        if self.mesh.shape[DATA] > 1:
+            grads = jax.lax.psum(grads, DATA)
+        return jax.tree.map(lambda g, w: g.reshape(w.shape), grads, params)

@@ -1,0 +1,51 @@
+"""Ring buffers, and passes that run or do not: the two things that every instruction is made of.
+
+A ring is a pytree of arrays ``[cells, ...]``. State is a flat dictionary; a pass names the entries it updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+State = dict[str, Any]
+Cells = dict[str, jax.Array]
+
+
+def when(condition: jax.Array, state: State, names: tuple[str, ...], update: Callable[[State], State]) -> State:
+    """``state`` with ``names`` as ``update`` leaves them, where ``condition``; the rest of the state is only read.
+
+    A loop of zero or one trips, not a conditional: XLA carries what a loop updates in place, where every branch of a
+    conditional copies what it passes through. No collective may stand inside.
+    """
+    _, updated = lax.while_loop(
+        lambda carry: carry[0],
+        lambda carry: (jnp.zeros((), bool), {n: v for n, v in update(state | carry[1]).items() if n in names}),
+        (condition, {n: state[n] for n in names}))
+    return state | updated
+
+
+def get(ring: Any, cell: jax.Array) -> Any:
+    """One cell of a ring."""
+    return jax.tree.map(lambda r: r[0] if r.shape[0] == 1 else lax.dynamic_index_in_dim(r, cell, keepdims=False), ring)
+
+
+def put(ring: Any, cell: jax.Array, value: Any) -> Any:
+    """The ring with one cell replaced, in place inside a compiled program."""
+    return jax.tree.map(
+        lambda r, v: v[None] if r.shape[0] == 1 else lax.dynamic_update_index_in_dim(r, v, cell, 0), ring, value)
+
+
+def put_if(ring: Any, cell: jax.Array, value: Any) -> Any:
+    """The ring with one cell replaced where ``cell`` is not negative."""
+    at = jnp.maximum(cell, 0)
+    return put(ring, at, jax.tree.map(lambda v, old: jnp.where(cell >= 0, v, old), value, get(ring, at)))
+
+
+def zeros(cells: int, shapes: Any) -> Any:
+    """A ring of ``cells`` for a tree of shapes."""
+    return jax.tree.map(lambda s: jnp.zeros((cells, *s.shape), s.dtype), shapes)
