@@ -95,20 +95,24 @@ def interleaved_one_f_one_b(p: int, chunks: int) -> Block:
     As in 1F1B, device d runs forwards in slots d mod 3, backwards in the two after it; a chunk takes the next round of
     three slots that no other chunk of the device has taken. A microbatch at a time, where Megatron takes p at a time.
     """
+    # From the last device to the first the output must not arrive in the middle of a backward: where it would, the
+    # last two devices share one phase, at the cost of a round.
+    F_of = [d + 2 * (p % 3 == 2 and d == p - 1) for d in range(p)]
+    B_of = [2 * (p - 1 - d) + (p % 3 == 2 and d < p - 1) for d in range(p)]
+
     def bases(first: int, step: int) -> list[int]:
         taken = [first]
         while len(taken) < chunks:
-            base = first - (first - taken[-1] - step) // 3 * 3
+            base = taken[-1] + -(-step // 3) * 3
             while any((base - other) % (3 * chunks) == 0 for other in taken):
                 base += 3
             taken.append(base)
         return taken
 
-    forward = bases(0, p)
-    backward = bases(forward[-1] + p, 2 * p)[::-1]
-    placement = tuple(range(p)) * chunks
-    return Block(3 * chunks, placement, F=tuple(base + d for base in forward for d in range(p)),
-                 B=tuple(base + 2 * (p - 1 - d) for base in backward for d in range(p)), backward_slots=2)
+    forward = bases(0, F_of[-1] + 1)
+    backward = bases(forward[-1] + F_of[-1] + 1, B_of[0] + 2)[::-1]
+    return Block(3 * chunks, tuple(range(p)) * chunks, F=tuple(base + f for base in forward for f in F_of),
+                 B=tuple(base + b for base in backward for b in B_of), backward_slots=2)
 
 
 def zb_h1(p: int) -> Block:

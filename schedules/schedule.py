@@ -34,7 +34,7 @@ class Pass(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the vocabulary layers for microbatch 0, repeated every :attr:`Vocabulary.period` slots.
+    """One step of the vocabulary layers for microbatch 0; microbatch i has it :attr:`Vocabulary.shifts` ``[i]`` later.
 
     ``run`` steps are passes (S, T, IF, ...), one slot position a device, or None on a device that has no part in it.
     ``start`` and ``done`` are the two ends of a collective, at the same place on every device. A step stands in its
@@ -51,12 +51,16 @@ class Step:
 class Vocabulary:
     """How the embedding and the LM head are computed: by which method, and when.
 
-    ``steps`` are ordered: where two stand in the same place of a slot, the earlier in the tuple goes first.
+    Attributes:
+        method: its name; nothing but messages depends on it.
+        steps: ordered: where two stand in the same place of a slot, the earlier in the tuple goes first.
+        shifts: slots from microbatch 0's steps to each microbatch's, multiples of the schedule's interval.
+        inserted_intervals: how many more there are between the last stage's F and B than the block itself has.
     """
 
     method: str
-    period: int
     steps: tuple[Step, ...]
+    shifts: tuple[int, ...]
     inserted_intervals: int = 0
 
 
@@ -118,6 +122,11 @@ class Schedule:
     def chunk(self, stage: int) -> int:
         """Which of its device's chunks a stage is."""
         return self._chunks[stage]
+
+    @property
+    def sharded(self) -> bool:
+        """Whether all devices share the vocabulary layers."""
+        return any(step.name == "C0" for step in self.vocabulary.steps)
 
     @property
     def splits_backward(self) -> bool:

@@ -1,8 +1,8 @@
 """Pipeline and vocabulary parallelism for large language models in JAX."""
 
-from . import models, schedules
+from . import models, schedules, train
 from .layout import Layout
 from .model import Model
 from .pipeline import Pipeline, make_mesh
 
-__all__ = ["Layout", "Model", "Pipeline", "make_mesh", "models", "schedules"]
+__all__ = ["Layout", "Model", "Pipeline", "make_mesh", "models", "schedules", "train"]

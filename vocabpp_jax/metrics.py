@@ -47,9 +47,11 @@ class StepProgress:
     The first step compiles, so speed and time left are counted from the end of it, and without :meth:`paused` time.
     """
 
-    def __init__(self, steps: int, tokens_per_step: int, out: TextIO | None = None, line_every: float = 5.0):
+    def __init__(
+        self, steps: int, tokens_per_step: int, out: TextIO | None = None, line_every: float = 5.0, silent: bool = False
+    ):
         self._steps, self._tokens_per_step, self._line_every = steps, tokens_per_step, line_every
-        self._console = Console(file=out or sys.stdout, soft_wrap=True, highlight=False)
+        self._console = Console(file=out or sys.stdout, soft_wrap=True, highlight=False, quiet=silent)
         self._bar = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=None),

@@ -87,10 +87,10 @@ class Pipeline:
         loss, grads, _ = self._run(self.program, params, batch, observe=False)
         return loss, grads
 
-    def observe(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
-        """What the running program counts: ``in_flight [data, p]``, the most activations alive at once on a device,
-        and ``clobbered [data, p]``, whether one was ever overwritten while alive."""
-        return self._run(self.program, params, batch, observe=True)[2]
+    def observed_value_and_grad(self, params: Params, batch: Batch) -> tuple[jax.Array, Params, dict[str, jax.Array]]:
+        """Also what the running program counts: ``in_flight [data, p]``, the most activations alive at once on a
+        device, and ``clobbered [data, p]``, whether one was ever overwritten while alive or freed while dead."""
+        return self._run(self.program, params, batch, observe=True)
 
     def evaluate(self, params: Params, batch: Batch) -> jax.Array:
         """The loss alone, by a forward-only program that keeps no activations."""

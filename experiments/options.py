@@ -1,0 +1,163 @@
+"""The options that several experiments share, so that a name means the same in all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, NoReturn, TypeVar
+
+import jax
+import tyro
+
+from vocabpp_jax import make_mesh, models, schedules
+from vocabpp_jax.models import GPTConfig
+from vocabpp_jax.schedules import Schedule
+
+Options = TypeVar("Options")
+Result = TypeVar("Result")
+
+# Without these, tyro writes "{None}|INT" for an option that may be left out.
+OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+OptionalStr = Annotated[str | None, tyro.conf.arg(metavar="STR")]
+
+UNNAMED = GPTConfig(layers=4, heads=4, hidden=128, seq=128, vocab_size=4096)
+"""What trains where no model is named."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """A named model, and what of it is to be different. What is not given is as the name says."""
+
+    model: OptionalStr = None
+    """Named size: gpt-tiny, gpt-mini, gpt-small, or one of the published 4B, 7B, 10B, 16B, 21B, 30B. Without it, a
+    GPT that two CPU cores train in minutes: 4 layers, hidden 128, 4 heads, seq 128, vocab-size 4096, float32."""
+    layers: OptionalInt = None
+    """Transformer layers, at least one a stage."""
+    hidden: OptionalInt = None
+    """Model width."""
+    heads: OptionalInt = None
+    """Attention heads; they divide the width."""
+    seq: OptionalInt = None
+    """Sequence length in tokens."""
+    vocab_size: OptionalInt = None
+    """Tokens in the vocabulary. Any number: it need not be a multiple of the stages."""
+    tie_embeddings: bool = False
+    """Use the token embedding as the LM head."""
+    dtype: OptionalStr = None
+    """What passes compute in: float32 or bfloat16. Parameters, losses and sums are float32 either way."""
+
+    def config(self) -> GPTConfig:
+        """The model's configuration. Raises ValueError for what makes no model."""
+        given = {name: value for name, value in dataclasses.asdict(self).items() if name != "model"}
+        given = {name: value for name, value in given.items() if value is not None and value is not False}
+        return models.named(self.model, **given) if self.model else dataclasses.replace(UNNAMED, **given)
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """How the model is laid over devices, and in which order they work."""
+
+    schedule: str = "1f1b"
+    """Pipeline schedule."""
+    method: str = "vocab-2"
+    """How the embedding and the LM head are computed: baseline (the first and the last stage hold them), or sharded
+    over the stages as vocab-1 (two barriers), vocab-2 (one) or vocab-naive (three)."""
+    stages: int = 4
+    """Pipeline stages: devices that one copy of the model is spread over. Simulated where there are only CPUs."""
+    data_parallel: OptionalInt = None
+    """Copies of the model, each training on its part of the batch. Without it, as many as there are devices for."""
+    microbatches: int = 8
+    """Microbatches in a step."""
+    microbatch_size: int = 2
+    """Sequences in a microbatch, for each copy of the model."""
+
+    def build(self) -> Schedule:
+        """The schedule. Raises ValueError for an unknown name or what cannot be scheduled."""
+        for name in ("stages", "microbatches", "microbatch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        return schedules.build(schedule=self.schedule, method=self.method, p=self.stages, m=self.microbatches)
+
+    def mesh(self) -> jax.sharding.Mesh:
+        """The mesh of devices. Raises ValueError where the devices there are cannot be laid out so."""
+        devices = jax.device_count()
+        if devices % self.stages:
+            raise ValueError(
+                f"stages is {self.stages}; it must divide the devices, of which there are {devices} "
+                f"({jax.devices()[0].device_kind})"
+            )
+        return make_mesh(pipe=self.stages, data=self.data_parallel or devices // self.stages)
+
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """Several processes, for example one a host, that train one model. Every one of them runs this same command."""
+
+    distributed: bool = False
+    """This is one of several processes that SLURM or Open MPI has started."""
+    coordinator: OptionalStr = None
+    """Without SLURM or Open MPI: HOST:PORT, where process 0 is to listen."""
+    processes: OptionalInt = None
+    """With a coordinator: how many processes there are."""
+    process_id: OptionalInt = None
+    """With a coordinator: which of them this is, from 0."""
+
+    def join(self, simulated_devices: int) -> None:
+        """Find the other processes, if there are any; where there are only CPUs, have them simulate devices.
+
+        To be called before anything asks JAX for a device.
+        """
+        explicit = (self.coordinator, self.processes, self.process_id)
+        if any(value is not None for value in explicit) and None in explicit:
+            raise ValueError("coordinator, processes and process_id are given together or not at all")
+        processes = self.processes or 1
+        if self.coordinator is not None:
+            if not 0 <= self.process_id < processes:
+                raise ValueError(f"process_id is {self.process_id}; it must be from 0 to {processes - 1}")
+            jax.distributed.initialize(*explicit)
+        elif self.distributed:
+            processes = int(os.environ.get("SLURM_NTASKS") or os.environ.get("OMPI_COMM_WORLD_SIZE") or 1)
+            jax.distributed.initialize()
+        # Whoever sets the number of CPU devices in XLA_FLAGS means it.
+        if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+            jax.config.update("jax_num_cpu_devices", max(1, simulated_devices // processes))
+
+
+def parse(options: type[Options], description: str, arguments: Sequence[str] | None = None) -> Options:
+    """Read the command line into a dataclass; what it cannot mean ends the process as :func:`fail` does."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                options,
+                args=arguments,
+                description=description,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # tyro draws a box: a sentence, then hints below a rule or an empty line.
+        lines = [line.strip("│ ") for line in said.getvalue().splitlines() if not line.startswith(("╭", "╰"))]
+        sentence = re.split(r"\n(?:─|\n)", "\n".join(lines))[0]
+        fail(" ".join(sentence.split()))
+
+
+def or_fail(prepare: Callable[[], Result]) -> Result:
+    """Call it; a ValueError, which is how everything here says that its input is wrong, ends the process."""
+    try:
+        return prepare()
+    except ValueError as problem:
+        fail(str(problem))
+
+
+def fail(sentence: str) -> NoReturn:
+    """Say what is wrong and what would do, and exit with status 2."""
+    print(f"error: {sentence}", file=sys.stderr)
+    raise SystemExit(2)

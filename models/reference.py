@@ -1,0 +1,55 @@
+"""The loss of a model on one device, written as plainly as possible: what every pipeline is held against.
+
+It shares nothing with the sharded vocabulary layers. Shapes: m microbatches, B sequences in each, L length,
+D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from vocabpp_jax.model import Model, Params, Side
+
+
+def reference_loss(
+    model: Model,
+    params: Params,
+    tokens: jax.Array,
+    labels: jax.Array,
+    mask: jax.Array | None = None,
+    side: Side | None = None,
+    dtype: str | None = None,
+) -> jax.Array:
+    """Mean cross entropy in nats over the valid tokens of the global batch, a float32 scalar; 0 where none is valid.
+
+    ``tokens`` and ``labels`` are ``[m, B, L]``, labels already shifted; ``mask`` of the same shape is true (nonzero)
+    where a label counts, everywhere if None, and its labels may be anything elsewhere. ``side`` arrays are
+    ``[m, B, ...]``. ``params`` are canonical and computed with as they are, or cast to ``dtype`` first; logits and
+    loss are float32 either way.
+    """
+    if dtype is not None:
+        params = jax.tree.map(lambda array: array.astype(dtype), params)
+    valid = jnp.ones(labels.shape, bool) if mask is None else mask.astype(bool)
+
+    def microbatch(total: jax.Array, batch: tuple) -> tuple[jax.Array, None]:
+        tokens_BL, labels_BL, valid_BL, side_B = batch
+        logits_BLV = reference_logits(model, params, tokens_BL, side_B)
+        labels_BL = jnp.where(valid_BL, labels_BL, 0)
+        nll_BL = -jnp.take_along_axis(jax.nn.log_softmax(logits_BLV), labels_BL[..., None], axis=-1)[..., 0]
+        return total + jnp.sum(jnp.where(valid_BL, nll_BL, 0.0)), None
+
+    total, _ = jax.lax.scan(microbatch, jnp.zeros((), jnp.float32), (tokens, labels, valid, side or {}))
+    return total / jnp.maximum(jnp.sum(valid), 1)
+
+
+def reference_logits(model: Model, params: Params, tokens_BL: jax.Array, side: Side) -> jax.Array:
+    """Float32 logits ``[B, L, V]`` of one microbatch, computed in the dtype of ``params`` up to the last norm."""
+    x_BLD = params["embed"]["tokens"][tokens_BL] * model.embed_scale
+    if model.positions is not None:
+        x_BLD = x_BLD + params["embed"]["positions"][: tokens_BL.shape[1]]
+    for block_params in params["blocks"]:
+        x_BLD = model.block(block_params, x_BLD, side)
+    x_BLD = model.final(params["final"], x_BLD)
+    head_VD = params["embed"]["tokens"] if model.tied else params["head"]
+    return jnp.matmul(x_BLD.astype(jnp.float32), head_VD.astype(jnp.float32).T, precision="highest")

@@ -1,0 +1,68 @@
+"""Where the warm-up, the steady state and the cool-down begin and end.
+
+A scan runs all instructions of its body in all its intervals, also where they have nothing to do: idle passes cost
+little, idle transfers more; and every further scan has to be compiled. Where one interval needs all that any interval
+needs, one scan is enough. Elsewhere up to three share the intervals so that the whole costs least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import groupby
+
+import numpy as np
+
+IDLE_TRANSFER = 4  # what an idle transfer of all devices costs, in idle passes
+COMPILED = 8  # intervals in which an idle instruction costs as much as compiling it once more
+
+
+def cuts(p: int, interval: np.ndarray, identity: np.ndarray, pair: np.ndarray) -> list[tuple[int, int]]:
+    """First interval and end of every scan, from each event's interval, instruction and pair of devices (or -1)."""
+    needs, cost = _needs(p, interval, identity, pair)
+    runs = [(need, len(list(same))) for need, same in groupby(needs)]
+    everything = 0
+    for need, _ in runs:
+        everything |= need
+    starts = np.cumsum([0] + [length for _, length in runs]).tolist()
+    if any(need == everything for need, _ in runs):
+        return [(0, starts[-1])]
+    return [(starts[a], starts[b]) for a, b in _cheapest([need for need, _ in runs], starts, cost)]
+
+
+def _needs(p: int, interval: np.ndarray, identity: np.ndarray, pair: np.ndarray) -> tuple[list[int], Callable[[int], int]]:
+    """For every interval a set, as bits, of the instructions and pairs it needs; and the cost of such a set."""
+    lines, line = np.unique(identity, return_inverse=True)
+    sent = np.flatnonzero(pair >= 0)
+    pairs, which = np.unique(pair[sent], return_inverse=True)
+    found = np.zeros((int(interval.max()) + 1, len(lines) + len(pairs)), bool)
+    found[interval, line] = True
+    found[interval[sent], len(lines) + which] = True
+    transfers = sum(1 << n for n in range(len(lines), len(lines) + len(pairs)))
+
+    def cost(need: int) -> int:
+        return p * (need & ~transfers).bit_count() + IDLE_TRANSFER * (need & transfers).bit_count()
+
+    return [int.from_bytes(np.packbits(row, bitorder="little").tobytes(), "little") for row in found], cost
+
+
+def _cheapest(needs: list[int], starts: list[int], cost: Callable[[int], int]) -> list[tuple[int, int]]:
+    """The division of the runs ``0 .. n-1`` into at most three parts that costs least."""
+    n = len(needs)
+
+    def costs_from(a: int) -> list[int]:
+        """The cost of a part from run ``a`` to before run ``b``, for every ``b`` after it."""
+        union, found = 0, [0] * (n + 1)
+        for b in range(a + 1, n + 1):
+            union |= needs[b - 1]
+            found[b] = (starts[b] - starts[a] + COMPILED) * cost(union)
+        return found
+
+    part = [costs_from(a) for a in range(n)]
+    best = (part[0][n], ())
+    for a in range(1, n):
+        best = min(best, (part[0][a] + part[a][n], (a,)))
+        for b in range(a + 1, n):
+            if (total := part[0][a] + part[a][b] + part[b][n]) < best[0]:
+                best = (total, (a, b))
+    bounds = (0, *best[1], n)
+    return list(zip(bounds[:-1], bounds[1:], strict=True))

@@ -1,0 +1,260 @@
+"""Text in, batches out: nothing leaks, nothing is lost, any batch is there at any time, bad data is named."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vocabpp_jax import data
+from vocabpp_jax.data import corpus as corpus_module
+
+WORDS = "the cat sat on the mat and looked at another cat which sat on another mat\n"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("VOCABPP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(content, encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A hundred different texts."""
+    for i in range(100):
+        write(tmp_path / "texts" / f"{i}.txt", f"{i}: " + WORDS * (1 + i % 3))
+    return tmp_path / "texts"
+
+
+# --- corpus
+
+
+def test_the_splits_share_no_document_and_lose_none(folder):
+    corpus = data.open_corpus(str(folder))
+    train, validation = set(corpus.train()), set(corpus.validation())
+    assert corpus.documents == 100 and not train & validation
+    assert train | validation == {path.read_text() for path in folder.iterdir()}
+
+
+def test_duplicates_of_a_document_stand_on_the_same_side(tmp_path):
+    lines = [json.dumps({"text": f"document {i % 50}"}) for i in range(500)]
+    corpus = data.open_corpus(write(tmp_path / "texts.jsonl", "\n".join(lines)))
+    assert not set(corpus.train()) & set(corpus.validation())
+
+
+@pytest.mark.parametrize("documents", [2, 3, 5])
+def test_a_small_corpus_still_has_both_splits(tmp_path, documents):
+    lines = [json.dumps({"text": f"document {i}"}) for i in range(documents)]
+    corpus = data.open_corpus(write(tmp_path / "texts.jsonl", "\n".join(lines)))
+    assert list(corpus.train()) and list(corpus.validation())
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), min_size=1).filter(str.strip))
+def test_a_lone_document_is_cut_in_two(tmp_path_factory, text):
+    corpus = data.open_corpus(write(tmp_path_factory.mktemp("one") / "text.txt", text))
+    assert "".join(corpus.train()) + "".join(corpus.validation()) == text
+
+
+def test_a_lone_document_is_cut_at_a_line_end(tmp_path):
+    corpus = data.open_corpus(write(tmp_path / "text.txt", WORDS * 100))
+    assert "".join(corpus.validation()) == WORDS * 5
+
+
+def test_a_folder_is_read_whole_but_for_hidden_files(folder):
+    write(folder / "deep" / "more.jsonl", '{"text": "one"}\n\n{"text": "two", "id": 3}\n')
+    write(folder / ".git" / "index", b"\0\0")
+    corpus = data.open_corpus(str(folder))
+    assert corpus.documents == 102 and {"one", "two"} <= {*corpus.train(), *corpus.validation()}
+
+
+def test_the_fingerprint_follows_the_text_and_not_the_place(tmp_path):
+    first = data.open_corpus(write(tmp_path / "a.txt", WORDS))
+    same = data.open_corpus(write(tmp_path / "b" / "c.txt", WORDS))
+    other = data.open_corpus(write(tmp_path / "a.txt", WORDS + "."))
+    assert first.fingerprint == same.fingerprint != other.fingerprint
+
+
+def test_the_standard_library_is_a_corpus():
+    files = corpus_module._standard_library()
+    assert len(files) > 500 and not any("site-packages" in path.parts for path in files)
+
+
+@pytest.mark.parametrize(
+    "name, content, sentence",
+    [
+        ("empty.txt", "", "holds no text"),
+        ("blank.jsonl", " \n\n", "holds no text"),
+        ("nul.txt", b"text\0text", "nul.txt is not text: it has a NUL byte at 4"),
+        ("latin.txt", "caf\u00e9".encode("latin-1"), "latin.txt is not text: byte 0xe9 at 3 is not UTF-8"),
+        ("field.jsonl", '{"text": "a"}\n{"body": "b"}\n', "field.jsonl:2 has no field 'text'"),
+        ("number.jsonl", '{"text": 5}\n', "number.jsonl:1 has no field 'text'"),
+        ("broken.jsonl", '{"text": "a"\n', "broken.jsonl:1 is not JSON"),
+        ("deep.jsonl", "[" * 100_000, "deep.jsonl:1 is not JSON"),
+        ("binary.jsonl", b'{"text": "\xff"}', "binary.jsonl:1 is not text"),
+    ],
+)
+def test_bad_data_is_named(tmp_path, name, content, sentence):
+    with pytest.raises(ValueError) as error:
+        data.open_corpus(write(tmp_path / name, content))
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_file_and_an_empty_folder_are_named(tmp_path):
+    with pytest.raises(ValueError, match="nothing.txt', no file or folder"):
+        data.open_corpus(str(tmp_path / "nothing.txt"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty', which holds no text"):
+        data.open_corpus(str(tmp_path / "empty"))
+
+
+# --- tokenizer and tokens
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=60))
+def test_any_text_survives_the_tokenizer(text):
+    tokenizer = TOKENIZER
+    assert tokenizer.decode(data.encode([text], tokenizer)[:-1].tolist(), skip_special_tokens=False) == text
+
+
+TOKENIZER = data.train_tokenizer([WORDS] * 3, 300)
+
+
+def test_every_document_is_followed_by_the_end_of_text(folder):
+    tokens = data.load_tokens(str(folder), vocab_size=300)
+    end = tokens.tokenizer.token_to_id(data.END_OF_TEXT)
+    assert sum(np.count_nonzero(split == end) for split in (tokens.train, tokens.validation)) == 100
+    assert tokens.train[-1] == tokens.validation[-1] == end
+
+
+def test_text_that_spells_the_end_of_text_stays_text(tmp_path):
+    tokens = data.load_tokens(write(tmp_path / "a.txt", (data.END_OF_TEXT + "\n") * 50), vocab_size=257)
+    assert np.count_nonzero(tokens.train == 0) == 1
+
+
+def test_training_the_tokenizer_twice_gives_the_same_one(folder):
+    corpus = data.open_corpus(str(folder))
+    assert len({data.train_tokenizer(corpus.train(), 400).to_str() for _ in range(3)}) == 1
+
+
+def test_the_cache_is_used_and_leaves_no_partial_files(folder, cache, monkeypatch):
+    first = data.load_tokens(str(folder), vocab_size=300)
+    monkeypatch.setattr("vocabpp_jax.data.tokenizer.train_tokenizer", None)
+    monkeypatch.setattr("vocabpp_jax.data.tokens.encode", None)
+    again = data.load_tokens(str(folder), vocab_size=300)
+    assert np.array_equal(first.train, again.train) and len(list(cache.iterdir())) == 3
+
+
+def test_a_failed_write_leaves_nothing_behind(folder, cache, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("full")
+
+    monkeypatch.setattr("vocabpp_jax.data.tokens.encode", fails)
+    with pytest.raises(RuntimeError):
+        data.load_tokens(str(folder), vocab_size=300)
+    assert [path.suffix for path in cache.iterdir()] == [".json"]
+
+
+def test_damaged_cache_files_are_named(folder, cache):
+    data.load_tokens(str(folder), vocab_size=300)
+    for pattern in ("*-train.npy", "tokenizer-*.json"):
+        (path,) = cache.glob(pattern)
+        write(path, b"\x93NUMPY damaged")
+        with pytest.raises(ValueError, match=path.name):
+            data.load_tokens(str(folder), vocab_size=300)
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("VOCABPP_CACHE", write(tmp_path / "file", "") + "/cache")
+    with pytest.raises(ValueError, match="VOCABPP_CACHE"):
+        data.load_tokens(write(tmp_path / "a.txt", WORDS), vocab_size=300)
+
+
+def test_token_ids_outside_the_vocabulary_are_named(folder, tmp_path):
+    TOKENIZER.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="holds the token id 2.., outside a vocabulary of 260"):
+        data.load_tokens(str(folder), vocab_size=260, tokenizer=str(tmp_path / "tokenizer.json"))
+    data.check_vocabulary(np.array([0, 259]), 260, "it")
+
+
+@pytest.mark.parametrize("content", [None, "{}", '{"version": "1.0", "model": {"type": "BPE", "vocab": {}}}'])
+def test_what_is_no_tokenizer_is_named(tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    if content:
+        write(path, content)
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        data.load_tokenizer(path)
+
+
+def test_a_vocabulary_too_small_for_bytes_is_refused():
+    with pytest.raises(ValueError, match="vocab_size is 256; byte-level BPE needs at least 257"):
+        data.train_tokenizer([WORDS], 256)
+
+
+def test_unigram_entropy_of_known_frequencies():
+    assert data.unigram_entropy(np.arange(1000) % 8) == pytest.approx(np.log(8))
+    assert data.unigram_entropy(np.zeros(10, np.uint16)) == 0
+    assert data.unigram_entropy(np.array([0, 0, 0, 5])) == pytest.approx(-0.75 * np.log(0.75) - 0.25 * np.log(0.25))
+
+
+# --- batches
+
+
+def batches(tokens, seed=0, microbatches=3, batch=2, seq=5):
+    return data.training_batches(tokens, microbatches=microbatches, batch=batch, seq=seq, seed=seed)
+
+
+def test_a_batch_depends_on_the_seed_and_its_index_only():
+    tokens = np.arange(1000)
+    forwards = [batches(tokens, seed=7)[k] for k in range(40)]
+    again = batches(tokens, seed=7)
+    for k in reversed(range(40)):
+        np.testing.assert_equal(again[k], forwards[k])
+    assert not np.array_equal(batches(tokens, seed=8)[0]["tokens"], forwards[0]["tokens"])
+
+
+@given(
+    length=st.integers(40, 200), m=st.integers(1, 3), b=st.integers(1, 3), s=st.integers(1, 4), k=st.integers(0, 10**9)
+)
+def test_labels_are_the_tokens_one_later(length, m, b, s, k):
+    batch = batches(np.arange(length, dtype=np.uint16), microbatches=m, batch=b, seq=s)[k]
+    assert batch["tokens"].shape == batch["labels"].shape == batch["mask"].shape == (m, b, s)
+    assert batch["tokens"].dtype == batch["labels"].dtype == np.int32 and batch["mask"].dtype == np.float32
+    assert np.array_equal(batch["labels"], batch["tokens"] + 1) and batch["mask"].all()
+
+
+def test_every_window_comes_once_an_epoch_in_a_new_order():
+    tokens = np.arange(5 * 12 + 1)  # 12 windows: two batches of 6
+    taken = batches(tokens)
+    epochs = [np.concatenate([taken[2 * e + i]["tokens"].reshape(-1, 5)[:, 0] for i in range(2)]) for e in range(4)]
+    assert all(sorted(epoch) == list(range(0, 60, 5)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_a_corpus_of_exactly_one_batch_is_enough_and_one_token_less_is_not():
+    batches(np.arange(31))
+    with pytest.raises(ValueError, match="30 tokens, too few for one batch of 6 sequences of 5, which takes 31"):
+        batches(np.arange(30))
+
+
+@pytest.mark.parametrize("windows, at_most, expected", [(12, None, 12), (13, None, 13), (4, None, 4), (50, 2, 12)])
+def test_validation_counts_every_window_once(windows, at_most, expected):
+    tokens = np.arange(5 * windows + 1)
+    taken = data.validation_batches(tokens, microbatches=3, batch=2, seq=5, at_most=at_most)
+    seen = [row[0] for i in range(len(taken)) for row in taken[i]["tokens"][taken[i]["mask"][..., 0] == 1]]
+    assert len(seen) == len(set(seen)) == expected
+    assert all(taken[i]["tokens"].shape == (3, 2, 5) for i in range(len(taken)))
+
+
+def test_validation_too_short_for_one_sequence_is_named():
+    with pytest.raises(ValueError, match="validation split has 5 tokens, too few for a sequence of 5"):
+        data.validation_batches(np.arange(5), microbatches=1, batch=1, seq=5)

@@ -1,0 +1,78 @@
+"""The train step: a pipeline's gradients, clipped by their global norm, into an optax optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from .pipeline import Batch, Pipeline
+
+Metrics = dict[str, jax.Array]
+
+
+class State(NamedTuple):
+    """What training carries: steps done, float32 master parameters in the pipeline's layout, optimizer state."""
+
+    step: jax.Array
+    params: Any
+    optimizer: Any
+
+
+def global_norm(pipe: Pipeline, grads: Any) -> jax.Array:
+    """The norm of the whole gradient, over all stages and shards, every parameter counted once."""
+    squares = jax.tree.map(lambda g, unique: jnp.sum(unique * jnp.square(g)), grads, pipe.layout.unique())
+    return jnp.sqrt(jax.tree.reduce(jnp.add, squares))
+
+
+def shardings(pipe: Pipeline, optimizer: optax.GradientTransformation) -> State:
+    """The sharding of every leaf of the state: moments lie where their parameters do, the rest everywhere."""
+    everywhere = NamedSharding(pipe.mesh, PartitionSpec())
+    params = pipe.layout.shapes()
+    moments = optax.tree_utils.tree_map_params(
+        optimizer, lambda _, sharding: sharding, jax.eval_shape(optimizer.init, params), pipe.shardings,
+        transform_non_params=lambda _: everywhere)
+    return State(everywhere, pipe.shardings, moments)
+
+
+def init_state(pipe: Pipeline, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
+    """A state at step 0, made where it will live. The same key gives the same model whatever the layout."""
+
+    def init(key: jax.Array) -> State:
+        params = pipe.layout.pack(pipe.model.init(key))
+        return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    return jax.jit(init, out_shardings=shardings(pipe, optimizer))(key)
+
+
+def make_step(pipe: Pipeline, optimizer: optax.GradientTransformation, clip: float | None = 1.0,
+              ) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """``(state, batch) -> state, metrics``, compiled, the old state's buffers donated to the new.
+
+    Args:
+        clip: the largest global norm of the gradient; a longer one is shortened to it. None for no clipping.
+
+    Metrics are scalars, the same on every device: ``loss`` (mean over valid tokens), ``grad_norm`` before clipping.
+    """
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        loss, grads = pipe.value_and_grad(state.params, batch)
+        norm = global_norm(pipe, grads)
+        if clip is not None:
+            scale = jnp.minimum(1.0, clip / (norm + 1e-6))
+            grads = jax.tree.map(lambda g: g * scale, grads)
+        updates, moments = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return State(state.step + 1, params, moments), {"loss": loss, "grad_norm": norm}
+
+    everywhere = NamedSharding(pipe.mesh, PartitionSpec())
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings(pipe, optimizer), everywhere))
+
+
+def make_evaluation(pipe: Pipeline) -> Callable[[Any, Batch], jax.Array]:
+    """``(params, batch) -> loss``, compiled: the forward-only program."""
+    return jax.jit(pipe.evaluate)
