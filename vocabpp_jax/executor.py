@@ -61,7 +61,8 @@ class Executor:
     def initial_state(self) -> State:
         """All buffers: rings of the schedule's own size, zero gradients, zero loss."""
         rings = self.program.rings
-        state = {"inbox": zeros(rings["inbox"], self.x), "out": jnp.zeros(self.x.shape, self.x.dtype)}
+        state = {"inbox": zeros(rings["inbox"], self.x), "out": jnp.zeros(self.x.shape, self.x.dtype),
+                 "clock": jnp.zeros((), jnp.int32)}
         for ring in ("residual", "kept", "carried"):
             if ring in rings:
                 state[ring] = (zeros(rings[ring], getattr(self.block, ring)),) * self.layout.depth

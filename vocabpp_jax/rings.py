@@ -21,12 +21,34 @@ def when(condition: jax.Array, state: State, names: tuple[str, ...], update: Cal
 
     A loop of zero or one trips, not a conditional: XLA carries what a loop updates in place, where every branch of a
     conditional copies what it passes through. No collective may stand inside.
+
+    All passes share ``clock``, the count of those that ran. It keeps them in the program's order: without it nothing
+    orders one that reads a buffer before another that overwrites it, and the compiler copies the buffer.
     """
+    names = ("clock", *names)
     _, updated = lax.while_loop(
         lambda carry: carry[0],
-        lambda carry: (jnp.zeros((), bool), {n: v for n, v in update(state | carry[1]).items() if n in names}),
+        lambda carry: (jnp.zeros((), bool), _ticked({n: v for n, v in update(state | carry[1]).items() if n in names})),
         (condition, {n: state[n] for n in names}))
     return state | updated
+
+
+def _ticked(state: State) -> State:
+    return state | {"clock": state["clock"] + 1}
+
+
+def before_later_passes(state: State, value: jax.Array) -> State:
+    """Makes every later pass wait until ``value`` is there, as a stream of instructions would.
+
+    The compiler orders by data alone, and drops a barrier before it schedules. So the clock reads one element.
+    """
+    first = value.reshape(-1)[0]
+    return state | {"clock": jnp.where(first == first, state["clock"], state["clock"] + 1)}
+
+
+def behind_earlier_passes(state: State, value: jax.Array) -> jax.Array:
+    """``value``, not to be used before the passes that stand earlier have run."""
+    return jnp.where(state["clock"] >= 0, value, jnp.zeros_like(value))
 
 
 def get(ring: Any, cell: jax.Array) -> Any:

@@ -9,7 +9,9 @@ Shapes, per device: B microbatch, L length, N = B·L tokens, D width, R rows of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,11 +20,12 @@ from jax import lax
 
 from . import vocab
 from .layout import PIPE, Layout
-from .rings import Cells, State, get, put, put_if, when
+from .rings import Cells, State, before_later_passes, behind_earlier_passes, get, put, put_if, when
 from .schedules import Instruction
 from .vocab import Shard, Stats
 
 F32 = jnp.float32
+Start = tuple[Any, Callable]  # what a collective takes, and the collective
 
 
 def flight(name: str) -> str:
@@ -109,8 +112,8 @@ class VocabularySteps:
     def _flights(self, wide: tuple[int, int], dtype: jnp.dtype) -> dict[str, Any]:
         """What every collective leaves, before the first has run."""
         vector, matrix = jnp.zeros(wide[:1], F32), jnp.zeros(wide, dtype)
-        made = {"CI": matrix, "C0": matrix, "CB": matrix, "big": matrix, "max": vector,
-                "stats": Stats(vector, vector, vector)}
+        gathered = jnp.zeros((self.layout.schedule.p, 3, *wide[:1]), F32)
+        made = {"CI": matrix, "C0": matrix, "CB": matrix, "big": matrix, "max": vector, "stats": gathered}
         return {name: made[name] for name in made if name in self.names}
 
     # --- instructions ------------------------------------------------------------------------------------------------
@@ -124,8 +127,12 @@ class VocabularySteps:
                     return self.embed(state, cells)
                 case "run", "IB":
                     return self.embed_backward(state, cells)
-                case ("start" | "done"), name:
-                    return state | getattr(self, f"{instruction.op}_{name}")(state, cells)
+                case "start", name:
+                    operand, communicate = getattr(self, f"start_{name}")(state, cells)
+                    return before_later_passes(state, operand) | {flight(name): communicate(operand)}
+                case "done", name:
+                    landed = behind_earlier_passes(state, state[flight(name)])
+                    return state | getattr(self, f"done_{name}")(state, cells, landed)
                 case "run", "S":
                     names = ("P", "A") if self.early else ("P",)
                     return when(i >= 0, state, names, lambda s: self.softmax(s, cells))
@@ -162,18 +169,18 @@ class VocabularySteps:
         return when(cells["microbatch"] >= 0, state, ("inbox",),
                     lambda s: s | {"inbox": put(s["inbox"], cells["deliver"], embedded())})
 
-    def start_CI(self, state: State, cells: Cells) -> State:
-        return {flight("CI"): lax.psum(state["part"].reshape(-1, self.layout.model.width), PIPE)}
+    def start_CI(self, state: State, cells: Cells) -> Start:
+        return state["part"].reshape(-1, self.layout.model.width), partial(lax.psum, axis_name=PIPE)
 
-    def done_CI(self, state: State, cells: Cells) -> State:
+    def done_CI(self, state: State, cells: Cells, x: jax.Array) -> State:
         inbox = state["inbox"]
-        return {"inbox": put_if(inbox, cells["deliver"], state[flight("CI")].reshape(inbox.shape[1:]))}
+        return {"inbox": put_if(inbox, cells["deliver"], x.reshape(inbox.shape[1:]))}
 
-    def start_CB(self, state: State, cells: Cells) -> State:
-        return {flight("CB"): self._broadcast(state, cells, self.layout.schedule.placement[0])}
+    def start_CB(self, state: State, cells: Cells) -> Start:
+        return self._stream(state, cells), partial(self._broadcast, source=self.layout.schedule.placement[0])
 
-    def done_CB(self, state: State, cells: Cells) -> State:
-        return {}
+    def done_CB(self, state: State, cells: Cells, g: jax.Array) -> State:
+        return {flight("CB"): g}
 
     def embed_backward(self, state: State, cells: Cells) -> State:
         """IB: scatter-adds the first stage's input gradient into this shard's rows."""
@@ -197,11 +204,11 @@ class VocabularySteps:
 
     # --- output layer ------------------------------------------------------------------------------------------------
 
-    def start_C0(self, state: State, cells: Cells) -> State:
-        return {flight("C0"): self._broadcast(state, cells, self.layout.schedule.placement[-1])}
+    def start_C0(self, state: State, cells: Cells) -> Start:
+        return self._stream(state, cells), partial(self._broadcast, source=self.layout.schedule.placement[-1])
 
-    def done_C0(self, state: State, cells: Cells) -> State:
-        return {"X": put_if(state["X"], cells["X"], state[flight("C0")])}
+    def done_C0(self, state: State, cells: Cells, x: jax.Array) -> State:
+        return {"X": put_if(state["X"], cells["X"], x)}
 
     def softmax(self, state: State, cells: Cells) -> State:
         """S: local logits and softmax; in Algorithm 2 also ``A = P' W``."""
@@ -229,19 +236,18 @@ class VocabularySteps:
         record |= {"softmax": e, "local": local._replace(sum=e.sum(1))}
         return state | {"P": put(state["P"], cells["P"], record)}
 
-    def start_max(self, state: State, cells: Cells) -> State:
-        return {flight("max"): lax.pmax(self._local(state, cells).maximum, PIPE)}
+    def start_max(self, state: State, cells: Cells) -> Start:
+        return self._local(state, cells).maximum, partial(lax.pmax, axis_name=PIPE)
 
-    def done_max(self, state: State, cells: Cells) -> State:
-        return self._noted(state, cells, local=self._local(state, cells)._replace(maximum=state[flight("max")]))
+    def done_max(self, state: State, cells: Cells, maximum: jax.Array) -> State:
+        return self._noted(state, cells, local=self._local(state, cells)._replace(maximum=maximum))
 
-    def start_stats(self, state: State, cells: Cells) -> State:
+    def start_stats(self, state: State, cells: Cells) -> Start:
         # One gather instead of a maximum that a sum must wait for.
-        gathered = lax.all_gather(jnp.stack(self._local(state, cells)), PIPE)
-        return {flight("stats"): vocab.combine(Stats(*jnp.moveaxis(gathered, 1, 0)))}
+        return jnp.stack(self._local(state, cells)), partial(lax.all_gather, axis_name=PIPE)
 
-    def done_stats(self, state: State, cells: Cells) -> State:
-        whole = state[flight("stats")]
+    def done_stats(self, state: State, cells: Cells, gathered: jax.Array) -> State:
+        whole = vocab.combine(Stats(*jnp.moveaxis(gathered, 1, 0)))
         loss = jnp.sum(jnp.where(cells["microbatch"] >= 0, self._weight(cells) * vocab.losses(whole), 0))
         updated = {"loss": state["loss"] + loss}
         if not self.trains:
@@ -259,15 +265,15 @@ class VocabularySteps:
         state = state | {self.head_gradient: total}
         return state if self.early else state | {"A": vocab.input_gradient(dy, self.head)}
 
-    def start_big(self, state: State, cells: Cells) -> State:
+    def start_big(self, state: State, cells: Cells) -> Start:
         part = state["A"]
         if self.early:
             scale = get(state["P"]["factor"], jnp.maximum(cells["P"], 0))
             part = vocab.partial_input_gradient(part, self.head, scale, self._weight(cells), self._labels(cells), self.shard)
-        return {flight("big"): lax.psum(part, PIPE)}
+        return part, partial(lax.psum, axis_name=PIPE)
 
-    def done_big(self, state: State, cells: Cells) -> State:
-        return {}
+    def done_big(self, state: State, cells: Cells, g: jax.Array) -> State:
+        return {flight("big"): g}
 
     def final_backward(self, state: State, cells: Cells) -> State:
         """G: the final function's backward, into the last stage's inbox."""
@@ -312,9 +318,12 @@ class VocabularySteps:
         """The record of one microbatch with some small fields replaced."""
         return {"P": state["P"] | {k: put_if(state["P"][k], cells["P"], v) for k, v in fields.items()}}
 
-    def _broadcast(self, state: State, cells: Cells, source: int) -> jax.Array:
-        """The stream of one device, ``[N, D]``, on all: natively, or a masked sum where the backend has no broadcast."""
-        x = get(state["inbox"], jnp.maximum(cells["inbox"], 0)).reshape(-1, self.layout.model.width)
+    def _stream(self, state: State, cells: Cells) -> jax.Array:
+        """What waits in the inbox ``[N, D]``: meaningful on the device that a broadcast comes from."""
+        return get(state["inbox"], jnp.maximum(cells["inbox"], 0)).reshape(-1, self.layout.model.width)
+
+    def _broadcast(self, x: jax.Array, source: int) -> jax.Array:
+        """One device's array on all: natively, or by a masked sum where the backend has no broadcast."""
         if self.native_broadcast:
             return lax.pbroadcast(x, (PIPE,), source)
         return lax.psum(jnp.where(lax.axis_index(PIPE) == source, x, jnp.zeros_like(x)), PIPE)
