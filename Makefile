@@ -12,6 +12,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 VENV ?= .venv
 EXTRAS ?= test
 ARGS ?=
+WORKERS ?= 2
 
 INSTALLED := $(VENV)/.installed-$(EXTRAS)
 
@@ -24,7 +25,7 @@ train: $(INSTALLED)
 	$(VENV)/bin/python experiments/train.py $(ARGS)
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/python -m ruff check .

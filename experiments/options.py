@@ -22,9 +22,9 @@ from vocabpp_jax.schedules import Schedule
 Options = TypeVar("Options")
 Result = TypeVar("Result")
 
-# Without these, tyro writes "{None}|INT" for an option that may be left out.
-OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
-OptionalStr = Annotated[str | None, tyro.conf.arg(metavar="STR")]
+# Without these, tyro writes "{None}|INT" and "(default: None)" for what may be left out.
+OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(optional)")]
+OptionalStr = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="(optional)")]
 
 UNNAMED = GPTConfig(layers=4, heads=4, hidden=128, seq=128, vocab_size=4096)
 """What trains where no model is named."""
@@ -35,8 +35,8 @@ class ModelOptions:
     """A named model, and what of it is to be different. What is not given is as the name says."""
 
     model: OptionalStr = None
-    """Named size: gpt-tiny, gpt-mini, gpt-small, or one of the published 4B, 7B, 10B, 16B, 21B, 30B. Without it, a
-    GPT that two CPU cores train in minutes: 4 layers, hidden 128, 4 heads, seq 128, vocab-size 4096, float32."""
+    """Named size: gpt-tiny, gpt-mini, gpt-small, or one of the published 4B, 7B, 10B, 16B, 21B, 30B. Without it,
+    one that two CPU cores train in minutes: 4 layers, hidden 128, 4 heads, seq 128, vocab-size 4096, float32."""
     layers: OptionalInt = None
     """Transformer layers, at least one a stage."""
     hidden: OptionalInt = None
@@ -70,6 +70,8 @@ class PipelineOptions:
     over the stages as vocab-1 (two barriers), vocab-2 (one) or vocab-naive (three)."""
     stages: int = 4
     """Pipeline stages: devices that one copy of the model is spread over. Simulated where there are only CPUs."""
+    chunks: OptionalInt = None
+    """With interleaved-1f1b: how many pieces of the model a device holds; 2 if not given."""
     data_parallel: OptionalInt = None
     """Copies of the model, each training on its part of the batch. Without it, as many as there are devices for."""
     microbatches: int = 8
@@ -82,7 +84,7 @@ class PipelineOptions:
         for name in ("stages", "microbatches", "microbatch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        return schedules.build(schedule=self.schedule, method=self.method, p=self.stages, m=self.microbatches)
+        return schedules.build(schedule=self.schedule, method=self.method, p=self.stages, m=self.microbatches, chunks=self.chunks)
 
     def mesh(self) -> jax.sharding.Mesh:
         """The mesh of devices. Raises ValueError where the devices there are cannot be laid out so."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from options import ClusterOptions, ModelOptions, OptionalInt, OptionalStr, PipelineOptions, or_fail, parse
@@ -93,8 +94,11 @@ def prepare(options: TrainOptions) -> Run:
     for name in ("steps", "eval_every", "eval_batches"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} is {getattr(options, name)}; it must be at least 1")
-    if options.seed < 0 or not options.clip > 0:
-        raise ValueError(f"seed is {options.seed} and clip {options.clip}; a seed is at least 0 and a clip above 0")
+    for name in ("lr", "clip"):
+        if not getattr(options, name) > 0:
+            raise ValueError(f"{name} is {getattr(options, name)}; it must be above 0")
+    if options.seed < 0:
+        raise ValueError(f"seed is {options.seed}; it must not be negative")
     config, schedule = options.model.config(), pipeline.build()
     optimizer = adamw(
         options.lr, options.steps, options.warmup_steps, weight_decay=options.weight_decay, decay_mask=matrices
@@ -102,13 +106,13 @@ def prepare(options: TrainOptions) -> Run:
     options.cluster.join(simulated_devices=pipeline.stages * (pipeline.data_parallel or 1))
     mesh = pipeline.mesh()
     pipe = Pipeline(models.gpt(config), schedule, mesh, compute_dtype=config.dtype)
-    output = new_folder(options)
+    output = output_folder(options)
 
     if jax.process_index() == 0:
         print(f"reading {options.data}, with a byte-level BPE of {config.vocab_size} tokens", flush=True)
         tokens = load_tokens(options.data, vocab_size=config.vocab_size, tokenizer=options.tokenizer)
     if jax.process_count() > 1:  # the others find what process 0 has put into the cache, or make it on their disk
-        jax.experimental.multihost_utils.sync_global_devices("tokenised")
+        multihost_utils.sync_global_devices("tokenised")
         tokens = load_tokens(options.data, vocab_size=config.vocab_size, tokenizer=options.tokenizer)
     shape = {
         "microbatches": pipeline.microbatches,
@@ -117,24 +121,29 @@ def prepare(options: TrainOptions) -> Run:
     }
     batches = training_batches(tokens.train, **shape, seed=options.seed)
     validation = validation_batches(tokens.validation, **shape, at_most=options.eval_batches)
+    if jax.process_index() == 0:
+        make_folder(output)
     return Run(options, config, pipe, optimizer, tokens, batches, validation, output)
 
 
-def new_folder(options: TrainOptions) -> Path:
-    """The folder to write to, made by process 0. A run that is there already is left as it is."""
+def output_folder(options: TrainOptions) -> Path:
+    """The folder that the run is to write to. A run that is there already is left as it is."""
     pipeline = options.pipeline
     name = f"{options.model.model or 'gpt'}-{pipeline.schedule}-{pipeline.method}-p{pipeline.stages}"
     output = Path(options.output or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if jax.process_index():
-        return output
-    if (output / "config.json").exists() or (output / "metrics.jsonl").exists():
-        raise ValueError(f"output is {str(output)!r}, which holds a run already; give another folder or remove it")
+    for file in ("config.json", "metrics.jsonl"):
+        if jax.process_index() == 0 and (output / file).exists():
+            raise ValueError(f"output is {str(output)!r}, which holds a run already; give another folder or remove it")
+    return output
+
+
+def make_folder(output: Path) -> None:
+    """Make it, and see that files can be made in it."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         (output / "metrics.jsonl").touch()
     except OSError as reason:
         raise ValueError(f"output is {str(output)!r}, which cannot be written ({reason.strerror})") from None
-    return output
 
 
 def matrices(params: Any) -> Any:
@@ -220,7 +229,7 @@ def describe(run: Run) -> None:
             "unigram_entropy": unigram_entropy(run.tokens.validation),
         },
         "mesh": layout,
-        "device": f"{device.platform} {device.device_kind}",
+        "device": device.device_kind,
         "processes": jax.process_count(),
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
     }
@@ -228,8 +237,8 @@ def describe(run: Run) -> None:
     print(
         f"training {record['parameters']:,} parameters on {len(run.tokens.train):,} tokens of "
         f"{run.tokens.corpus.documents:,} documents\n{run.options.pipeline.schedule} {run.options.pipeline.method}, "
-        f"{layout['pipe']} stages × {layout['data']} copies on {record['device']}, "
-        f"{run.tokens_per_step:,} tokens a step",
+        f"{layout['pipe']} stages, "
+        f"{layout['data']} data-parallel, on {record['device']} devices, {run.tokens_per_step:,} tokens a step",
         flush=True,
     )
 

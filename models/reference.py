@@ -35,7 +35,6 @@ def reference_loss(
     def microbatch(total: jax.Array, batch: tuple) -> tuple[jax.Array, None]:
         tokens_BL, labels_BL, valid_BL, side_B = batch
         logits_BLV = reference_logits(model, params, tokens_BL, side_B)
-        labels_BL = jnp.where(valid_BL, labels_BL, 0)
         nll_BL = -jnp.take_along_axis(jax.nn.log_softmax(logits_BLV), labels_BL[..., None], axis=-1)[..., 0]
         return total + jnp.sum(jnp.where(valid_BL, nll_BL, 0.0)), None
 

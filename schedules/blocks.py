@@ -22,6 +22,7 @@ class Block:
         F, B: start slot of each stage's forward and backward.
         W: start slot of each stage's weight gradient, or () where B computes it too.
         backward_slots: slots that a B takes; a forward takes 1, and a B that computes both gradients usually 2.
+        group, group_interval: where microbatches come in groups, how many, and the slots from one group to the next.
     """
 
     interval: int
@@ -30,6 +31,8 @@ class Block:
     B: tuple[int, ...] = ()
     W: tuple[int, ...] = ()
     backward_slots: int = 1
+    group: int = 1
+    group_interval: int = 0
 
     def __post_init__(self) -> None:
         if self.interval < 1:
@@ -38,6 +41,9 @@ class Block:
             starts = getattr(self, name)
             if len(starts) != len(self.placement) and (starts or name == "F"):
                 raise ValueError(f"{name} has {len(starts)} starts; give one for each of the {len(self.placement)} stages")
+        if self.group < 1 or self.group_interval % self.interval:
+            raise ValueError(f"group is {self.group} and group_interval {self.group_interval}; a group has 1 microbatch or "
+                             f"more, and the next follows after a multiple of the interval, {self.interval} slots")
         if self.W and not self.B:
             raise ValueError("W has starts and B has none; weight gradients need the backward that they follow")
 
@@ -51,13 +57,18 @@ class Block:
         """Slots of the longest pass."""
         return self.backward_slots if self.B else 1
 
+    def shift(self, i: int) -> int:
+        """Slots from microbatch 0's passes to those of microbatch ``i``."""
+        groups, rest = divmod(i, self.group)
+        return groups * (self.group_interval or self.group * self.interval) + rest * self.interval
+
     def delayed_backward(self, slots: int) -> Block:
         """The same block with every B and W ``slots`` later."""
         return replace(self, B=tuple(b + slots for b in self.B), W=tuple(w + slots for w in self.W))
 
     def passes(self, device: int, i: int) -> list[Pass]:
         """The passes of microbatch ``i`` on one device."""
-        shift = i * self.interval
+        shift = self.shift(i)
         return [Pass(kind, stage, i, starts[stage] + shift, slots)
                 for kind, starts, slots in (("F", self.F, 1), ("B", self.B, self.backward_slots), ("W", self.W, 1))
                 if starts
@@ -69,7 +80,8 @@ def gpipe(p: int, m: int) -> Block:
 
     No interval holds an F and a B, so one slot serves either, and the two phases become two scans.
     """
-    return Block(1, tuple(range(p)), F=tuple(range(p)), B=tuple(p - 1 + m + (p - 1 - d) for d in range(p)))
+    turn = 2 * (p - 1) + m
+    return Block(1, tuple(range(p)), F=tuple(range(p)), B=tuple(turn - d for d in range(p)))
 
 
 def one_f_one_b(p: int) -> Block:
@@ -92,27 +104,17 @@ def interlaced(p: int) -> Block:
 def interleaved_one_f_one_b(p: int, chunks: int) -> Block:
     """Interleaved 1F1B (Narayanan et al. 2021): device d holds stages d, p + d, 2p + d, ...; p, m unrestricted.
 
-    As in 1F1B, device d runs forwards in slots d mod 3, backwards in the two after it; a chunk takes the next round of
-    three slots that no other chunk of the device has taken. A microbatch at a time, where Megatron takes p at a time.
+    Microbatches go in groups of p through one chunk after the other, one forward and one backward a round of three
+    slots. A last group that is not full leaves its rounds empty. Some p * chunks stages in flight on the first device.
     """
-    # From the last device to the first the output must not arrive in the middle of a backward: where it would, the
-    # last two devices share one phase, at the cost of a round.
+    # From the last device to the first nothing may be sent in the middle of a backward of the receiver: where it would
+    # be, the last two devices share one phase.
     F_of = [d + 2 * (p % 3 == 2 and d == p - 1) for d in range(p)]
     B_of = [2 * (p - 1 - d) + (p % 3 == 2 and d < p - 1) for d in range(p)]
-
-    def bases(first: int, step: int) -> list[int]:
-        taken = [first]
-        while len(taken) < chunks:
-            base = taken[-1] + -(-step // 3) * 3
-            while any((base - other) % (3 * chunks) == 0 for other in taken):
-                base += 3
-            taken.append(base)
-        return taken
-
-    forward = bases(0, F_of[-1] + 1)
-    backward = bases(forward[-1] + F_of[-1] + 1, B_of[0] + 2)[::-1]
-    return Block(3 * chunks, tuple(range(p)) * chunks, F=tuple(base + f for base in forward for f in F_of),
-                 B=tuple(base + b for base in backward for b in B_of), backward_slots=2)
+    turn = 3 * p * (chunks - 1) + F_of[-1] + 1
+    return Block(3, tuple(range(p)) * chunks, F=tuple(3 * p * c + f for c in range(chunks) for f in F_of),
+                 B=tuple(turn + 3 * p * (chunks - 1 - c) + b for c in range(chunks) for b in B_of), backward_slots=2,
+                 group=p, group_interval=3 * p * chunks)
 
 
 def zb_h1(p: int) -> Block:

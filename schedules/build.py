@@ -71,7 +71,7 @@ def _refuse_nonsense(schedule, method, p, m, chunks, layer_counts) -> None:
 
 def repeat(block: Block, method: str, m: int, name: str = "custom") -> Schedule:
     """A schedule from a building block: room for the vocabulary passes, then ``m`` copies an interval apart."""
-    block, vocabulary = insert(block, method)
+    block, vocabulary = insert(block, method, m)
     passes = tuple(tuple(sorted((x for i in range(m) for x in block.passes(d, i)), key=lambda x: x.start))
                    for d in range(block.p))
     return Schedule(name, block.p, m, block.interval, block.placement, passes, vocabulary)

@@ -80,9 +80,9 @@ class Rules:
     """What waits for what.
 
     Attributes:
-        transfers: "blocking": both ends of a permute wait for each other and for the data; "asynchronous": they go on,
-            the receiver waits where it uses the data, and both at the end of the interval, since no transfer outlives
-            a step of the scan; "eager": the sender never waits.
+        transfers: "blocking": both ends of a permute wait for each other and for the data; "asynchronous": both go on
+            and wait before the slot in which the first receiver reads its data, or at the end of the interval, which
+            no transfer outlives; "eager": the sender never waits, and a receiver only where it reads.
         idle: whether transfers and collectives also run in intervals in which they carry nothing.
     """
 
@@ -118,7 +118,6 @@ class _Engine:
         self.devices = np.arange(p)
         self.stages = _stage_of(self.schedule)
         self.clock = np.zeros(p)
-        self.link = np.zeros(p)  # until when its transfers keep a device's link busy
         self.arrival = np.zeros((p, max(1, program.rings.get("inbox", 0))))
         self.collectives_end = 0.0  # two collectives over the same devices do not overlap
         self.pending: dict[str, float] = {}
@@ -126,12 +125,31 @@ class _Engine:
 
     def run(self, segment: Segment) -> None:
         """One scan."""
-        steps = [self._step(instruction, segment.intervals) for instruction in segment.body]
+        steps: list[Callable[[int], None]] = []
+        under_way: list[tuple[int, np.ndarray, np.ndarray]] = []  # transfers: due slot, the devices, until when
+        for instruction in segment.body:
+            steps += [self._wait(*transfer) for transfer in under_way if transfer[0] <= instruction.slot]
+            under_way = [transfer for transfer in under_way if transfer[0] > instruction.slot]
+            steps.append(self._step(instruction, segment.intervals))
+            if instruction.op == "permute" and self.rules.transfers == "asynchronous":
+                ends = np.array(instruction.pairs, int)
+                due = instruction.due if instruction.due >= 0 else instruction.slot + 1
+                under_way.append((due, ends, self.tracks[-1].end))
+        steps += [self._wait(*transfer) for transfer in under_way]
         for n in range(segment.intervals):
             for step in steps:
                 step(n)
-            if self.rules.transfers == "asynchronous":
-                np.maximum(self.clock, self.link, out=self.clock)
+
+    def _wait(self, _due: int, pairs: np.ndarray, end: np.ndarray) -> Callable[[int], None]:
+        """Both ends of a transfer wait for it: on each, one program waits where the first receiver has to."""
+
+        def step(n: int) -> None:
+            until = self.clock.copy()
+            for ends in pairs.T:
+                until[ends] = np.maximum(until[ends], end[n, pairs[:, 1]])
+            self.clock = until
+
+        return step
 
     def _step(self, instruction: Instruction, intervals: int) -> Callable[[int], None]:
         """What one instruction does in interval n, with a track to note when it did."""
@@ -173,16 +191,14 @@ class _Engine:
             ready = self.clock[source]
             if mode != "eager":
                 ready = np.maximum(ready, self.clock[target])
-            if mode == "asynchronous":
-                ready = np.maximum(ready, np.maximum(self.link[source], self.link[target]))
             through = ready + takes
             track.start[n, target], track.end[n, target] = ready, through
-            until = self.clock.copy() if mode == "blocking" else self.link
-            for ends in (source, target):
-                until[ends] = np.maximum(until[ends], through)
             if mode == "blocking":
+                until = self.clock.copy()
+                for ends in (source, target):
+                    until[ends] = np.maximum(until[ends], through)
                 self.clock = until
-            else:
+            elif mode == "eager":
                 here = cells[n] >= 0
                 self.arrival[target[here], cells[n][here]] = through[here]
 
@@ -213,7 +229,7 @@ class _Engine:
 
     def _arrived(self, track: Track, n: int) -> np.ndarray | float:
         """When what an instruction reads from its inbox has come, ``[p]``; a rendezvous has already waited for it."""
-        if self.rules.transfers == "blocking" or "inbox" not in track.tables:
+        if self.rules.transfers != "eager" or "inbox" not in track.tables:
             return 0.0
         cells = track.tables["inbox"][n]
         return np.where(cells >= 0, self.arrival[self.devices, cells], 0.0)

@@ -141,7 +141,7 @@ class Timeline:
 
     @cached_property
     def _held(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Device, begin and end of every activation: from the start of F to the end of B, or of W where there is one."""
+        """Device, begin and end of every activation: from the start of F to the end of B, or of W if there is one."""
         schedule = self.schedule
         begin = self._times("F")[0]
         end = self._times("W" if schedule.splits_backward else "B" if schedule.trains else "F")[1]

@@ -26,23 +26,26 @@ METHODS = tuple(BARRIERS)
 SHARDED = tuple(m for m in METHODS if m not in ("baseline", "redis"))
 
 
-def insert(block: Block, method: str) -> tuple[Block, Vocabulary]:
-    """The block with room for a method's vocabulary passes, and when those run.
+def insert(block: Block, method: str, m: int) -> tuple[Block, Vocabulary]:
+    """The block with room for a method's vocabulary passes, and when those run for ``m`` microbatches.
 
     Raises:
         ValueError: an unknown method, or a block whose devices are never between two passes where S and T must stand.
     """
     if method not in BARRIERS:
         raise ValueError(f"method is {method!r}; the methods are {', '.join(METHODS)}")
+    shifts, inserted = tuple(block.shift(i) for i in range(m)), 0
     if method not in SHARDED:
-        return block, Vocabulary(method, block.interval, tuple(_unsharded(block)))
-    if method == "interlaced":
-        return block, Vocabulary(method, block.interval, tuple(_synchronous(block)))
-    output = _output_steps(block, method)
-    inserted = _inserted(block, output, BARRIERS[method]) if block.B else 0
-    block = block.delayed_backward(inserted * block.interval)
-    output = _latest_big(block, output)
-    return block, Vocabulary(method, block.interval, tuple(_input_steps(block, output) + output), inserted)
+        steps = list(_unsharded(block))
+    elif method == "interlaced":
+        steps = list(_synchronous(block))
+    else:
+        output = _output_steps(block, method)
+        inserted = _inserted(block, output, BARRIERS[method]) if block.B else 0
+        block = block.delayed_backward(inserted * block.interval)
+        output = _latest_big(block, output)
+        steps = _input_steps(block, output) + output
+    return block, Vocabulary(method, tuple(steps), shifts, inserted)
 
 
 def _on(block: Block, device: int, name: str, slot: int, after: bool = True) -> Step:
@@ -63,28 +66,31 @@ def _ends(block: Block, name: str, first: int, last: int) -> tuple[Step, Step]:
 
 def _output_steps(block: Block, method: str) -> list[Step]:
     """C0, S, T and their reductions, each as soon as its inputs allow, at one place of the interval for S and T."""
-    K, end, w, last = block.interval, block.F[-1], block.longest, block.placement[-1]
-    at = _between_passes(block, range(end + 1, end + 1 + w))
-    closed = end + w  # the slot behind which every device has run S
+    K, end, w = block.interval, block.F[-1], block.longest
+    at = [t + 1 for t in _between_passes(block, range(end + 1, end + 1 + w))]
+    closed = end + w + 1  # the slot before whose passes every device has run S
 
     def passes(name: str, intervals: int) -> Step:
-        return Step("run", name, tuple(t + intervals * K for t in at))
+        return Step("run", name, tuple(t + intervals * K for t in at), after=False)
 
     C0_start, C0_done = _ends(block, "C0", end + 1, end + 1)
-    steps, runs = [C0_start, C0_done], []
     if method == "vocab-naive":
-        reductions = _ends(block, "max", closed + 1, closed + 1) + _ends(block, "stats", closed + K + 1, closed + K + 1)
         runs, first_T = [passes("S2", 1), passes("S1", 0)], 2
+        reductions = [*_ends(block, "max", closed, closed), *_ends(block, "stats", closed + K, closed + K)]
     else:
-        reductions = _ends(block, "stats", closed + 1, closed + 1)
-        # Algorithm 1 sums what T makes; Algorithm 2 sums what S made, so there T is the one to come later.
-        runs, first_T = [passes("S", 0)], 1 if method == "vocab-1" else -(-(w + 1) // K)
+        runs, first_T = [passes("S", 0)], 1
+        reductions = [*_ends(block, "stats", closed, closed)]
     if not block.B:
-        return steps + list(reductions[1:]) + runs + list(reductions[:1])
-    big = reductions[-1].at[0] + 1 if method == "vocab-2" else closed + first_T * K + 1
+        return [C0_start, *runs, *reductions, C0_done]
     # T of an older microbatch before S of a newer one, so that one result of S is held at a time.
-    return (steps + list(reductions[1:]) + [passes("T", first_T)] + runs + list(reductions[:1])
-            + [*_ends(block, "big", big, big), _on(block, last, "G", big)])
+    runs = [passes("T", first_T), *runs]
+    if method == "vocab-2":  # sums what S made, and begins before S or T of the next interval
+        big, done = _ends(block, "big", closed + 1, closed + 1)
+        begin, behind = [C0_start, big], []
+    else:  # sums what T makes
+        big, done = _ends(block, "big", closed + first_T * K, closed + first_T * K)
+        begin, behind = [C0_start], [big]
+    return [*begin, *runs, *reductions, *behind, C0_done, done, _on(block, block.placement[-1], "G", done.at[0])]
 
 
 def _between_passes(block: Block, slots: Iterable[int]) -> tuple[int, ...]:

@@ -44,7 +44,7 @@ def random_params(config):
 
 def block_inputs(config=CONFIG):
     x = np.random.default_rng(1).normal(size=(B, config.seq, config.hidden))
-    return random_params(config)["blocks"][0], jnp.asarray(x, jnp.float32)
+    return random_params(config)["blocks"][0], x.astype(np.float32)
 
 
 def assert_close(actual, expected, tolerance=1e-5):
@@ -150,31 +150,24 @@ def test_init_is_gpt2s():
 
 def test_attention_is_causal():
     params, x = block_inputs()
-    before, after = BLOCK(params, x, {}), BLOCK(params, x.at[:, 7:].add(1.0), {})
+    later = np.concatenate([x[:, :7], -x[:, 7:]], axis=1)
+    before, after = (np.asarray(BLOCK(params, array, {})) for array in (x, later))
     np.testing.assert_allclose(before[:, :7], after[:, :7], atol=1e-6)
     assert np.all(np.max(np.abs(before - after)[:, 7:], axis=-1) > 1e-3)
 
 
-@settings(deadline=None, max_examples=25)
-@given(cuts=st.sets(st.integers(1, L - 1), max_size=4))
+@settings(deadline=None, max_examples=20)
+@given(cuts=st.lists(st.sets(st.integers(1, L - 1), max_size=4), min_size=B, max_size=B))
 def test_packed_documents_equal_documents_alone(cuts):
     params, x = block_inputs()
-    edges = [0, *sorted(cuts), L]
-    segment_ids = np.repeat(np.arange(len(edges) - 1), np.diff(edges))
-    packed = BLOCK(params, x, {"segment_ids": jnp.asarray(np.stack([segment_ids] * B))})
-    for start, end in pairwise(edges):
-        # A document alone, whatever follows it in its row: causal attention does not see that.
-        alone = BLOCK(params, jnp.roll(x, -start, axis=1), {})[:, : end - start]
-        assert_close(packed[:, start:end], alone)
-
-
-def test_rows_are_packed_each_in_its_own_way():
-    params, x = block_inputs()
-    segment_ids = jnp.stack([jnp.arange(L) // 4, jnp.arange(L) // 6])
-    packed = BLOCK(params, x, {"segment_ids": segment_ids})
+    edges = [[0, *sorted(row), L] for row in cuts]
+    segment_ids = np.stack([np.repeat(np.arange(len(row) - 1), np.diff(row)) for row in edges])
+    packed = np.asarray(BLOCK(params, x, {"segment_ids": segment_ids}))
     for row in range(B):
-        side = {"segment_ids": jnp.stack([segment_ids[row]] * B)}
-        assert_close(packed[row], BLOCK(params, x, side)[row])
+        for start, end in pairwise(edges[row]):
+            # A document alone, whatever follows it in its row: causal attention does not see that.
+            alone = np.asarray(BLOCK(params, np.roll(x, -start, axis=1), {}))
+            assert_close(packed[row, start:end], alone[row, : end - start])
 
 
 @functools.cache
@@ -208,6 +201,14 @@ def test_norm_statistics_are_float32_in_bfloat16():
     exact = np.asarray(x, np.float64)
     exact = (exact - exact.mean()) / np.sqrt(exact.var() + 1e-5)
     np.testing.assert_allclose(np.asarray(model.final(norm, x), np.float64), exact, rtol=2**-8, atol=1e-6)
+
+
+def test_norm_statistics_do_not_cancel_far_from_zero():
+    norm = {"scale": jnp.ones(D), "bias": jnp.zeros(D)}
+    x = (1000 + 0.1 * np.random.default_rng(0).normal(size=(1, 1, D))).astype(np.float32)
+    exact = np.asarray(x, np.float64)
+    exact = (exact - exact.mean()) / np.sqrt(exact.var() + 1e-5)
+    np.testing.assert_allclose(gpt(CONFIG).final(norm, jnp.asarray(x)), exact, atol=2e-3)
 
 
 # --- what the backward keeps ----------------------------------------------------------------------------------------
@@ -355,7 +356,7 @@ def test_gpt_module_equals_its_blocks_composed(tied, packed):
     config = dataclasses.replace(CONFIG, tie_embeddings=tied)
     params = random_params(config)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (B, 9))  # shorter than seq
-    segment_ids = jnp.arange(9)[None].repeat(B, 0) // 4 if packed else None
+    segment_ids = np.tile(np.arange(9) // 4, (B, 1)) if packed else None
     module = GPT.from_canonical(config, params)
     side = {"segment_ids": segment_ids} if packed else {}
     composed = jax.jit(reference_logits, static_argnums=0)(gpt(config), params, tokens, side)

@@ -96,7 +96,7 @@ def test_gpt_logits_and_loss_equal_a_gpt_written_in_numpy(tied, packed):
         for i in range(m)
     ])  # fmt: skip
 
-    side = {"segment_ids": jnp.asarray(ids)} if packed else {}
+    side = {"segment_ids": ids} if packed else {}
     first = {name: array[0] for name, array in side.items()}
     logits = jax.jit(reference_logits, static_argnums=0)(model, params, tokens[0], first)
     np.testing.assert_allclose(logits, exact[0], atol=1e-5)

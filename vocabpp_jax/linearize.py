@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
+from jax.extend.core import ClosedJaxpr, DropVar, Jaxpr, Literal, Var
 from jax.interpreters.partial_eval import dce_jaxpr
 
 Tree = Any
@@ -192,7 +192,8 @@ def _split(bwd: ClosedJaxpr, late: Sequence[bool], constants: int, stored: int) 
         made = [v for v in eqn.outvars if v in needed]
         if not made or all(v in made_early for v in made):
             continue
-        eqns.append(eqn)
+        # What came over from the first part is not made again: its place here is dropped.
+        eqns.append(eqn.replace(outvars=[DropVar(v.aval) if v in made_early else v for v in eqn.outvars]))
         needed |= {v for v in eqn.invars if isinstance(v, Var)}
     for v in jaxpr.invars[constants:] + [v for eqn in early.eqns for v in eqn.outvars]:
         if v in needed and v not in fixed:
@@ -203,5 +204,6 @@ def _split(bwd: ClosedJaxpr, late: Sequence[bool], constants: int, stored: int) 
     late_in = [*jaxpr.invars[:constants], *(jaxpr.invars[constants + n] for n in sorted(kept)), *carried]
     late_jaxpr = jaxpr.replace(invars=late_in, outvars=late_out, eqns=eqns[::-1],
                                debug_info=jaxpr.debug_info.with_unknown_names())
+    late_jaxpr, _ = dce_jaxpr(late_jaxpr, [True] * len(late_out), instantiate=True)
     return _Parts(_subset(bwd, [*early_out, *carried]), partial(jax.core.eval_jaxpr, late_jaxpr, bwd.consts),
                   frozenset(kept), tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in carried))

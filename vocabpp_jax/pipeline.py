@@ -119,6 +119,9 @@ class Pipeline:
             raise ValueError(f"tokens has shape {list(shape)}; it takes [m={self.schedule.m}, a multiple of {data}, length]")
         if self.model.positions is not None and shape[2] > self.model.positions:
             raise ValueError(f"tokens has length {shape[2]}; the model has {self.model.positions} positions")
+        for name in ("labels", "mask"):
+            if name in batch and jnp.shape(batch[name]) != shape:
+                raise ValueError(f"{name} has shape {list(jnp.shape(batch[name]))}; tokens has {list(shape)}")
         mask = batch.get("mask")
         mask = jnp.ones(shape, jnp.float32) if mask is None else jnp.asarray(mask).astype(jnp.float32)
         return {"tokens": batch["tokens"], "labels": batch["labels"], "mask": mask, "side": batch.get("side", {})}

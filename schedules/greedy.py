@@ -1,0 +1,143 @@
+"""List scheduling: every pass of a block as early as its inputs and the block's own memory allow.
+
+Works in unit slots of real time: in every slot each device runs the first pass, by a fixed order of kinds, that is
+ready and that its memory has room for. Bounds are those of the repeated block: for every stage the microbatches between
+F and B, and F and W; for every device the cells of each ring. C0 opens an interval as soon as the last stage's F is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from .blocks import Block
+
+F, B, W = 0, 1, 2
+SHORTEST = 2  # slots of an interval with a C0: one hides the broadcast, one the reduction of the softmax
+Order = Sequence[tuple[int, int]]  # kinds and chunks, what goes first first
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What the repeated block holds: by stage, and in the fullest device of each ring."""
+
+    block: Block
+
+    def _lifetimes(self, begin: Sequence[int], end: Sequence[int]) -> np.ndarray:
+        return np.array([-(-(b + 1 - a) // self.block.interval) for a, b in zip(begin, end, strict=True)])
+
+    def _peak(self, begin: Sequence[int], end: Sequence[int]) -> int:
+        alive = np.zeros((self.block.p, self.block.interval), int)
+        for a, b, d in zip(begin, end, self.block.placement, strict=True):
+            np.add.at(alive[d], np.arange(a, b + 1) % self.block.interval, 1)
+        return int(alive.max())
+
+    @cached_property
+    def until_B(self) -> np.ndarray:
+        """Microbatches of a stage between F and B."""
+        return self._lifetimes(self.block.F, self.block.B)
+
+    @cached_property
+    def until_W(self) -> np.ndarray:
+        """Microbatches of a stage between F and W."""
+        return self._lifetimes(self.block.F, self.block.W)
+
+    @cached_property
+    def rings(self) -> tuple[int, int, int]:
+        """Cells of the rings residual, kept and carried."""
+        block = self.block
+        return self._peak(block.F, block.B), self._peak(block.F, block.W), self._peak(block.B, block.W)
+
+
+@dataclass
+class Greedy:
+    """One run of the list scheduler.
+
+    Attributes:
+        block: with room for the vocabulary passes, F, B and W of one slot each.
+        m: microbatches.
+        released: slots from C0 of a microbatch to the end of the sum of its input gradient, or None where the
+            vocabulary layers are not sharded.
+        opened: after the run, the first slot of every interval.
+        broadcast: after the run, for every microbatch the interval that its C0 opens.
+        slots: after the run, the slots it took.
+    """
+
+    block: Block
+    m: int
+    released: int | None
+    opened: list[int] = field(default_factory=lambda: [0])
+    broadcast: list[int] = field(default_factory=list)
+    slots: int = 0
+
+    def __post_init__(self) -> None:
+        p, stages = self.block.p, len(self.block.placement)
+        self.device = np.array(self.block.placement)
+        self.stage_of = np.stack([np.flatnonzero(self.device == d) for d in range(p)], axis=1)  # [chunks, p]
+        self.done = np.zeros((3, stages), int)  # passes done before this slot, by kind and stage
+        self.released_B = 0
+
+    def run(self, order: Order, bounds: Bounds, limit: int) -> dict[int, np.ndarray] | None:
+        """Start slots ``[stages, m]`` by kind, or None where the order comes to a standstill, or past the limit."""
+        taken: list[np.ndarray] = []
+        while (self.done < self.m).any():
+            self._open_interval()
+            ready = self._ready(bounds)
+            rows = np.stack([ready[kind][self.stage_of[chunk]] for kind, chunk in order])
+            chosen = np.where(rows.any(axis=0), rows.argmax(axis=0), -1)
+            for n, (kind, chunk) in enumerate(order):
+                self.done[kind, self.stage_of[chunk][chosen == n]] += 1
+            taken.append(chosen)
+            self.slots += 1
+            if self.slots > limit:
+                return None
+        starts = {kind: np.zeros((len(self.device), self.m), int) for kind in (F, B, W)}
+        history = np.stack(taken)
+        for n, (kind, chunk) in enumerate(order):
+            for d, stage in enumerate(self.stage_of[chunk]):
+                starts[kind][stage] = np.flatnonzero(history[:, d] == n)
+        return starts
+
+    def _open_interval(self) -> None:
+        """Begins an interval where a C0 can start, where the last one is full, or to get on with the last barrier."""
+        if self.released is None:
+            return
+        t, age = self.slots, self.slots - self.opened[-1]
+        waits = len(self.broadcast) < self.m and self.done[F, -1] > len(self.broadcast)
+        draining = len(self.broadcast) == self.m and self.released_B < self.m
+        if age >= self.block.interval or (age >= SHORTEST and (waits or draining)):
+            self.opened.append(t)
+            if waits:
+                self.broadcast.append(len(self.opened) - 1)
+        while self.released_B < len(self.broadcast) and self._is_released(self.broadcast[self.released_B]):
+            self.released_B += 1
+
+    def _is_released(self, interval: int) -> bool:
+        later, slot = divmod(self.released, self.block.interval)
+        last = len(self.opened) - 1
+        return last > interval + later or (last == interval + later and self.slots > self.opened[last] + slot)
+
+    def _ready(self, bounds: Bounds) -> np.ndarray:
+        """Which passes have their inputs and their memory, by kind and stage."""
+        done, device, chunks = self.done, self.device, self.stage_of
+        residual, kept, carried = bounds.rings
+        held, waiting, owed = (self._by_device(done[a] - done[b]) for a, b in ((F, W), (F, B), (B, W)))
+        ready = np.empty(done.shape, bool)
+        ready[F] = (done[F] < np.r_[self.m, done[F, :-1]]) & (done[F] - done[W] < bounds.until_W)
+        ready[F] &= (done[F] - done[B] < bounds.until_B) & (waiting < residual)[device]
+        # An early chunk leaves room for the later ones, which give the memory back.
+        empty = (done[F] == done[W])[chunks]
+        reserved = np.cumsum(empty[::-1], axis=0)[::-1] - empty
+        room = np.empty(len(device), int)
+        room[chunks] = kept - held - reserved
+        ready[F] &= room > 0
+        ready[B] = done[B] < np.r_[done[B, 1:], done[F, -1] if self.released is None else self.released_B]
+        ready[B] &= (owed < carried)[device]
+        ready[W] = done[W] < done[B]
+        return ready
+
+    def _by_device(self, count: np.ndarray) -> np.ndarray:
+        return count[self.stage_of].sum(axis=0)

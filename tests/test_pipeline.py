@@ -1,0 +1,136 @@
+"""The compiled program: its size, its schedules from data, its guards."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vocabpp_jax import Model, Pipeline, make_mesh, schedules
+from vocabpp_jax.models import reference_loss
+from vocabpp_jax.schedules import Block
+
+B, L, D, V = 2, 4, 8, 19
+
+
+def plain_model(layers: int = 4, tied: bool = False) -> Model:
+    """A model of pure functions, with a side input and no Flax."""
+    def block(w, x, side):
+        return x + jnp.tanh(x @ w["up"] + side.get("shift", 0)) @ w["down"]
+
+    def init(key):
+        def normal(n, *shape):
+            return 0.3 * jax.random.normal(jax.random.fold_in(key, n), shape)
+
+        blocks = tuple({"up": normal(2 * n, D, 2 * D), "down": normal(2 * n + 1, 2 * D, D)} for n in range(layers))
+        tree = {"embed": {"tokens": normal(90, V, D)}, "blocks": blocks, "final": {"scale": normal(91, D)}}
+        return tree if tied else tree | {"head": normal(92, V, D)}
+
+    return Model(layers=layers, vocab_size=V, width=D, block=block, init=init, tied=tied,
+                 final=lambda w, x: x * (1 + w["scale"]), embed_scale=1.5)
+
+
+def batch_of(m: int, data: int = 1, side: bool = False):
+    random = np.random.default_rng(0)
+    shape = (m, B * data, L)
+    batch = {"tokens": random.integers(0, V, shape, dtype=np.int32), "labels": random.integers(0, V, shape, dtype=np.int32),
+             "mask": (random.random(shape) > 0.3).astype(np.float32)}
+    return batch | ({"side": {"shift": random.normal(size=(*shape, 1)).astype(np.float32)}} if side else {})
+
+
+def pipeline(schedule, model=None, data: int = 1) -> Pipeline:
+    devices = jax.devices()[: schedule.p * data]
+    return Pipeline(model or plain_model(schedule.stages), schedule, make_mesh(schedule.p, data, devices))
+
+
+def assert_parity(pipe: Pipeline, batch) -> None:
+    canonical = pipe.model.init(jax.random.key(0))
+    loss, grads = jax.jit(pipe.value_and_grad)(pipe.shard(canonical), batch)
+    want_loss, want = jax.value_and_grad(lambda c: reference_loss(pipe.model, c, **batch))(canonical)
+    np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
+    for got, value in zip(jax.tree.leaves(pipe.layout.unpack(jax.device_get(grads))), jax.tree.leaves(want), strict=True):
+        assert np.linalg.norm(got - value) <= 1e-5 * np.linalg.norm(value)
+
+
+def instructions(pipe: Pipeline) -> int:
+    tokens = jax.ShapeDtypeStruct((pipe.schedule.m, B, L), jnp.int32)
+    batch = {"tokens": tokens, "labels": tokens}
+    return jax.jit(pipe.value_and_grad).lower(pipe.layout.shapes(), batch).compile().as_text().count(" = ")
+
+
+@pytest.mark.parametrize("method", ["baseline", "vocab-2"])
+def test_the_compiled_program_is_as_long_for_64_microbatches_as_for_8(method):
+    assert len({instructions(pipeline(schedules.build("1f1b", method, p=4, m=m))) for m in (8, 64)}) == 1
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("method", ["baseline", "vocab-1", "vocab-2"])
+def test_a_schedule_that_a_user_writes_as_data_runs_unchanged(method):
+    # Two stages a device, both forwards before both backwards, an interval of seven slots with one idle.
+    mine = Block(interval=7, placement=(0, 1, 0, 1), F=(0, 1, 2, 3), B=(17, 12, 10, 4), W=(19, 15, 13, 6))
+    assert_parity(pipeline(schedules.repeat(mine, method, m=5)), batch_of(5))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_side_inputs_reach_the_blocks_of_their_own_microbatch(schedule):
+    assert_parity(pipeline(schedules.build(schedule, "vocab-2", p=2, m=3)), batch_of(3, side=True))
+
+
+@pytest.mark.parametrize(("schedule", "method"), [("1f1b", "vocab-2"), ("v-half", "baseline")])
+def test_gradients_are_summed_over_the_data_axis(schedule, method):
+    assert_parity(pipeline(schedules.build(schedule, method, p=4, m=3), data=2), batch_of(3, data=2))
+
+
+def test_evaluation_gives_the_training_loss_and_keeps_no_activations():
+    pipe = pipeline(schedules.build("1f1b", "vocab-2", p=4, m=5))
+    canonical, batch = pipe.model.init(jax.random.key(0)), batch_of(5)
+    loss = jax.jit(pipe.evaluate)(pipe.shard(canonical), batch)
+    np.testing.assert_allclose(loss, reference_loss(pipe.model, canonical, **batch), rtol=1e-6)
+    assert not {"residual", "kept", "carried"} & set(pipe._evaluation.rings)
+
+
+def test_a_batch_without_a_valid_token_has_loss_zero_and_no_gradient():
+    pipe = pipeline(schedules.build("1f1b", "vocab-2", p=2, m=2))
+    batch = batch_of(2)
+    loss, grads = jax.jit(pipe.value_and_grad)(pipe.shard(pipe.model.init(jax.random.key(0))),
+                                               batch | {"mask": np.zeros_like(batch["mask"])})
+    assert float(loss) == 0 and all(not np.any(g) for g in jax.tree.leaves(grads))
+
+
+def test_no_conditional_stands_in_the_program_and_varying_types_are_not_checked():
+    # A conditional on a device's own predicate gives wrong gradients under check_vma=True (jax issue 40823).
+    pipe = pipeline(schedules.build("1f1b", "vocab-2", p=2, m=2))
+    jaxpr = jax.make_jaxpr(pipe.value_and_grad)(pipe.layout.shapes(), batch_of(2))
+    found = {}
+
+    def walk(jaxpr):
+        for eqn in jaxpr.eqns:
+            found.setdefault(eqn.primitive.name, []).append(eqn)
+            for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    walk(inner)
+
+    walk(jaxpr.jaxpr)
+    assert "while" in found and "cond" not in found
+    assert [e.params["check_vma"] for e in found["shard_map"]] == [False]
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    ({"tokens": np.zeros((3, B, L), np.int32)}, r"tokens has shape \[3, 2, 4\]; it takes \[m=2"),
+    ({"labels": np.zeros((2, B, L + 1), np.int32)}, r"labels has shape \[2, 2, 5\]; tokens has \[2, 2, 4\]"),
+    ({"mask": np.zeros((2, B), np.float32)}, r"mask has shape \[2, 2\]; tokens has \[2, 2, 4\]"),
+])
+def test_a_batch_that_does_not_fit_is_refused(change, sentence):
+    pipe = pipeline(schedules.build("1f1b", "vocab-2", p=2, m=2))
+    with pytest.raises(ValueError, match=sentence):
+        pipe.value_and_grad(pipe.layout.shapes(), batch_of(2) | change)
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+    schedule = schedules.build("1f1b", "vocab-2", p=2, m=2)
+    with pytest.raises(ValueError, match="axis 'pipe' is 4; the schedule's p is 2"):
+        Pipeline(plain_model(), schedule, make_mesh(4, devices=jax.devices()[:4]))
+    with pytest.raises(ValueError, match="stages is 3 and data-parallel 1"):
+        make_mesh(3)
+    with pytest.raises(ValueError, match="compute_dtype is 'float16'"):
+        Pipeline(plain_model(), schedule, make_mesh(2, devices=jax.devices()[:2]), compute_dtype="float16")
