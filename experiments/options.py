@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, Literal, NoReturn, TypeVar
 
 import jax
 import tyro
@@ -18,6 +18,7 @@ import tyro
 from vocabpp_jax import make_mesh, models, schedules
 from vocabpp_jax.models import GPTConfig
 from vocabpp_jax.schedules import Schedule
+from vocabpp_jax.schedules.layers import head_in_layers, optimal_split, published_split
 
 Options = TypeVar("Options")
 Result = TypeVar("Result")
@@ -66,12 +67,15 @@ class PipelineOptions:
     schedule: str = "1f1b"
     """Pipeline schedule."""
     method: str = "vocab-2"
-    """How the embedding and the LM head are computed: baseline (the first and the last stage hold them), or sharded
-    over the stages as vocab-1 (two barriers), vocab-2 (one) or vocab-naive (three)."""
+    """How the embedding and the LM head are computed: baseline (the first and the last stage hold them), redis (so,
+    with fewer layers on the last), or sharded over the stages as vocab-1 (two barriers), vocab-2 (one), vocab-naive
+    (three) or interlaced (all of it at once)."""
     stages: int = 4
     """Pipeline stages: devices that one copy of the model is spread over. Simulated where there are only CPUs."""
     chunks: OptionalInt = None
     """With interleaved-1f1b: how many pieces of the model a device holds; 2 if not given."""
+    redis_split: Literal["published", "optimal"] = "published"
+    """With redis: layers a stage as in the published experiments, or so that the slowest has the fewest FLOPs."""
     data_parallel: OptionalInt = None
     """Copies of the model, each training on its part of the batch. Without it, as many as there are devices for."""
     microbatches: int = 8
@@ -79,12 +83,23 @@ class PipelineOptions:
     microbatch_size: int = 2
     """Sequences in a microbatch, for each copy of the model."""
 
-    def build(self) -> Schedule:
-        """The schedule. Raises ValueError for an unknown name or what cannot be scheduled."""
+    def build(self, config: GPTConfig) -> Schedule:
+        """The schedule for a model. Raises ValueError for an unknown name or what cannot be scheduled."""
         for name in ("stages", "microbatches", "microbatch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        return schedules.build(schedule=self.schedule, method=self.method, p=self.stages, m=self.microbatches, chunks=self.chunks)
+        counts = None
+        if self.method == "redis":
+            split = {"published": published_split, "optimal": optimal_split}[self.redis_split]
+            counts = split(config.layers, self.stages, head_in_layers(config.hidden, config.seq, config.vocab_size))
+        return schedules.build(
+            schedule=self.schedule,
+            method=self.method,
+            p=self.stages,
+            m=self.microbatches,
+            chunks=self.chunks,
+            layer_counts=counts,
+        )
 
     def mesh(self) -> jax.sharding.Mesh:
         """The mesh of devices. Raises ValueError where the devices there are cannot be laid out so."""

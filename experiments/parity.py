@@ -88,7 +88,8 @@ def prepare(options: ParityOptions) -> Pipeline:
     """The pipeline of the options. Raises ValueError for what cannot be built."""
     if not 0 <= options.mask_fraction < 1:
         raise ValueError(f"mask_fraction is {options.mask_fraction}; it must be at least 0 and below 1")
-    config, schedule = options.model.config(), options.pipeline.build()
+    config = options.model.config()
+    schedule = options.pipeline.build(config)
     p, data = options.pipeline.stages, options.pipeline.data_parallel or 1
     mesh = make_mesh(p, data, jax.devices()[: p * data])
     return Pipeline(models.gpt(config), schedule, mesh, compute_dtype=config.dtype)

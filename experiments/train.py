@@ -99,7 +99,8 @@ def prepare(options: TrainOptions) -> Run:
             raise ValueError(f"{name} is {getattr(options, name)}; it must be above 0")
     if options.seed < 0:
         raise ValueError(f"seed is {options.seed}; it must not be negative")
-    config, schedule = options.model.config(), pipeline.build()
+    config = options.model.config()
+    schedule = options.pipeline.build(config)
     optimizer = adamw(
         options.lr, options.steps, options.warmup_steps, weight_decay=options.weight_decay, decay_mask=matrices
     )
@@ -168,7 +169,9 @@ def run_training(run: Run) -> None:
     options, writes = run.options, jax.process_index() == 0
     step = train.make_step(run.pipe, run.optimizer, clip=options.clip)
     evaluate = train.make_evaluation(run.pipe)
-    rate = warmup_cosine(options.lr, options.steps, options.warmup_steps, options.lr / 10)
+    rates = jax.vmap(warmup_cosine(options.lr, options.steps, options.warmup_steps, options.lr / 10))(
+        np.arange(options.steps)
+    ).tolist()
     entropy = unigram_entropy(run.tokens.validation)
     state = train.init_state(run.pipe, run.optimizer, jax.random.key(options.seed))
     losses, validations = [], []
@@ -185,7 +188,7 @@ def run_training(run: Run) -> None:
                 "step": k + 1,
                 "loss": losses[-1][1],
                 "grad_norm": measured["grad_norm"],
-                "learning_rate": rate(k),
+                "learning_rate": rates[k],
                 "tokens_per_second": progress.tokens_per_second(k + 1),
             }
             if (k + 1) % options.eval_every == 0 or k + 1 == options.steps:

@@ -2,8 +2,14 @@
 
 from .blocks import Block
 from .build import METHODS, SCHEDULES, build, evaluation, methods_of, repeat
+from .check import ScheduleError, check
+from .check_program import check_program
+from .layers import even_split, head_in_layers, optimal_split, published_split
+from .orders import from_orders
 from .program import Instruction, Program, Segment, lower
+from .reorder import reorder
 from .schedule import Pass, Schedule, Step, Vocabulary
 
-__all__ = ["METHODS", "SCHEDULES", "Block", "Instruction", "Pass", "Program", "Schedule", "Segment", "Step",
-           "Vocabulary", "build", "evaluation", "lower", "methods_of", "repeat"]
+__all__ = ["METHODS", "SCHEDULES", "Block", "Instruction", "Pass", "Program", "Schedule", "ScheduleError", "Segment",
+           "Step", "Vocabulary", "build", "check", "check_program", "evaluation", "even_split", "from_orders",
+           "head_in_layers", "lower", "methods_of", "optimal_split", "published_split", "reorder", "repeat"]

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from . import blocks
 from .blocks import Block
+from .reorder import can_reorder, reorder
 from .schedule import Schedule
 from .vocabulary import METHODS, SHARDED, insert
 
@@ -30,7 +31,7 @@ def methods_of(schedule: str) -> tuple[str, ...]:
 
 
 def build(schedule: str = "1f1b", method: str = "vocab-2", *, p: int, m: int, chunks: int | None = None,
-          layer_counts: Sequence[int] | None = None) -> Schedule:
+          layer_counts: Sequence[int] | None = None, reordered: bool = True) -> Schedule:
     """The named schedule with the named vocabulary method.
 
     Args:
@@ -38,6 +39,9 @@ def build(schedule: str = "1f1b", method: str = "vocab-2", *, p: int, m: int, ch
         p, m: devices, microbatches.
         chunks: stages a device, for interleaved-1f1b; 2 where not given.
         layer_counts: layers of every stage, which method redis needs (see :mod:`.layers`) and the others may have.
+
+        reordered: whether warm-up and cool-down may differ from the steady state where that saves time, in schedules
+            with W passes; see :mod:`.reorder`.
 
     Raises:
         ValueError: an unknown name, or a combination that makes no sense, with those that do.
@@ -47,7 +51,8 @@ def build(schedule: str = "1f1b", method: str = "vocab-2", *, p: int, m: int, ch
     if layer_counts is not None and len(layer_counts) != len(block.placement):
         raise ValueError(f"layer_counts has {len(layer_counts)} entries; {schedule} on {p} devices has "
                          f"{len(block.placement)} stages")
-    built = repeat(block, method, m, name=schedule)
+    built = reorder(block, method, m, schedule) if reordered and can_reorder(block) else None
+    built = built or repeat(block, method, m, schedule)
     return built if layer_counts is None else replace(built, layer_counts=tuple(layer_counts))
 
 

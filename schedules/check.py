@@ -9,7 +9,7 @@ import numpy as np
 
 from .events import AFTER, BEFORE, PASSES, TRANSFERS
 from .rings import sums_before_T
-from .schedule import Pass, Schedule, Step
+from .schedule import Schedule, Step
 
 KINDS = ("F", "B", "W")
 
@@ -146,9 +146,16 @@ def _check_steps(schedule: Schedule) -> None:
             if (at is not None) != concerned:
                 raise ScheduleError(f"device {d} {'lacks' if concerned else 'has'} {_name(step)}, which "
                                     f"{'every device runs' if _name(step) not in one_device else 'another runs'}")
-    shifts = schedule.vocabulary.shifts
-    if len(shifts) != schedule.m or shifts[0] != 0 or any(b <= a for a, b in zip(shifts[:-1], shifts[1:], strict=True)):
-        raise ScheduleError(f"shifts are {shifts}; give m={schedule.m} increasing numbers of slots, the first of them 0")
+        shifts = _shifts(schedule, step)
+        if len(shifts) != schedule.m or shifts[0] != 0:
+            raise ScheduleError(f"shifts of {_name(step)} are {shifts}; give one for each of the {schedule.m} microbatches, "
+                                "0 for the first")
+        if schedule.sharded and any(b <= a for a, b in zip(shifts[:-1], shifts[1:], strict=True)):
+            raise ScheduleError(f"shifts of {_name(step)} are {shifts}; all devices take microbatches in one order, 0 to m - 1")
+
+
+def _shifts(schedule: Schedule, step: Step) -> tuple[int, ...]:
+    return schedule.vocabulary.shifts if step.shifts is None else step.shifts
 
 
 def _check_collectives(schedule: Schedule) -> None:
@@ -166,15 +173,19 @@ class _Places:
     def __init__(self, schedule: Schedule):
         self.n = len(schedule.vocabulary.steps) + 1
         self.steps = {_name(step): (step, order) for order, step in enumerate(schedule.vocabulary.steps)}
+        self.shifts = {name: np.array(_shifts(schedule, step)) for name, (step, _) in self.steps.items()}
 
-    def slots(self, n: int) -> int:
-        return n * 4 * self.n
+    def slots(self, name: str, device: int) -> np.ndarray:
+        """The slot of a step, for every microbatch."""
+        return self.steps[name][0].at[device] + self.shifts[name]
 
-    def of(self, name: str, device: int) -> int:
+    def of(self, name: str, device: int) -> np.ndarray:
+        """The place of a step, for every microbatch."""
         step, order = self.steps[name]
-        return (step.at[device] * 4 + (AFTER if step.after else BEFORE)) * self.n + order
+        return (self.slots(name, device) * 4 + (AFTER if step.after else BEFORE)) * self.n + order
 
     def of_passes(self, last: np.ndarray, rank: int) -> np.ndarray:
+        """The place of passes, or of what happens behind them."""
         return (last * 4 + rank) * self.n
 
 
@@ -195,35 +206,30 @@ def _dependencies(schedule: Schedule) -> Iterator[tuple[str, str, bool]]:
 
 def _check_steps_order(schedule: Schedule) -> None:
     places = _Places(schedule)
-    shifts = schedule.vocabulary.shifts
-    gap = min((b - a for a, b in zip(shifts[:-1], shifts[1:], strict=True)), default=None)
     for name, earlier, next_microbatch in _dependencies(schedule):
-        if name not in places.steps or earlier not in places.steps or (next_microbatch and gap is None):
+        if name not in places.steps or earlier not in places.steps:
             continue
-        shift = places.slots(gap) if next_microbatch else 0
+        later = slice(1, None) if next_microbatch else slice(None)
         for d in range(schedule.p):
             if any(places.steps[n][0].at[d] is None for n in (name, earlier)):
                 continue
-            if places.of(name, d) + shift <= places.of(earlier, d):
-                raise ScheduleError(
-                    f"device {d}: {name} in slot {places.steps[name][0].at[d]} comes before {earlier} in slot "
-                    f"{places.steps[earlier][0].at[d]}" + (f" of the microbatch {gap} slots earlier" if next_microbatch else ""))
+            at, before = places.of(name, d)[later], places.of(earlier, d)[:schedule.m - next_microbatch]
+            for n in np.flatnonzero(at <= before)[:1].tolist():
+                i = n + next_microbatch
+                raise ScheduleError(f"device {d}: {name} of microbatch {i} in slot {places.slots(name, d)[i]} comes before "
+                                    f"{earlier} of {n} in slot {places.slots(earlier, d)[n]}, which has to be over")
 
 
 def _check_steps_against_passes(schedule: Schedule, last: Times) -> None:
     """The input layer before the first F, the output layer between the last F and B, IB behind the first stage's B."""
-    places, shifts = _Places(schedule), np.array(schedule.vocabulary.shifts)
+    places = _Places(schedule)
     first, final = schedule.placement[0], schedule.placement[-1]
 
     def compare(step: str, device: int, kind: str, stage: int, step_first: bool) -> None:
-        rank = PASSES if step_first else TRANSFERS
-        at = places.of(step, device) + places.slots(1) * shifts
-        passes = places.of_passes(last[kind][stage], rank)
-        wrong = np.flatnonzero((at >= passes) if step_first else (at <= passes))
-        if len(wrong):
-            i = int(wrong[0])
-            slot = places.steps[step][0].at[device] + shifts[i]
-            raise ScheduleError(f"device {device}: {step} of microbatch {i} in slot {slot} comes "
+        at = places.of(step, device)
+        passes = places.of_passes(last[kind][stage], PASSES if step_first else TRANSFERS)
+        for i in np.flatnonzero((at >= passes) if step_first else (at <= passes))[:1].tolist():
+            raise ScheduleError(f"device {device}: {step} of microbatch {i} in slot {places.slots(step, device)[i]} comes "
                                 f"{'after' if step_first else 'before'} {stage % schedule.stages}{kind}{i}, which ends in slot "
                                 f"{last[kind][stage, i]} and {'needs it' if step_first else 'makes its input'}")
 
@@ -232,22 +238,3 @@ def _check_steps_against_passes(schedule: Schedule, last: Times) -> None:
     if schedule.trains:
         compare("G" if schedule.sharded else "H", final, "B", -1, True)
         compare("start CB" if schedule.sharded else "IB", first, "B", 0, False)
-    for name in ("S", "S1", "S2", "T"):
-        if name in places.steps:
-            _check_between_passes(schedule, places.steps[name][0])
-
-
-def _check_between_passes(schedule: Schedule, step: Step) -> None:
-    """A vocabulary pass does not stand in the middle of another pass of its device."""
-    shifts = np.array(schedule.vocabulary.shifts)
-    for d, passes in enumerate(schedule.passes):
-        behind = step.at[d] + shifts - (not step.after)  # the slot that has just ended
-        starts = np.array([x.start for x in passes])
-        n = np.searchsorted(starts, behind, side="right") - 1
-        ends = np.array([x.last for x in passes])
-        inside = np.flatnonzero((n >= 0) & (behind < ends[np.maximum(n, 0)]))
-        if len(inside):
-            i = int(inside[0])
-            x: Pass = passes[int(n[i])]
-            raise ScheduleError(f"device {d}: {step.name} of microbatch {i} stands behind slot {behind[i]}, in the middle of "
-                                f"{x}, slots {x.start} to {x.last}")

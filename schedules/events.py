@@ -98,12 +98,12 @@ def _pass_events(schedule: Schedule, words: tuple[str, ...]) -> list[tuple]:
 def _step_events(schedule: Schedule, words: tuple[str, ...]) -> list[tuple]:
     """The steps of the vocabulary layers, on every device that has a part in them, for every microbatch."""
     i = np.arange(schedule.m)
-    shifts = np.array(schedule.vocabulary.shifts)
     parts = []
     for order, step in enumerate(schedule.vocabulary.steps):
         devices = np.array([d for d, at in enumerate(step.at) if at is not None], int)[:, None]
         at = np.array([at for at in step.at if at is not None], int)[:, None]
-        columns = (devices, at + shifts, AFTER if step.after else BEFORE, order, words.index(step.op),
+        shifts = schedule.vocabulary.shifts if step.shifts is None else step.shifts
+        columns = (devices, at + np.array(shifts), AFTER if step.after else BEFORE, order, words.index(step.op),
                    words.index(step.name), -1, i, -1)
         parts.append(tuple(np.ravel(c) for c in np.broadcast_arrays(*columns)))
     return parts

@@ -18,6 +18,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import asdict, fields
 from typing import NamedTuple
 
 from .events import events_of
@@ -77,7 +78,7 @@ def from_csv(text: str) -> tuple[tuple[Action, ...], ...]:
             if not (cell := cell.strip()):
                 continue
             if not (match := _ACTION.fullmatch(cell)):
-                raise ValueError(f"rank {rank}, column {column} is {cell!r}; write stage, action, microbatch: 0F3 or 1IF0")
+                raise ValueError(f"rank {rank}, column {column} is {cell!r}; an action is written as 0F3 or 1IF0")
             stage, name, microbatch = match.groups()
             row.append(Action(int(stage), _READ.get(name, name), int(microbatch)))
         rows.append(tuple(row))
@@ -86,19 +87,15 @@ def from_csv(text: str) -> tuple[tuple[Action, ...], ...]:
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
-_VERSION = 1
+_FORMAT, _VERSION = "vocabpp_jax schedule", 1
 
 
 def to_json(schedule: Schedule) -> str:
     """A schedule as JSON, complete: :func:`from_json` gives it back."""
+    data = {f.name: getattr(schedule, f.name) for f in fields(schedule) if f.init}
     v = schedule.vocabulary
-    return json.dumps({
-        "format": "vocabpp_jax schedule", "version": _VERSION, "name": schedule.name, "p": schedule.p, "m": schedule.m,
-        "interval": schedule.interval, "placement": schedule.placement, "layer_counts": schedule.layer_counts,
-        "passes": [[list(x) for x in passes] for passes in schedule.passes],
-        "vocabulary": {"method": v.method, "inserted_intervals": v.inserted_intervals, "shifts": v.shifts,
-                       "steps": [{"op": s.op, "name": s.name, "at": s.at, "after": s.after} for s in v.steps]},
-    })
+    data["vocabulary"] = {f.name: getattr(v, f.name) for f in fields(v)} | {"steps": [asdict(s) for s in v.steps]}
+    return json.dumps({"format": _FORMAT, "version": _VERSION} | data)
 
 
 def from_json(text: str) -> Schedule:
@@ -108,18 +105,20 @@ def from_json(text: str) -> Schedule:
         ValueError: not JSON, another format or version, or a field missing.
     """
     data = json.loads(text)
-    if not isinstance(data, dict) or (data.get("format"), data.get("version")) != ("vocabpp_jax schedule", _VERSION):
+    if not isinstance(data, dict) or (data.pop("format", 0), data.pop("version", 0)) != (_FORMAT, _VERSION):
         raise ValueError(f"this is not a schedule of version {_VERSION}; write one with formats.to_json")
     try:
-        v = data["vocabulary"]
-        steps = tuple(Step(s["op"], s["name"], tuple(s["at"]), s["after"]) for s in v["steps"])
-        counts = data["layer_counts"]
-        return Schedule(data["name"], data["p"], data["m"], data["interval"], tuple(data["placement"]),
-                        tuple(tuple(Pass(*x) for x in passes) for passes in data["passes"]),
-                        Vocabulary(v["method"], steps, tuple(v["shifts"]), v["inserted_intervals"]),
-                        None if counts is None else tuple(counts))
+        v = data.pop("vocabulary")
+        steps = tuple(Step(**_tuples(step)) for step in v.pop("steps"))
+        passes = tuple(tuple(Pass(*x) for x in of_device) for of_device in data.pop("passes"))
+        return Schedule(**_tuples(data), passes=passes, vocabulary=Vocabulary(**_tuples(v), steps=steps))
     except (KeyError, TypeError) as problem:
-        raise ValueError(f"the schedule lacks or mistakes a field: {problem}") from problem
+        raise ValueError(f"the schedule lacks a field or has one too many: {problem}") from problem
+
+
+def _tuples(values: dict) -> dict:
+    """JSON's lists as the tuples they were."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 # --- trace -----------------------------------------------------------------------------------------------------------
@@ -137,7 +136,7 @@ def to_trace(timeline: Timeline, microseconds: float = 1e6) -> str:
         events.append({"ph": "M", "name": "process_name", "pid": d, "args": {"name": f"device {d}"}})
         events += [{"ph": "M", "name": "thread_name", "pid": d, "tid": tid, "args": {"name": name}}
                    for tid, name in enumerate(threads.values())]
-        events += [{"ph": "C", "name": "in flight", "pid": d, "ts": time * microseconds, "args": {"microbatches": count}}
+        events += [{"ph": "C", "name": "in flight", "pid": d, "ts": time * microseconds, "args": {"held": count}}
                    for time, count in zip(*(c.tolist() for c in timeline.in_flight(d)), strict=True)]
     for s in timeline.spans():
         if s.end > s.start:
@@ -147,49 +146,3 @@ def to_trace(timeline: Timeline, microseconds: float = 1e6) -> str:
                            "tid": list(threads).index(s.op), "ts": s.start * microseconds,
                            "dur": (s.end - s.start) * microseconds, "args": {"microbatch": s.microbatch} | stage})
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
-
-
-# --- measured times --------------------------------------------------------------------------------------------------
-
-
-class MeasuredRow(NamedTuple):
-    """One run of a file of measured pass times; milliseconds, one number a device."""
-
-    method: str
-    seq_length: int
-    vocab_size: int
-    F: tuple[float, ...]
-    B: tuple[float, ...]
-    S_plus_T: tuple[float, ...]
-    IF: tuple[float, ...]
-    IB: tuple[float, ...]
-    last_stage_layers: int
-    iteration_ms: float
-
-
-def read_pass_times(text: str) -> tuple[MeasuredRow, ...]:
-    """The rows of a CSV of measured pass times, in the columns of ``docs/paper/pass_times_8xA100.csv``.
-
-    Raises:
-        ValueError: a column is missing, or a row's columns name different numbers of devices.
-    """
-    rows = []
-    for number, row in enumerate(csv.DictReader(io.StringIO(text)), start=1):
-        try:
-            times = [_milliseconds(row[f"{c}_us"]) for c in ("f", "b", "s_plus_t", "input_f", "input_b")]
-            rows.append(MeasuredRow(row["method"], int(row["seq_length"]), int(row["vocab_size"]), *times,
-                                    int(row["last_stage_layers"]), float(row["iteration_ms"])))
-        except KeyError as missing:
-            raise ValueError(f"the file of pass times has no column {missing.args[0]!r}") from missing
-        except (TypeError, ValueError) as problem:
-            raise ValueError(f"row {number} of the pass times cannot be read: {problem}") from problem
-        if len({len(t) for t in times}) != 1:
-            raise ValueError(f"row {number} of the pass times has cells of {sorted({len(t) for t in times})} numbers; "
-                             "give one a device in each")
-    if not rows:
-        raise ValueError("the file of pass times has no rows")
-    return tuple(rows)
-
-
-def _milliseconds(cell: str) -> tuple[float, ...]:
-    return tuple(float(x) / 1e3 for x in cell.split())

@@ -17,7 +17,6 @@ from .blocks import Block
 
 F, B, W = 0, 1, 2
 SHORTEST = 2  # slots of an interval with a C0: one hides the broadcast, one the reduction of the softmax
-Order = Sequence[tuple[int, int]]  # kinds and chunks, what goes first first
 
 
 @dataclass(frozen=True)
@@ -80,26 +79,32 @@ class Greedy:
         self.done = np.zeros((3, stages), int)  # passes done before this slot, by kind and stage
         self.released_B = 0
 
-    def run(self, order: Order, bounds: Bounds, limit: int) -> dict[int, np.ndarray] | None:
-        """Start slots ``[stages, m]`` by kind, or None where the order comes to a standstill, or past the limit."""
+    def run(self, ranks: Sequence[int], bounds: Bounds, limit: int) -> dict[int, np.ndarray] | None:
+        """Start slots ``[stages, m]`` by kind, or None where the order comes to a standstill, or past the limit.
+
+        ``ranks`` says of every (kind, chunk), in order, how late it goes when others are ready too.
+        """
         taken: list[np.ndarray] = []
-        while (self.done < self.m).any():
+        passes = np.concatenate([kind * len(self.device) + self.stage_of for kind in (F, B, W)])  # [kinds x chunks, p]
+        by_rank = passes[np.argsort(ranks)]
+        devices = np.arange(self.block.p)
+        done, everything = self.done.reshape(-1), 3 * self.m * len(self.device)
+        while everything:
             self._open_interval()
-            ready = self._ready(bounds)
-            rows = np.stack([ready[kind][self.stage_of[chunk]] for kind, chunk in order])
-            chosen = np.where(rows.any(axis=0), rows.argmax(axis=0), -1)
-            for n, (kind, chunk) in enumerate(order):
-                self.done[kind, self.stage_of[chunk][chosen == n]] += 1
+            rows = self._ready(bounds).reshape(-1)[by_rank]
+            runs = by_rank[rows.argmax(axis=0), devices]
+            chosen = np.where(rows.any(axis=0), runs, -1)
+            done[chosen[chosen >= 0]] += 1
+            everything -= int((chosen >= 0).sum())
             taken.append(chosen)
             self.slots += 1
             if self.slots > limit:
                 return None
-        starts = {kind: np.zeros((len(self.device), self.m), int) for kind in (F, B, W)}
         history = np.stack(taken)
-        for n, (kind, chunk) in enumerate(order):
-            for d, stage in enumerate(self.stage_of[chunk]):
-                starts[kind][stage] = np.flatnonzero(history[:, d] == n)
-        return starts
+        slots, where = np.nonzero(history >= 0)
+        order = np.lexsort((slots, history[slots, where]))
+        starts = slots[order].reshape(3, len(self.device), self.m)
+        return dict(zip((F, B, W), starts, strict=True))
 
     def _open_interval(self) -> None:
         """Begins an interval where a C0 can start, where the last one is full, or to get on with the last barrier."""
@@ -122,22 +127,25 @@ class Greedy:
 
     def _ready(self, bounds: Bounds) -> np.ndarray:
         """Which passes have their inputs and their memory, by kind and stage."""
-        done, device, chunks = self.done, self.device, self.stage_of
+        done = self.done
         residual, kept, carried = bounds.rings
-        held, waiting, owed = (self._by_device(done[a] - done[b]) for a, b in ((F, W), (F, B), (B, W)))
         ready = np.empty(done.shape, bool)
         ready[F] = (done[F] < np.r_[self.m, done[F, :-1]]) & (done[F] - done[W] < bounds.until_W)
-        ready[F] &= (done[F] - done[B] < bounds.until_B) & (waiting < residual)[device]
-        # An early chunk leaves room for the later ones, which give the memory back.
-        empty = (done[F] == done[W])[chunks]
-        reserved = np.cumsum(empty[::-1], axis=0)[::-1] - empty
-        room = np.empty(len(device), int)
-        room[chunks] = kept - held - reserved
-        ready[F] &= room > 0
+        ready[F] &= done[F] - done[B] < bounds.until_B
+        ready[F] &= self._room(W, kept) & self._room(B, residual)
         ready[B] = done[B] < np.r_[done[B, 1:], done[F, -1] if self.released is None else self.released_B]
-        ready[B] &= (owed < carried)[device]
+        ready[B] &= (self._by_device(done[B] - done[W]) < carried)[self.device]
         ready[W] = done[W] < done[B]
         return ready
+
+    def _room(self, frees: int, cells: int) -> np.ndarray:
+        """For which stages a ring has room, when an early chunk leaves some for the later ones, which give it back."""
+        held = (self.done[F] - self.done[frees])[self.stage_of]
+        empty = held == 0
+        reserved = np.cumsum(empty[::-1], axis=0)[::-1] - empty
+        room = np.empty(len(self.device), bool)
+        room[self.stage_of] = cells - held.sum(axis=0) - reserved > 0
+        return room
 
     def _by_device(self, count: np.ndarray) -> np.ndarray:
         return count[self.stage_of].sum(axis=0)

@@ -38,13 +38,15 @@ class Step:
 
     ``run`` steps are passes (S, T, IF, ...), one slot position a device, or None on a device that has no part in it.
     ``start`` and ``done`` are the two ends of a collective, at the same place on every device. A step stands in its
-    slot before the passes that end there, or (``after``) behind them and behind the slot's transfers.
+    slot before the passes that end there, or (``after``) behind them and behind the slot's transfers. Steps of the input
+    layer may have ``shifts`` of their own.
     """
 
     op: Op
     name: str
     at: tuple[int | None, ...]
     after: bool = True
+    shifts: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ where it uses the data, and nothing runs that carries no data.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import numpy as np
 
@@ -60,6 +60,10 @@ class Durations:
     CB: float = 0.0
     transfer: float | Sequence[Sequence[float]] = 0.0
     overhead: float = 0.0
+
+    def scaled(self, factor: float) -> Durations:
+        """The same in another unit of time."""
+        return Durations(**{f.name: _plain(np.asarray(getattr(self, f.name), float) * factor) for f in fields(self)})
 
     def of(self, schedule: Schedule, kind: str, chunk: int = 0) -> np.ndarray:
         """The duration of a pass on every device, ``[p]``."""
@@ -233,6 +237,11 @@ class _Engine:
             return 0.0
         cells = track.tables["inbox"][n]
         return np.where(cells >= 0, self.arrival[self.devices, cells], 0.0)
+
+
+def _plain(times: np.ndarray) -> Any:
+    """A number, or nested tuples of them."""
+    return tuple(map(_plain, times)) if times.ndim else float(times)
 
 
 def _stage_of(schedule: Schedule) -> np.ndarray:

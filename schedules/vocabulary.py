@@ -11,12 +11,15 @@ Between the last stage's F and its B the output layer needs time: one interval f
     H      the whole output layer on one device, where it is not sharded
 
 An interval of the lowered program opens at the slot in which C0 runs. A collective starts before a slot's passes and is
-done behind them or behind those of a later slot of the same interval, so that passes hide it and no scan step cuts it.
+done behind them or behind those of a later slot of the same interval: a scan step does not cut it, and in as many slots as
+the longest pass takes every device has a pass to hide it with. S stands in one slot on all devices, and so does T. A
+device that is in the middle of a pass there runs them before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from .blocks import Block
 from .schedule import Op, Step, Vocabulary
@@ -30,21 +33,21 @@ def insert(block: Block, method: str, m: int) -> tuple[Block, Vocabulary]:
     """The block with room for a method's vocabulary passes, and when those run for ``m`` microbatches.
 
     Raises:
-        ValueError: an unknown method, or a block whose devices are never between two passes where S and T must stand.
+        ValueError: an unknown method.
     """
     if method not in BARRIERS:
         raise ValueError(f"method is {method!r}; the methods are {', '.join(METHODS)}")
     shifts, inserted = tuple(block.shift(i) for i in range(m)), 0
     if method not in SHARDED:
-        steps = list(_unsharded(block))
+        first_B = [block.B[0] + block.backward_slots - 1 + t for t in shifts] if block.B else []
+        steps = unsharded(block.placement, [block.F[0] + t for t in shifts], [block.F[-1] + t for t in shifts], first_B)
     elif method == "interlaced":
         steps = list(_synchronous(block))
     else:
         output = _output_steps(block, method)
         inserted = _inserted(block, output, BARRIERS[method]) if block.B else 0
         block = block.delayed_backward(inserted * block.interval)
-        output = _latest_big(block, output)
-        steps = _input_steps(block, output) + output
+        steps = _latest_big(block, output) + _input_steps(block)
     return block, Vocabulary(method, tuple(steps), shifts, inserted)
 
 
@@ -56,54 +59,45 @@ def _everywhere(block: Block, op: Op, name: str, slot: int, after: bool = True) 
     return Step(op, name, (slot,) * block.p, after)
 
 
-def _ends(block: Block, name: str, first: int, last: int) -> tuple[Step, Step]:
-    """A collective from before the passes of slot ``first`` to behind those of slot ``last``."""
+def _ends(block: Block, name: str, first: int, slots: int) -> tuple[Step, Step]:
+    """A collective from before the passes of slot ``first`` to behind those ``slots`` on, or the end of the interval."""
+    last = min(first + slots - 1, _closes(block, first))
     return _everywhere(block, "start", name, first, after=False), _everywhere(block, "done", name, last)
+
+
+def _closes(block: Block, slot: int) -> int:
+    """The last slot of the program's interval that a slot is in."""
+    return slot + block.interval - 1 - (slot - (block.F[-1] + 1)) % block.interval
 
 
 # --- the output layer ------------------------------------------------------------------------------------------------
 
 
 def _output_steps(block: Block, method: str) -> list[Step]:
-    """C0, S, T and their reductions, each as soon as its inputs allow, at one place of the interval for S and T."""
+    """C0, S, T and their reductions, each as soon as its inputs allow; where they share a place, in the order listed."""
     K, end, w = block.interval, block.F[-1], block.longest
-    at = [t + 1 for t in _between_passes(block, range(end + 1, end + 1 + w))]
-    closed = end + w + 1  # the slot before whose passes every device has run S
+    after_S = end + w + 1  # the slot before whose passes S stands; the reduction of its row sums takes this slot
+    after_T = after_S + 1
 
-    def passes(name: str, intervals: int) -> Step:
-        return Step("run", name, tuple(t + intervals * K for t in at), after=False)
+    def run(name: str, slot: int) -> Step:
+        return _everywhere(block, "run", name, slot, after=False)
 
-    C0_start, C0_done = _ends(block, "C0", end + 1, end + 1)
+    C0, C0_done = _ends(block, "C0", end + 1, w)
     if method == "vocab-naive":
-        runs, first_T = [passes("S2", 1), passes("S1", 0)], 2
-        reductions = [*_ends(block, "max", closed, closed), *_ends(block, "stats", closed + K, closed + K)]
+        highest, highest_done = _ends(block, "max", after_S, 1)
+        stats, stats_done = _ends(block, "stats", after_T, w)
+        softmax, dones = [run("S2", after_T), stats, run("S1", after_S), highest], [C0_done, highest_done, stats_done]
+        after_T += K
     else:
-        runs, first_T = [passes("S", 0)], 1
-        reductions = [*_ends(block, "stats", closed, closed)]
+        stats, stats_done = _ends(block, "stats", after_S, 1)
+        softmax, dones = [run("S", after_S), stats], [C0_done, stats_done]
     if not block.B:
-        return [C0_start, *runs, *reductions, C0_done]
-    # T of an older microbatch before S of a newer one, so that one result of S is held at a time.
-    runs = [passes("T", first_T), *runs]
-    if method == "vocab-2":  # sums what S made, and begins before S or T of the next interval
-        big, done = _ends(block, "big", closed + 1, closed + 1)
-        begin, behind = [C0_start, big], []
-    else:  # sums what T makes
-        big, done = _ends(block, "big", closed + first_T * K, closed + first_T * K)
-        begin, behind = [C0_start], [big]
-    return [*begin, *runs, *reductions, *behind, C0_done, done, _on(block, block.placement[-1], "G", done.at[0])]
-
-
-def _between_passes(block: Block, slots: Iterable[int]) -> tuple[int, ...]:
-    """For each device the last of the slots behind which it is between two passes, not in the middle of one."""
-    slots, found = list(slots), []
-    for d in range(block.p):
-        inside = {x.start + k for x in block.passes(d, 0) for k in range(x.slots - 1)}
-        free = [t for t in slots if all((t - other) % block.interval for other in inside)]
-        if not free:
-            raise ValueError(f"device {d} is inside a pass at the end of every slot {slots[0]} to {slots[-1]}; "
-                             "leave it a boundary there, where S and T stand")
-        found.append(free[-1])
-    return tuple(found)
+        return [C0, *softmax, *dones]
+    # T of an older microbatch before S of a newer one, so that one result of S is held at a time. Algorithm 2 sums what S
+    # made, so that T hides the sum; Algorithm 1 sums what T makes.
+    big, big_done = _ends(block, "big", after_T, 1 if method == "vocab-2" else w)
+    first = [big, C0, run("T", after_T)] if method == "vocab-2" else [C0, run("T", after_T), big]
+    return [*first, *softmax, *dones, big_done, _on(block, block.placement[-1], "G", big_done.at[0])]
 
 
 def _inserted(block: Block, output: list[Step], barriers: int) -> int:
@@ -119,49 +113,65 @@ def _latest_big(block: Block, output: list[Step]) -> list[Step]:
     """The sum of the input gradient, finished as late as its interval and the B that needs it allow."""
     if not block.B:
         return output
-    opens = block.F[-1] + 1
     start = next(s.at[0] for s in output if (s.op, s.name) == ("start", "big"))
-    closes = start + block.interval - 1 - (start - opens) % block.interval
-    done = min(closes, block.B[-1] + block.backward_slots - 2)
+    done = min(_closes(block, start), block.B[-1] + block.backward_slots - 2)
     return [s if (s.op, s.name) not in (("done", "big"), ("run", "G"))
-            else Step(s.op, s.name, tuple(None if t is None else done for t in s.at), s.after) for s in output]
+            else replace(s, at=tuple(None if t is None else done for t in s.at)) for s in output]
 
 
 # --- the input layer, and the methods without overlap ----------------------------------------------------------------
 
 
-def _input_steps(block: Block, output: list[Step]) -> list[Step]:
-    """IF shortly before the first stage's F, IB shortly after its B, in slots where no other large collective runs."""
-    K = block.interval
-    taken = {t % K for s in output if s.name in ("C0", "big") for t in s.at[:1]}
-
-    def quiet(slots: Iterable[int]) -> int:
-        slots = list(slots)
-        return next((t for t in slots if t % K not in taken), slots[0])
-
-    D = quiet(range(block.F[0] - 1, block.F[0] - 4, -1))
-    steps = [_everywhere(block, "run", "IF", D, after=False), *_ends(block, "CI", D, D)]
+def _input_steps(block: Block) -> list[Step]:
+    """IF before the first stage's F, IB behind its B, each with a sum of up to three slots inside one interval."""
+    opens = block.F[-1] + 1
+    start = block.F[0] - 1 - input_delay(block.interval, block.F[0] - 1 - opens, -1)
+    slots = sum_slots(block.interval)
+    steps = [_everywhere(block, "run", "IF", start - slots + 1, after=False), *_ends(block, "CI", start - slots + 1, slots)]
     if block.B:
-        taken.add(D % K)
         ready = block.B[0] + block.backward_slots
-        D = quiet(range(ready, ready + 3))
-        steps += [*_ends(block, "CB", D, D), _everywhere(block, "run", "IB", D)]
+        CB, done = _ends(block, "CB", ready + input_delay(block.interval, ready - opens, 1), slots)
+        steps += [CB, done, _everywhere(block, "run", "IB", done.at[0])]
     return steps
 
 
-def _unsharded(block: Block) -> Iterator[Step]:
-    """Embedding and head on the first and the last stage's devices, as part of those stages' passes."""
-    first, last = block.placement[0], block.placement[-1]
-    yield _on(block, first, "IF", block.F[0], after=False)
-    yield _on(block, last, "H", block.F[-1])
-    if block.B:
-        yield _on(block, first, "IB", block.B[0] + block.backward_slots - 1)
+def sum_slots(interval: int) -> int:
+    """Slots that the collectives of the input layer may take."""
+    return min(interval, 3)
+
+
+def input_delay(interval: int, slot: int, way: int) -> int:
+    """How many slots to wait from ``slot``, backward or forward, for a window that no interval's end cuts.
+
+    ``slot``, counted from an interval's opening, would be its last if ``way`` is -1, its first if 1. The slot of C0 is
+    avoided where that costs no more than two slots.
+    """
+    slots = sum_slots(interval)
+
+    def first_of(wait: int) -> int:
+        return (slot - slots + 1 - wait if way < 0 else slot + wait) % interval
+
+    whole = [wait for wait in range(interval) if first_of(wait) + slots <= interval]
+    return next((wait for wait in whole if first_of(wait) > 0 and wait <= whole[0] + 2), whole[0])
+
+
+def unsharded(placement: Sequence[int], first_F: Sequence[int], last_F: Sequence[int],
+              first_B: Sequence[int] = ()) -> tuple[Step, ...]:
+    """IF, H and IB on the devices of the first and the last stage, with those stages' passes.
+
+    Takes, for every microbatch, the slots in which the first stage's F, the last stage's F and the first stage's B end.
+    """
+    def step(name: str, stage: int, slots: Sequence[int], after: bool) -> Step:
+        at = tuple(int(slots[0]) if d == placement[stage] else None for d in range(max(placement) + 1))
+        return Step("run", name, at, after, tuple(int(t) - int(slots[0]) for t in slots))
+
+    steps = (step("IF", 0, first_F, False), step("H", -1, last_F, True))
+    return (*steps, step("IB", 0, first_B, True)) if len(first_B) else steps
 
 
 def _synchronous(block: Block) -> Iterator[Step]:
     """Interlaced (Lin et al. 2024): all steps behind the last F, with every device waiting for each collective."""
     K, end = block.interval, block.F[-1]
-    _between_passes(block, [end])
     before = block.F[0] - 1 - (block.F[0] - 1 - end) % K
     yield from _stand(block, before, ("run IF", "start CI", "done CI"))
     yield from _stand(block, end, ("start C0", "done C0", "run S", "start stats", "done stats"))

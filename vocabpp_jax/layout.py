@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec
 
 from .model import Model
 from .schedules import Schedule
+from .schedules.layers import even_split
 
 Params = Any
 PIPE = "pipe"
@@ -54,8 +55,7 @@ class Layout:
         stages, layers = self.schedule.stages, self.model.layers
         if layers < stages:
             raise ValueError(f"layers is {layers}; {stages} stages need at least one each, so {stages} or more")
-        short = stages - layers % stages
-        return tuple(layers // stages + (stage >= short) for stage in range(stages))
+        return even_split(layers, stages)
 
     @cached_property
     def stage_of(self) -> tuple[tuple[int, ...], ...]:

@@ -1,0 +1,97 @@
+"""Draw every schedule with every method: docs/images/*.png and docs/gallery.md.
+
+    python experiments/gallery.py
+
+Everything is in units of F, a device's forward of one microbatch; the head costs as much as a device's layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from options import parse
+
+from vocabpp_jax.schedules import SCHEDULES, build, lower, methods_of
+from vocabpp_jax.schedules.draw import draw, save
+from vocabpp_jax.schedules.simulate import Durations, simulate
+from vocabpp_jax.schedules.timeline import Timeline
+
+HEAD = 3.0  # forward and backward of the whole output layer
+NETWORK = dict(C0=0.08, big=0.12, CI=0.08, CB=0.08, stats=0.02, max=0.02)
+REDIS = (5, 5, 5, 1)  # the published rule for 16 layers and a head worth 4 of them
+
+NAMES = {
+    "gpipe": "GPipe", "1f1b": "1F1B", "interleaved-1f1b": "Interleaved 1F1B", "zb-h1": "ZB-H1", "zb-h2": "ZB-H2",
+    "v-min": "V-Min", "v-half": "V-Half", "v-zb": "V-ZB",
+    "baseline": "head on the last stage", "redis": "layers redistributed", "interlaced": "interlaced",
+    "vocab-1": "vocabulary parallelism, Algorithm 1", "vocab-2": "vocabulary parallelism, Algorithm 2",
+    "vocab-naive": "vocabulary parallelism, three barriers",
+}
+
+
+@dataclass(frozen=True)
+class GalleryOptions:
+    """Where, and of what size."""
+
+    docs: str = "docs"
+    """Folder to write gallery.md and images/ into."""
+    stages: int = 4
+    """Devices in each picture."""
+    microbatches: int = 8
+    """Microbatches in each picture."""
+
+
+def timeline(schedule: str, method: str, p: int, m: int) -> Timeline:
+    """One iteration of a model that is the same for all of them."""
+    counts = REDIS if method == "redis" and p == 4 else None
+    built = build(schedule, method, p=p, m=m, layer_counts=counts)
+    share = [n / 4 for n in counts] if counts else [1 / built.chunks] * built.stages
+    inputs = 1.0 if built.splits_backward else 2.0
+    first, second = (2, 1) if method == "vocab-2" else (1, 2)  # of the three matrix products
+    third = HEAD / 3 / p
+    return simulate(lower(built), Durations(
+        F=share, B=[inputs * x for x in share], W=share, H=HEAD, S=first * third, T=second * third, S1=third, S2=third / 4,
+        transfer=0.01, **NETWORK))
+
+
+def titled(schedule: str, methods: list[str], p: int, m: int) -> dict[str, Timeline]:
+    """Timelines by their titles."""
+    return {f"{NAMES[schedule]}, {NAMES[method]}": timeline(schedule, method, p, m) for method in methods}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    options = parse(GalleryOptions, __doc__, arguments)
+    p, m = options.stages, options.microbatches
+    docs = Path(options.docs)
+    (docs / "images").mkdir(parents=True, exist_ok=True)
+
+    def picture(name: str, timelines: dict[str, Timeline]) -> str:
+        save(draw(timelines), docs / "images" / f"{name}.png")
+        return f"![{'; '.join(timelines)}](images/{name}.png)"
+
+    picture("timeline-vocab-2", titled("1f1b", ["baseline", "vocab-2"], p, m))
+    text = [TEXT.format(p=p, m=m)]
+    for schedule in SCHEDULES:
+        main_methods = ["baseline", "vocab-1", "vocab-2"]
+        text += [f"## {NAMES[schedule]}", picture(schedule, titled(schedule, main_methods, p, m))]
+        if others := [x for x in methods_of(schedule) if x not in main_methods]:
+            text.append(picture(f"{schedule}-others", titled(schedule, others, p, m)))
+    text += ["## A larger one", picture("1f1b-32", titled("1f1b", ["vocab-2"], 32, 64))]
+    (docs / "gallery.md").write_text("\n\n".join(text) + "\n")
+
+
+TEXT = """# Gallery of schedules
+
+Every schedule with the vocabulary layers at its ends (`baseline`) and sharded over the pipeline, for {p} devices and {m}
+microbatches, simulated by the rules of the compiled program. One forward of a device's layers takes 1, their backward 2, the
+whole output layer 3: with the head on one device that device has twice the work of the others. Numbers are microbatches;
+the lighter colour is a device's second piece of the model. The lane under the devices shows collectives, the curve under it
+how many activations of a piece the devices hold: the first in blue, the last in red, all others in the shaded range.
+
+Made by `python experiments/gallery.py`."""
+
+
+if __name__ == "__main__":
+    main()

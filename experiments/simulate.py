@@ -1,0 +1,236 @@
+"""Simulate a schedule before running it: time, bubble, MFU, memory; pictures and traces; all schedules side by side.
+
+    python experiments/simulate.py --schedule v-half --method vocab-2 --stages 16 --model 7B --plot v-half.png
+    python experiments/simulate.py --compare --stages 8 --model 4B --vocab-size 256000
+    python experiments/simulate.py --times docs/paper/pass_times_8xA100.csv
+
+Pass times come from a model's sizes and a GPU's roofline, or from a file of measured ones.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from options import OptionalInt, OptionalStr, fail, or_fail, parse
+
+from vocabpp_jax import models
+from vocabpp_jax.schedules import METHODS, SCHEDULES, build, formats, lower, methods_of
+from vocabpp_jax.schedules.cost import Cost, Sizes, load_gpu, redistribute
+from vocabpp_jax.schedules.draw import draw, save, title_of
+from vocabpp_jax.schedules.measured import MeasuredRun, errors, read_pass_times
+from vocabpp_jax.schedules.simulate import COMPILED, FREE, Rules, simulate
+from vocabpp_jax.schedules.timeline import Timeline
+
+RULES = {"compiled": COMPILED, "asynchronous": Rules("asynchronous"), "free": FREE}
+OptionalRules = Annotated[Literal["compiled", "asynchronous", "free"] | None, tyro.conf.arg(metavar="RULES")]
+
+
+@dataclass(frozen=True)
+class SimulateOptions:
+    """What to simulate, on what, and what to write."""
+
+    schedule: str = "1f1b"
+    """Pipeline schedule."""
+    method: str = "vocab-2"
+    """How the embedding and the LM head are computed."""
+    stages: int = 8
+    """Pipeline stages: devices that one copy of the model is spread over."""
+    chunks: OptionalInt = None
+    """With interleaved-1f1b: how many pieces of the model a device holds; 2 if not given."""
+    microbatches: OptionalInt = None
+    """Microbatches in a step; 32 if not given, 128 with --times, as published."""
+    microbatch_size: int = 1
+    """Sequences in a microbatch."""
+    model: str = "4B"
+    """Named size: gpt-tiny, gpt-mini, gpt-small, or one of the published 4B, 7B, 10B, 16B, 21B, 30B."""
+    layers: OptionalInt = None
+    """Transformer layers, if not the model's."""
+    hidden: OptionalInt = None
+    """Model width, if not the model's."""
+    seq: OptionalInt = None
+    """Sequence length in tokens, if not the model's."""
+    vocab_size: OptionalInt = None
+    """Tokens in the vocabulary, if not the model's."""
+    tie_embeddings: bool = False
+    """Use the token embedding as the LM head."""
+    gpu: str = "a100-80g"
+    """GPU and network: a100-80g, h100-80g, or a .toml file like those in schedules/gpus."""
+    times: OptionalStr = None
+    """CSV of measured pass times in the columns of docs/paper/pass_times_8xA100.csv. Prints what they predict for each
+    row against what was measured; the network is --gpu's."""
+    rules: OptionalRules = None
+    """What waits for what: compiled, the one program for all devices, its transfers blocking; asynchronous, the same
+    with transfers in flight until they are needed; free, a process a device. compiled if not given, free with --times."""
+    compare: bool = False
+    """Print every schedule with every method, sorted by time."""
+    json: OptionalStr = None
+    """Write the result as JSON to this file, or to standard output if it is -."""
+    plot: OptionalStr = None
+    """Draw the timeline to this .png or .svg file."""
+    trace: OptionalStr = None
+    """Write the timeline as a trace for ui.perfetto.dev to this file."""
+    csv: OptionalStr = None
+    """Write what each device runs, in the CSV of torch.distributed.pipelining, to this file."""
+
+    def cost(self, seq: int | None = None, vocab_size: int | None = None) -> Cost:
+        """What passes cost."""
+        size = models.named(self.model)
+        sizes = Sizes(self.layers or size.layers, self.hidden or size.hidden, seq or self.seq or size.seq,
+                      vocab_size or self.vocab_size or size.vocab_size, self.microbatch_size,
+                      self.tie_embeddings or size.tie_embeddings)
+        return Cost(sizes, load_gpu(self.gpu))
+
+
+@dataclass(frozen=True)
+class Result:
+    """A simulated iteration, in milliseconds, and what follows from it."""
+
+    timeline: Timeline
+    cost: Cost
+
+    @property
+    def ms(self) -> float:
+        """Time of the iteration."""
+        return self.timeline.makespan
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilisation, 0 to 1."""
+        schedule = self.timeline.schedule
+        return self.cost.mfu(schedule.m, schedule.p, self.ms / 1e3)
+
+    @property
+    def peak_bytes(self) -> tuple[float, ...]:
+        """Estimated bytes on each device."""
+        return self.cost.peak_bytes(self.timeline)
+
+    def json(self) -> dict:
+        """The numbers."""
+        schedule, timeline = self.timeline.schedule, self.timeline
+        return {
+            "schedule": schedule.name, "method": schedule.method, "stages": schedule.p, "microbatches": schedule.m,
+            "gpu": self.cost.gpu.name, "iteration_ms": self.ms, "bubble_ratio": timeline.bubble_ratio,
+            "steady_bubble_ratio": timeline.steady_bubble, "mfu": self.mfu,
+            "busy_ms": timeline.busy.tolist(),
+            "peak_in_flight": list(timeline.peak_in_flight), "peak_bytes": list(self.peak_bytes),
+        }
+
+
+def run(options: SimulateOptions, schedule: str, method: str) -> Result:
+    """Simulate one schedule with one method."""
+    cost, m = options.cost(), options.microbatches or 32
+    counts = redistribute(cost.sizes, options.stages) if method == "redis" and options.stages > 0 else None
+    built = build(schedule, method, p=options.stages, m=m, chunks=options.chunks, layer_counts=counts)
+    timeline = simulate(lower(built), cost.durations(built).scaled(1e3), RULES[options.rules or "compiled"])
+    return Result(timeline, cost)
+
+
+def compare(options: SimulateOptions) -> list[Result]:
+    """The whole family, fastest first; what cannot be built is said on standard error."""
+    results = []
+    for schedule in SCHEDULES:
+        for method in methods_of(schedule):
+            try:
+                results.append(run(options, schedule, method))
+            except ValueError as problem:
+                print(f"left out: {schedule} with {method}: {problem}", file=sys.stderr)
+    return sorted(results, key=lambda r: r.ms)
+
+
+def print_table(results: list[Result]) -> None:
+    """A line a result."""
+    print(f"{'schedule':<18}{'method':<13}{'ms':>10}{'bubble':>9}{'MFU':>8}{'in flight':>11}{'memory GiB':>12}{'min':>7}")
+    for r in results:
+        schedule, peaks = r.timeline.schedule, r.peak_bytes
+        full = "  more than the GPU has" if max(peaks) > r.cost.gpu.memory_bytes else ""
+        print(f"{schedule.name:<18}{schedule.method:<13}{r.ms:>10.1f}{100 * r.timeline.bubble_ratio:>8.1f}%{100 * r.mfu:>7.1f}%"
+              f"{max(r.timeline.peak_in_flight):>11}{max(peaks) / 2**30:>12.1f}{min(peaks) / 2**30:>7.1f}{full}")
+
+
+def against_measured(options: SimulateOptions) -> tuple[Result, list[dict]]:
+    """The run that the options name, and predicted against measured for all of the file's rows."""
+    path = Path(options.times)
+    if not path.is_file():
+        raise ValueError(f"times is {options.times!r}; there is no such file")
+    runs = read_pass_times(path.read_text())
+    chosen = [r for r in runs if r.method == options.method and r.seq_length == (options.seq or r.seq_length)
+              and r.vocab_size == (options.vocab_size or r.vocab_size)]
+    if not chosen:
+        raise ValueError(f"times has no row of method {options.method!r} with this seq and vocab_size; its methods are "
+                         f"{', '.join(dict.fromkeys(r.method for r in runs))}")
+    results = {id(r): predict(options, r) for r in runs}
+    rows = [{"method": r.method, "seq_length": r.seq_length, "vocab_size": r.vocab_size,
+             "predicted_ms": results[id(r)].ms, "measured_ms": r.iteration_ms} for r in runs]
+    print_rows(runs, rows, sys.stderr if options.json == "-" else sys.stdout)
+    return results[id(chosen[0])], rows
+
+
+def predict(options: SimulateOptions, measured: MeasuredRun) -> Result:
+    """The iteration that a run's measured pass times predict."""
+    cost = options.cost(measured.seq_length, measured.vocab_size)
+    network = cost.durations(build("1f1b", "vocab-2", p=measured.p, m=1)).scaled(1e3)
+    timeline = measured.predict(network, RULES[options.rules or "free"], options.microbatches)
+    return Result(timeline, cost)
+
+
+def print_rows(runs, rows: list[dict], file) -> None:
+    """A line a measured run, and the errors."""
+    print(f"{'method':<13}{'seq':>6}{'vocabulary':>12}{'predicted ms':>14}{'measured ms':>13}{'error':>8}", file=file)
+    for row in rows:
+        error = row["predicted_ms"] / row["measured_ms"] - 1
+        print(f"{row['method']:<13}{row['seq_length']:>6}{row['vocab_size']:>12}{row['predicted_ms']:>14.1f}"
+              f"{row['measured_ms']:>13.1f}{100 * error:>7.2f}%", file=file)
+    mean, largest = errors(runs, [row["predicted_ms"] for row in rows])
+    print(f"error: {100 * mean:.2f}% on average, {100 * largest:.2f}% at most", file=file)
+
+
+def write(options: SimulateOptions, result: Result, data: dict) -> None:
+    """The files that were asked for."""
+    if options.plot:
+        schedule = result.timeline.schedule
+        save(draw({f"{title_of(result.timeline)}, p={schedule.p}, m={schedule.m}": result.timeline}, "ms"), options.plot)
+    if options.trace:
+        Path(options.trace).write_text(formats.to_trace(result.timeline, microseconds=1e3))
+    if options.csv:
+        Path(options.csv).write_text(formats.to_csv(result.timeline.schedule))
+    if options.json == "-":
+        print(json.dumps(data, indent=1))
+    elif options.json:
+        Path(options.json).write_text(json.dumps(data, indent=1) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    options = parse(SimulateOptions, __doc__, arguments)
+    if options.schedule not in SCHEDULES:
+        fail(f"schedule is {options.schedule!r}; the schedules are {', '.join(SCHEDULES)}")
+    if options.method not in METHODS:
+        fail(f"method is {options.method!r}; the methods are {', '.join(METHODS)}")
+    if options.times:
+        result, rows = or_fail(lambda: against_measured(options))
+        data = result.json() | {"rows": rows}
+    elif options.compare:
+        results = or_fail(lambda: compare(options))
+        result, data = results[0], {"results": [r.json() for r in results]}
+        if options.json != "-":
+            print_table(results)
+    else:
+        result = or_fail(lambda: run(options, options.schedule, options.method))
+        data = result.json()
+        if options.json != "-":
+            print_table([result])
+    try:
+        or_fail(lambda: write(options, result, data))
+    except OSError as problem:
+        if problem.filename is None:
+            raise
+        fail(f"{problem.filename} cannot be written: {problem.strerror}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""How many transformer layers each stage gets, for method redis: the LM head weighs as much as several layers.
+
+In forward FLOPs of one layer, ``bsh (24h + 4s)``, the head's ``2bshV`` are ``rho = 6V / (72h + 12s)`` layers. The
+embedding costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+
+def head_in_layers(hidden: int, seq_length: int, vocab_size: int) -> float:
+    """``rho``: the FLOPs of the LM head over those of one layer."""
+    return 6 * vocab_size / (72 * hidden + 12 * seq_length)
+
+
+def even_split(layers: int, stages: int) -> tuple[int, ...]:
+    """The same number for every stage, extra ones on the latest stages."""
+    if stages < 1 or layers < 0:
+        raise ValueError(f"layers is {layers} and stages {stages}; give 0 layers or more and 1 stage or more")
+    return tuple(layers // stages + (stage >= stages - layers % stages) for stage in range(stages))
+
+
+def published_split(layers: int, stages: int, rho: float) -> tuple[int, ...]:
+    """The split of the published experiments: ``max(0, ceil((L + rho) / p - rho))`` layers on the last stage."""
+    return _with_last(layers, stages, min(layers, max(0, ceil((layers + rho) / stages - rho))))
+
+
+def optimal_split(layers: int, stages: int, rho: float) -> tuple[int, ...]:
+    """The split whose slowest stage has the fewest FLOPs; of those, the one that is most even."""
+    def cost(split: tuple[int, ...]) -> tuple[float, float]:
+        loads = [*split[:-1], split[-1] + rho]
+        return max(loads), sum(load * load for load in loads)
+
+    return min((_with_last(layers, stages, last) for last in range(layers + 1)), key=cost)
+
+
+def _with_last(layers: int, stages: int, last: int) -> tuple[int, ...]:
+    return (layers,) if stages == 1 else (*even_split(layers - last, stages - 1), last)

@@ -1,0 +1,89 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vocabpp_jax.schedules import SCHEDULES, build, evaluation, from_orders, lower, methods_of
+
+CASES = [(s, method) for s in SCHEDULES for method in methods_of(s)]
+
+
+def code(program):
+    """Everything that is compiled, without the tables."""
+    return [[(i.op, i.name, i.chunk, i.slot, i.pairs, sorted(i.tables)) for i in s.body] for s in program.segments]
+
+
+@pytest.mark.parametrize("schedule, method", CASES)
+@pytest.mark.parametrize("p", [2, 3, 8])
+def test_code_does_not_grow_with_microbatches(schedule, method, p):
+    programs = [lower(build(schedule, method, p=p, m=m)) for m in (12 * p, 20 * p)]
+    short, long = (sum(len(s.body) for s in program.segments) for program in programs)
+    assert long <= short + 4 and all(len(program.segments) <= 3 for program in programs)
+
+
+@pytest.mark.parametrize("method", methods_of("1f1b"))
+def test_1f1b_is_one_scan(method):
+    assert len(lower(build("1f1b", method, p=5, m=20)).segments) == 1
+
+
+def test_the_two_phases_of_gpipe_are_scans_of_their_own():
+    forward, backward = lower(build("gpipe", "baseline", p=4, m=16)).segments
+    assert not {i.name for i in forward.body} & {"B"} and not {i.name for i in backward.body} & {"F"}
+
+
+@given(case=st.sampled_from(CASES), p=st.integers(1, 9), m=st.integers(1, 20))
+def test_a_permute_has_no_device_twice_and_carries_something(case, p, m):
+    for program in (lower(build(*case, p=p, m=m)), lower(evaluation(build(*case, p=p, m=m)))):
+        for segment in program.segments:
+            for i in segment.body:
+                if i.op == "permute":
+                    sources, targets = zip(*i.pairs, strict=True)
+                    assert len(set(sources)) == len(sources) and len(set(targets)) == len(targets)
+                    assert all((i.tables["microbatch"][:, t] >= 0).any() for t in targets)
+                    assert i.slot < i.due <= program.schedule.interval
+
+
+@given(case=st.sampled_from(CASES), p=st.integers(1, 9), m=st.integers(1, 20))
+def test_every_cell_of_a_ring_is_used(case, p, m):
+    program = lower(build(*case, p=p, m=m))
+    for ring, peaks in program.peaks.items():
+        name = "deliver" if ring == "inbox" else ring
+        tables = [i.tables[name] for s in program.segments for i in s.body if name in i.tables]
+        highest = np.max([t.max(axis=0) for t in tables], axis=0)
+        assert (highest + 1 == peaks).all() and program.rings[ring] == max(peaks)
+
+
+def test_segments_follow_each_other():
+    for case in CASES:
+        program = lower(build(*case, p=4, m=30))
+        ends = [s.first_interval + s.intervals for s in program.segments]
+        assert [s.first_interval for s in program.segments] == [0, *ends[:-1]]
+
+
+def test_a_slot_holds_only_the_passes_that_occur_in_it():
+    program = lower(build("1f1b", "vocab-2", p=3, m=9))
+    for slot in range(3):
+        runs = [i.name for i in program.segments[0].body if i.slot == slot and i.op == "run" and i.name in "FB"]
+        assert sorted(runs) == ["B", "F"]
+
+
+def test_orders_run_as_written():
+    schedule = from_orders(["0F1 0F0 0B1 0B0", "1F1 1B1 1F0 1B0"], placement=(0, 1))
+    assert [str(x) for x in schedule.passes[0]] == ["0F1", "0F0", "0B1", "0B0"]
+    assert lower(schedule).in_flight == (2, 1)
+
+
+@pytest.mark.parametrize("orders, words", [
+    (["0F0 0B0 0F1 0B1", "1F1 1F0 1B0 1B1"], "device 0 waits forever: 0B0 needs 1B0"),
+    (["0F0 0X0", "1F0"], "device 0 runs '0X0'"), (["0F0 0B0", "0F0 1B0"], "device 1 runs 0F0; stage 0 is on device 0"),
+    (["0F0 0F0 0B0", "1F0 1B0"], "device 0 runs 0F0 2 times"), (["0F0 0F1 0B0", "1F0 1F1 1B0"], "runs 0B1 0 times"),
+])
+def test_impossible_orders_are_refused(orders, words):
+    with pytest.raises(ValueError) as error:
+        from_orders(orders, placement=(0, 1))
+    assert words in str(error.value)
+
+
+def test_free_form_orders_do_not_shard_the_vocabulary():
+    with pytest.raises(ValueError, match="method is 'vocab-2'"):
+        from_orders(["0F0 0B0"], (0,), "vocab-2")
