@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from options import parse
-
 from vocabpp_jax.schedules import SCHEDULES, build, lower, methods_of
 from vocabpp_jax.schedules.draw import draw, save
 from vocabpp_jax.schedules.simulate import Durations, simulate
@@ -50,9 +49,9 @@ def timeline(schedule: str, method: str, p: int, m: int) -> Timeline:
     inputs = 1.0 if built.splits_backward else 2.0
     first, second = (2, 1) if method == "vocab-2" else (1, 2)  # of the three matrix products
     third = HEAD / 3 / p
-    return simulate(lower(built), Durations(
-        F=share, B=[inputs * x for x in share], W=share, H=HEAD, S=first * third, T=second * third, S1=third, S2=third / 4,
-        transfer=0.01, **NETWORK))
+    output = dict(H=HEAD, S=first * third, T=second * third, S1=third, S2=third / 4)
+    layers = dict(F=share, B=[inputs * x for x in share], W=share)
+    return simulate(lower(built), Durations(**layers, **output, transfer=0.01, **NETWORK))
 
 
 def titled(schedule: str, methods: list[str], p: int, m: int) -> dict[str, Timeline]:
@@ -84,11 +83,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 TEXT = """# Gallery of schedules
 
-Every schedule with the vocabulary layers at its ends (`baseline`) and sharded over the pipeline, for {p} devices and {m}
-microbatches, simulated by the rules of the compiled program. One forward of a device's layers takes 1, their backward 2, the
-whole output layer 3: with the head on one device that device has twice the work of the others. Numbers are microbatches;
-the lighter colour is a device's second piece of the model. The lane under the devices shows collectives, the curve under it
-how many activations of a piece the devices hold: the first in blue, the last in red, all others in the shaded range.
+Every schedule with the vocabulary layers at its ends and with them sharded over the pipeline, for {p} devices and {m}
+microbatches, simulated by the rules of the compiled program. One forward of a device's layers takes 1, their backward
+2, the whole output layer 3: with the head on one device, that device has twice the work of the others. Numbers are
+microbatches; the lighter colour is a device's second piece of the model. The lane under the devices shows collectives,
+the curve under it how many activations of a piece the devices hold: the first in blue, the last in red, the others in
+the shaded range.
 
 Made by `python experiments/gallery.py`."""
 

@@ -139,7 +139,12 @@ class ClusterOptions:
                 raise ValueError(f"process_id is {self.process_id}; it must be from 0 to {processes - 1}")
             jax.distributed.initialize(*explicit)
         elif self.distributed:
-            processes = int(os.environ.get("SLURM_NTASKS") or os.environ.get("OMPI_COMM_WORLD_SIZE") or 1)
+            processes = int(os.environ.get("SLURM_NTASKS") or os.environ.get("OMPI_COMM_WORLD_SIZE") or 0)
+            if not processes:
+                raise ValueError(
+                    "distributed is set, but neither SLURM nor Open MPI has started this process; "
+                    "give coordinator, processes and process_id"
+                )
             jax.distributed.initialize()
         # Whoever sets the number of CPU devices in XLA_FLAGS means it.
         if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):

@@ -16,13 +16,23 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from options import OptionalInt, OptionalStr, fail, or_fail, parse
 
+from options import OptionalInt, OptionalStr, fail, or_fail, parse
 from vocabpp_jax import models
-from vocabpp_jax.schedules import METHODS, SCHEDULES, build, formats, lower, methods_of
-from vocabpp_jax.schedules.cost import Cost, Sizes, load_gpu, redistribute
+from vocabpp_jax.schedules import (
+    METHODS,
+    SCHEDULES,
+    build,
+    formats,
+    head_in_layers,
+    lower,
+    methods_of,
+    published_split,
+)
+from vocabpp_jax.schedules.cost import Cost, Sizes, load_gpu
 from vocabpp_jax.schedules.draw import draw, save, title_of
 from vocabpp_jax.schedules.measured import MeasuredRun, errors, read_pass_times
+from vocabpp_jax.schedules.place import INSERTED, place
 from vocabpp_jax.schedules.simulate import COMPILED, FREE, Rules, simulate
 from vocabpp_jax.schedules.timeline import Timeline
 
@@ -63,9 +73,11 @@ class SimulateOptions:
     times: OptionalStr = None
     """CSV of measured pass times in the columns of docs/paper/pass_times_8xA100.csv. Prints what they predict for each
     row against what was measured; the network is --gpu's."""
+    place: bool = False
+    """Search where vocabulary passes stand best for these pass times; for 1f1b with vocab-1, vocab-2 or interlaced."""
     rules: OptionalRules = None
-    """What waits for what: compiled, the one program for all devices, its transfers blocking; asynchronous, the same
-    with transfers in flight until they are needed; free, a process a device. compiled if not given, free with --times."""
+    """What waits for what: compiled, one program for all devices, its transfers blocking; asynchronous, the same with
+    transfers in flight until they are needed; free, a process a device. compiled if not given, free with --times."""
     compare: bool = False
     """Print every schedule with every method, sorted by time."""
     json: OptionalStr = None
@@ -121,35 +133,49 @@ class Result:
         }
 
 
-def run(options: SimulateOptions, schedule: str, method: str) -> Result:
+def redistributed(z: Sizes, stages: int) -> tuple[int, ...]:
+    """The published split of the layers for method redis."""
+    return published_split(z.layers, stages, head_in_layers(z.hidden, z.seq, z.vocab_size))
+
+
+def run(options: SimulateOptions, schedule: str, method: str, placed: bool) -> Result:
     """Simulate one schedule with one method."""
-    cost, m = options.cost(), options.microbatches or 32
-    counts = redistribute(cost.sizes, options.stages) if method == "redis" and options.stages > 0 else None
+    cost, m, rules = options.cost(), options.microbatches or 32, RULES[options.rules or "compiled"]
+    if placed and schedule != "1f1b":
+        raise ValueError(f"schedule is {schedule!r}; placement is for 1f1b")
+    counts = redistributed(cost.sizes, options.stages) if method == "redis" else None
     built = build(schedule, method, p=options.stages, m=m, chunks=options.chunks, layer_counts=counts)
-    timeline = simulate(lower(built), cost.durations(built).scaled(1e3), RULES[options.rules or "compiled"])
+    if placed:
+        halves = cost.sizes.layers >= 2 * options.stages
+        built, _ = place(method, options.stages, m, cost.durations, rules=rules, halves=halves)
+    timeline = simulate(lower(built), cost.durations(built).scaled(1e3), rules)
     return Result(timeline, cost)
 
 
 def compare(options: SimulateOptions) -> list[Result]:
     """The whole family, fastest first; what cannot be built is said on standard error."""
     results = []
-    for schedule in SCHEDULES:
-        for method in methods_of(schedule):
-            try:
-                results.append(run(options, schedule, method))
-            except ValueError as problem:
-                print(f"left out: {schedule} with {method}: {problem}", file=sys.stderr)
+    family = [(schedule, method, False) for schedule in SCHEDULES for method in methods_of(schedule)]
+    for schedule, method, placed in family + [("1f1b", method, True) for method in INSERTED]:
+        try:
+            results.append(run(options, schedule, method, placed))
+        except ValueError as problem:
+            print(f"left out: {schedule} with {method}: {problem}", file=sys.stderr)
+    if not results:
+        raise ValueError("nothing could be built")
     return sorted(results, key=lambda r: r.ms)
 
 
 def print_table(results: list[Result]) -> None:
     """A line a result."""
-    print(f"{'schedule':<18}{'method':<13}{'ms':>10}{'bubble':>9}{'MFU':>8}{'in flight':>11}{'memory GiB':>12}{'min':>7}")
+    print(f"{'schedule':<18}{'method':<13}{'ms':>10}{'bubble':>8}{'MFU':>8}{'in flight':>11}{'GiB, most':>11}{'least':>7}")
     for r in results:
         schedule, peaks = r.timeline.schedule, r.peak_bytes
+        # A chunk is a part of what a device holds: in flight is counted in what all chunks of one microbatch are.
+        held = max(r.timeline.peak_in_flight) / schedule.chunks
         full = "  more than the GPU has" if max(peaks) > r.cost.gpu.memory_bytes else ""
-        print(f"{schedule.name:<18}{schedule.method:<13}{r.ms:>10.1f}{100 * r.timeline.bubble_ratio:>8.1f}%{100 * r.mfu:>7.1f}%"
-              f"{max(r.timeline.peak_in_flight):>11}{max(peaks) / 2**30:>12.1f}{min(peaks) / 2**30:>7.1f}{full}")
+        print(f"{schedule.name:<18}{schedule.method:<13}{r.ms:>10.1f}{r.timeline.bubble_ratio:>8.1%}{r.mfu:>8.1%}"
+              f"{held:>11.4g}{max(peaks) / 2**30:>11.1f}{min(peaks) / 2**30:>7.1f}{full}")
 
 
 def against_measured(options: SimulateOptions) -> tuple[Result, list[dict]]:
@@ -184,16 +210,15 @@ def print_rows(runs, rows: list[dict], file) -> None:
     for row in rows:
         error = row["predicted_ms"] / row["measured_ms"] - 1
         print(f"{row['method']:<13}{row['seq_length']:>6}{row['vocab_size']:>12}{row['predicted_ms']:>14.1f}"
-              f"{row['measured_ms']:>13.1f}{100 * error:>7.2f}%", file=file)
+              f"{row['measured_ms']:>13.1f}{error:>8.2%}", file=file)
     mean, largest = errors(runs, [row["predicted_ms"] for row in rows])
-    print(f"error: {100 * mean:.2f}% on average, {100 * largest:.2f}% at most", file=file)
+    print(f"error: {mean:.2%} on average, {largest:.2%} at most", file=file)
 
 
 def write(options: SimulateOptions, result: Result, data: dict) -> None:
     """The files that were asked for."""
     if options.plot:
-        schedule = result.timeline.schedule
-        save(draw({f"{title_of(result.timeline)}, p={schedule.p}, m={schedule.m}": result.timeline}, "ms"), options.plot)
+        save(draw({title_of(result.timeline): result.timeline}, "ms"), options.plot)
     if options.trace:
         Path(options.trace).write_text(formats.to_trace(result.timeline, microseconds=1e3))
     if options.csv:
@@ -220,7 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.json != "-":
             print_table(results)
     else:
-        result = or_fail(lambda: run(options, options.schedule, options.method))
+        result = or_fail(lambda: run(options, options.schedule, options.method, options.place))
         data = result.json()
         if options.json != "-":
             print_table([result])

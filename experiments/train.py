@@ -45,7 +45,7 @@ class TrainOptions:
     """A tokenizer.json to use instead of training one on the data."""
     output: OptionalStr = None
     """Folder for metrics.jsonl, loss.png and config.json. Without it, a new one in runs/."""
-    steps: int = 400
+    steps: int = 300
     """Optimizer steps."""
     lr: float = 3e-3
     """Peak learning rate; a cosine takes it down to a tenth."""
@@ -57,7 +57,7 @@ class TrainOptions:
     """The largest norm of the whole gradient; a longer one is shortened to it."""
     eval_every: int = 100
     """Steps between validations. The last step always has one."""
-    eval_batches: int = 16
+    eval_batches: int = 8
     """Batches in a validation, the same ones each time; fewer if the data has no more."""
     seed: int = 0
     """Decides the initial parameters and the order of the data."""

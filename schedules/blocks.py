@@ -105,16 +105,13 @@ def interleaved_one_f_one_b(p: int, chunks: int) -> Block:
     """Interleaved 1F1B (Narayanan et al. 2021): device d holds stages d, p + d, 2p + d, ...; p, m unrestricted.
 
     Microbatches go in groups of p through one chunk after the other, one forward and one backward a round of three
-    slots. A last group that is not full leaves its rounds empty. Some p * chunks stages in flight on the first device.
+    slots; a last group that is not full leaves its rounds empty. All devices run forwards in the same slot, so an output
+    moves on a round later: (chunks + 1) p - 1 stages in flight on the first device, as published.
     """
-    # From the last device to the first nothing may be sent in the middle of a backward of the receiver: where it would
-    # be, the last two devices share one phase.
-    F_of = [d + 2 * (p % 3 == 2 and d == p - 1) for d in range(p)]
-    B_of = [2 * (p - 1 - d) + (p % 3 == 2 and d < p - 1) for d in range(p)]
-    turn = 3 * p * (chunks - 1) + F_of[-1] + 1
-    return Block(3, tuple(range(p)) * chunks, F=tuple(3 * p * c + f for c in range(chunks) for f in F_of),
-                 B=tuple(turn + 3 * p * (chunks - 1 - c) + b for c in range(chunks) for b in B_of), backward_slots=2,
-                 group=p, group_interval=3 * p * chunks)
+    turn = 3 * (p * chunks - 1) + 1
+    stages = range(p * chunks)
+    return Block(3, tuple(range(p)) * chunks, F=tuple(3 * s for s in stages), B=tuple(turn + 3 * s for s in stages)[::-1],
+                 backward_slots=2, group=p, group_interval=3 * p * chunks)
 
 
 def zb_h1(p: int) -> Block:

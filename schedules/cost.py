@@ -7,13 +7,13 @@ section 2); seconds count the causal half. An estimate for planning; for a run's
 
 from __future__ import annotations
 
-import math
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
+from .layers import even_split
 from .schedule import Schedule
 from .simulate import Durations
 from .timeline import Timeline
@@ -264,17 +264,4 @@ def stage_layers(schedule: Schedule, layers: int) -> tuple[int, ...]:
         return tuple(schedule.layer_counts)
     if layers < schedule.stages:
         raise ValueError(f"layers is {layers}; the schedule has {schedule.stages} stages, and each needs one")
-    short = schedule.stages - layers % schedule.stages
-    return tuple(layers // schedule.stages + (stage >= short) for stage in range(schedule.stages))
-
-
-def redistribute(sizes: Sizes, p: int) -> tuple[int, ...]:
-    """The published redistribution (method redis): layers moved off the last stage to even out FLOPs.
-
-    The last stage keeps max(0, ceil((L + r)/p - r)) layers, where r is the head's cost in layers; the others share the
-    rest, the later ones taking what is left over.
-    """
-    ratio = sizes.head_flops / sizes.layer_flops
-    last = sizes.layers if p == 1 else max(0, math.ceil((sizes.layers + ratio) / p - ratio))
-    each, left = divmod(sizes.layers - last, max(1, p - 1))
-    return (*(each + (stage >= p - 1 - left) for stage in range(p - 1)), last)
+    return even_split(layers, schedule.stages)

@@ -95,9 +95,9 @@ def save(figure: Figure, path: str | Path) -> None:
 
 
 def title_of(timeline: Timeline) -> str:
-    """The schedule's name and method."""
+    """The schedule's name, method and size."""
     schedule = timeline.schedule
-    return f"{schedule.name} · {schedule.method}"
+    return f"{schedule.name}, {schedule.method}, p={schedule.p}, m={schedule.m}"
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -150,10 +150,13 @@ def _passes(axes: Axes, timeline: Timeline, track: Track, per_unit: float, row: 
     inches = float((right - left).max()) * per_unit
     axes.add_collection(PolyCollection(corners, facecolor=color, edgecolor="white",
                                        linewidth=0.6 if inches > 0.06 else 0.15 if inches > 0.02 else 0))
-    if size := _font(inches, row, len(str(schedule.m - 1))):
-        ink = "white" if _luminance(color) < 0.5 else _INK
-        for x, y, i in zip((left + right) / 2, d + 0.52, track.microbatch[n, d].tolist(), strict=True):
-            axes.text(x, y, str(i), ha="center", va="center", fontsize=size, color=ink)
+    ink = "white" if _luminance(color) < 0.5 else _INK
+    for device in np.unique(d).tolist():
+        mine = d == device
+        narrowest = float((right - left)[mine].min()) * per_unit
+        if size := _font(narrowest, row, len(str(schedule.m - 1))):
+            for x, i in zip(((left + right) / 2)[mine], track.microbatch[n, d][mine].tolist(), strict=True):
+                axes.text(x, device + 0.52, str(i), ha="center", va="center", fontsize=size, color=ink)
 
 
 def _font(width: float, height: float, digits: int) -> float:

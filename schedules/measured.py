@@ -67,7 +67,7 @@ def read_pass_times(text: str) -> tuple[MeasuredRun, ...]:
     A column ``microbatches`` may be added; without it they are the published 128.
 
     Raises:
-        ValueError: no rows, a column missing, a cell that is no number, or cells that name different numbers of devices.
+        ValueError: no rows, a column missing, a cell that is no number, or cells of different numbers of devices.
     """
     runs = []
     for number, row in enumerate(csv.DictReader(io.StringIO(text)), start=1):

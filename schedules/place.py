@@ -1,8 +1,8 @@
 """1F1B with vocabulary passes placed for given durations: a search that minimises simulated time in bounded memory.
 
 The plain construction (:mod:`.vocabulary`) puts passes on a grid of thirds, which is exact where a backward takes twice
-a forward. Elsewhere the devices' phases drift off the grid, until S of a microbatch stands in the wrong interval on some
-of them. Here the grid follows the durations. Two ideas:
+a forward. Elsewhere the devices' phases drift off the grid, until S of a microbatch stands in the wrong interval on
+some of them. Here the grid follows the durations. Two ideas:
 
 * *Compressed time*. Leave S and T out and repeat the passes every F + B without a gap: F of microbatch j on the device
   n hops before the last ends at j(F+B) - nF, its B at (j+q)(F+B) + (n+1)B, q intervals being inserted. A slot of the
@@ -138,7 +138,7 @@ def _schedule(at: Placement, method: str, p: int, m: int) -> Schedule | None:
         mine = [Pass(kind, stage, i, slot + i * K) for i in range(m) for kind, stage, slot in zeroth]
         passes.append(tuple(sorted(mine, key=lambda x: x.start)))
     steps = tuple(_Steps(at, p).of(method))
-    return Schedule("1f1b", p, m, K, tuple(s // parts for s in range(parts * p)), tuple(passes),
+    return Schedule("1f1b placed", p, m, K, tuple(s // parts for s in range(parts * p)), tuple(passes),
                     Vocabulary(method, steps, tuple(i * K for i in range(m)), q))
 
 
@@ -188,7 +188,7 @@ class _Steps:
                 self.everywhere("done", "CB", opens_IB + K - 1), self.everywhere("run", "IB", opens_IB + K - 1)]
 
     def interlaced(self, IB: int) -> list[Step]:
-        """The output layer's steps behind the last stage's F, every collective waited for; the input layer's overlap."""
+        """The output layer behind the last stage's F, every collective waited for; the input layer beside passes."""
         K, end = self.at.K, self.end
         opens_IF = end + 1 + (self.first_F - K - end) // K * K
         opens_IB = IB + (end + 1 - IB) % K

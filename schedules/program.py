@@ -82,9 +82,9 @@ def lower(schedule: Schedule) -> Program:
     events = events_of(schedule)
     cells = allocate(schedule, events)
     lines = _Lines(schedule, events)
-    segments = tuple(_segment(schedule, events, cells, lines, a, b)
-                     for a, b in cuts(schedule.p, lines.interval, lines.identity, lines.pair))
-    return Program(schedule, segments, cells.peaks)
+    segments = [_segment(schedule, events, cells, lines, a, b)
+                for a, b in cuts(schedule.p, lines.interval, lines.identity, lines.pair)]
+    return Program(schedule, tuple(s for s in segments if s.body), cells.peaks)
 
 
 class _Lines:
@@ -112,7 +112,7 @@ def _segment(schedule: Schedule, events: Events, cells: Cells, lines: _Lines, a:
     """One scan over intervals ``a .. b-1``: the union of what they need, in the order of identities."""
     inside = np.flatnonzero((lines.interval >= a) & (lines.interval < b))
     inside = inside[np.argsort(lines.identity[inside], kind="stable")]
-    groups = np.split(inside, np.flatnonzero(np.diff(lines.identity[inside])) + 1)
+    groups = np.split(inside, np.flatnonzero(np.diff(lines.identity[inside])) + 1) if len(inside) else []
     body: list[Instruction] = []
     for rows in groups:
         slot = int(lines.slot[rows[0]])

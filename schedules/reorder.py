@@ -19,6 +19,7 @@ from .greedy import B, Bounds, F, Greedy, W
 from .schedule import Pass, Schedule, Step, Vocabulary
 from .vocabulary import input_delay, insert, sum_slots, unsharded
 
+LONG = 4096  # devices times microbatches from which on the search looks at fewer microbatches
 _KINDS = {F: "F", B: "B", W: "W"}
 
 
@@ -35,9 +36,8 @@ def reorder(block: Block, method: str, m: int, name: str = "custom") -> Schedule
         raise ValueError("the block has no W, or a B of several slots; reordering takes blocks of F, B and W in one slot each")
     plain, vocabulary = insert(block, method, m)
     # A long iteration is a short one with more steady state.
-    probe = min(m, max(32, 2 * block.p))
-    found = [(cost, n) for n, cost in enumerate(_run(plain, vocabulary, probe, ranks)[0] for ranks in _ranks(block))]
-    cost, best = min(found)
+    probe = m if m * block.p <= LONG else min(m, max(32, 2 * block.p))
+    cost, best = min((_run(plain, vocabulary, probe, ranks)[0], n) for n, ranks in enumerate(_ranks(block)))
     if cost[0] >= _occupied(plain, probe):
         return None
     _, engine, starts = _run(plain, vocabulary, m, _ranks(block)[best])
@@ -58,11 +58,17 @@ def can_reorder(block: Block) -> bool:
     return bool(block.W) and block.longest == 1
 
 
-def _run(block: Block, vocabulary: Vocabulary, m: int, ranks: list[int]) -> tuple[tuple[float, int], Greedy, dict | None]:
-    """One list schedule, and what it costs: slots, then intervals."""
+def _run(block: Block, vocabulary: Vocabulary, m: int, ranks: list[int]
+         ) -> tuple[tuple[float, int, int], Greedy, dict[int, np.ndarray] | None]:
+    """One list schedule, and what it costs: slots, then intervals, then places of passes inside an interval."""
     engine = Greedy(block, m, _released(block, vocabulary))
     starts = engine.run(ranks, Bounds(block), limit=_occupied(block, m))
-    return (engine.slots if starts else inf, len(engine.opened)), engine, starts
+    if starts is None:
+        return (inf, 0, 0), engine, None
+    begins = np.array(engine.opened) if engine.broadcast else np.arange(0, engine.slots, block.interval)
+    places = sum(len(np.unique(times - begins[np.searchsorted(begins, times, side="right") - 1]))
+                 for stages in starts.values() for times in stages)
+    return (engine.slots, len(begins), places), engine, starts
 
 
 def _occupied(block: Block, m: int) -> int:

@@ -13,7 +13,7 @@ from itertools import groupby
 import numpy as np
 
 IDLE_TRANSFER = 4  # what an idle transfer of all devices costs, in idle passes
-COMPILED = 8  # intervals in which an idle instruction costs as much as compiling it once more
+COMPILED = 16  # intervals in which an idle instruction costs as much as compiling it once more
 
 
 def cuts(p: int, interval: np.ndarray, identity: np.ndarray, pair: np.ndarray) -> list[tuple[int, int]]:

@@ -70,6 +70,12 @@ def test_a_schedule_that_a_user_writes_as_data_runs_unchanged(method):
     assert_parity(pipeline(schedules.repeat(mine, method, m=5)), batch_of(5))
 
 
+def test_a_user_s_schedule_that_is_not_sound_is_refused():
+    clash = Block(interval=7, placement=(0, 1, 0, 1), F=(0, 1, 2, 3), B=(17, 12, 10, 4), W=(20, 14, 12, 6))
+    with pytest.raises(schedules.ScheduleError, match="device 0"):
+        pipeline(schedules.repeat(clash, "baseline", m=5))
+
+
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
 def test_side_inputs_reach_the_blocks_of_their_own_microbatch(schedule):
     assert_parity(pipeline(schedules.build(schedule, "vocab-2", p=2, m=3)), batch_of(3, side=True))

@@ -93,6 +93,7 @@ def test_without_data_parallel_all_devices_are_used(monkeypatch):
         ("--seed -1", "seed is -1"),
         ("--clip -1", "clip is -1.0"),
         ("--coordinator localhost:1", "coordinator, processes and process_id are given together"),
+        ("--distributed", "neither SLURM nor Open MPI"),
         ("--vocab-size 200", "vocab_size is 200; byte-level BPE needs at least 257"),
         ("--seq 100000", "too few for"),
         ("--microbatch-size 100000", "too few for one batch of 300000 sequences of 16"),

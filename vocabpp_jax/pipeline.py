@@ -16,7 +16,7 @@ from .executor import Executor
 from .layout import PIPE, Layout
 from .linearize import Linearized, linearize
 from .model import Model
-from .schedules import Program, Schedule, evaluation, lower
+from .schedules import Program, Schedule, check, evaluation, lower
 from .vocabulary_steps import VocabularySteps
 
 DATA = "data"
@@ -46,7 +46,7 @@ class Pipeline:
     may be absent. Parameters are a tree in :attr:`layout`, float32, sharded as :attr:`shardings` says.
 
     Raises:
-        ValueError: the mesh's axis ``pipe`` is not the schedule's p, or the layers do not fill its stages.
+        ValueError: the schedule is not sound, the mesh's axis ``pipe`` is not its p, or the layers do not fill its stages.
     """
 
     model: Model
@@ -61,6 +61,7 @@ class Pipeline:
         if self.mesh.shape.get(PIPE) != self.schedule.p:
             raise ValueError(f"the mesh's axis {PIPE!r} is {self.mesh.shape.get(PIPE)}; the schedule's p is {self.schedule.p}")
         object.__setattr__(self, "layout", Layout(self.model, self.schedule))
+        check(self.schedule)
         self.layout.layer_counts  # noqa: B018  refused here, before anything compiles
 
     @cached_property

@@ -1,0 +1,74 @@
+"""Compile every schedule for simulated devices and tabulate what it costs: compile time, instructions, scans.
+
+The model is as small as can be, one layer a stage, so what is counted is the schedule's own code. Instructions are
+counted for two numbers of microbatches, which must give the same.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from options import ClusterOptions, OptionalStr, parse
+from rich.console import Console
+
+from vocabpp_jax import Pipeline, make_mesh, models, schedules
+
+
+@dataclass(frozen=True)
+class CodeSizeOptions:
+    """What is compiled, and where the table goes."""
+
+    stages: tuple[int, ...] = (2, 4, 8)
+    """Numbers of devices."""
+    methods: tuple[str, ...] = ("baseline", "vocab-2")
+    """Vocabulary methods."""
+    output: OptionalStr = None
+    """Markdown file for the table; printed otherwise."""
+
+
+def measure(schedule: str, method: str, p: int, m: int) -> tuple[int, int, float]:
+    """Scans, compiled instructions, and the seconds that tracing, lowering and compiling took."""
+    built = schedules.build(schedule, method, p=p, m=m)
+    config = models.named("gpt-tiny", layers=built.stages, hidden=16, heads=2, seq=8, vocab_size=64)
+    pipe = Pipeline(models.gpt(config), built, make_mesh(p, devices=jax.devices()[:p]))
+    tokens = jax.ShapeDtypeStruct((m, 1, 8), jnp.int32)
+    started = time.monotonic()
+    compiled = jax.jit(pipe.value_and_grad).lower(pipe.layout.shapes(), {"tokens": tokens, "labels": tokens}).compile()
+    seconds = time.monotonic() - started
+    return len(pipe.program.segments), compiled.as_text().count(" = "), seconds
+
+
+def main() -> None:
+    options = parse(CodeSizeOptions, __doc__)
+    ClusterOptions().join(max(options.stages))
+    console = Console(stderr=True)
+    lines = [
+        "| schedule | method | devices | scans | instructions, m = 4p | m = 8p | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for schedule in schedules.SCHEDULES:
+        for method in options.methods:
+            for p in options.stages:
+                scans, few, seconds = measure(schedule, method, p, 4 * p)
+                _, many, _ = measure(schedule, method, p, 8 * p)
+                lines.append(f"| {schedule} | {method} | {p} | {scans} | {few} | {many} | {seconds:.1f} |")
+                console.print(lines[-1])
+                jax.clear_caches()
+    table = "\n".join(lines)
+    if options.output is None:
+        print(table)
+    else:
+        Path(options.output).write_text(
+            "# Compile time and code size\n\n"
+            "Compiled for simulated CPU devices, one layer a stage, by `python experiments/code_size.py "
+            "--output docs/code-size.md`.\nSeconds are tracing, lowering and compiling together, on a shared machine: "
+            f"compare them with each other.\n\n{table}\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
