@@ -12,9 +12,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from options import ClusterOptions, OptionalStr, parse
 from rich.console import Console
 
+from options import ClusterOptions, OptionalStr, parse
 from vocabpp_jax import Pipeline, make_mesh, models, schedules
 
 

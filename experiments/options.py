@@ -27,17 +27,14 @@ Result = TypeVar("Result")
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(optional)")]
 OptionalStr = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="(optional)")]
 
-UNNAMED = GPTConfig(layers=4, heads=4, hidden=128, seq=128, vocab_size=4096)
-"""What trains where no model is named."""
-
 
 @dataclass(frozen=True)
 class ModelOptions:
     """A named model, and what of it is to be different. What is not given is as the name says."""
 
-    model: OptionalStr = None
-    """Named size: gpt-tiny, gpt-mini, gpt-small, or one of the published 4B, 7B, 10B, 16B, 21B, 30B. Without it,
-    one that two CPU cores train in minutes: 4 layers, hidden 128, 4 heads, seq 128, vocab-size 4096, float32."""
+    model: str = "gpt-micro"
+    """Named size: gpt-tiny, gpt-micro (two CPU cores train it in minutes), gpt-mini, gpt-small, or one of the
+    published 4B, 7B, 10B, 16B, 21B, 30B."""
     layers: OptionalInt = None
     """Transformer layers, at least one a stage."""
     hidden: OptionalInt = None
@@ -57,7 +54,7 @@ class ModelOptions:
         """The model's configuration. Raises ValueError for what makes no model."""
         given = {name: value for name, value in dataclasses.asdict(self).items() if name != "model"}
         given = {name: value for name, value in given.items() if value is not None and value is not False}
-        return models.named(self.model, **given) if self.model else dataclasses.replace(UNNAMED, **given)
+        return models.named(self.model, **given)
 
 
 @dataclass(frozen=True)

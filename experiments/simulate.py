@@ -27,6 +27,7 @@ from vocabpp_jax.schedules import (
     head_in_layers,
     lower,
     methods_of,
+    optimal_split,
     published_split,
 )
 from vocabpp_jax.schedules.cost import Cost, Sizes, load_gpu
@@ -52,6 +53,8 @@ class SimulateOptions:
     """Pipeline stages: devices that one copy of the model is spread over."""
     chunks: OptionalInt = None
     """With interleaved-1f1b: how many pieces of the model a device holds; 2 if not given."""
+    redis_split: Literal["published", "optimal"] = "published"
+    """With redis: layers a stage as in the published experiments, or so that the slowest has the fewest FLOPs."""
     microbatches: OptionalInt = None
     """Microbatches in a step; 32 if not given, 128 with --times, as published."""
     microbatch_size: int = 1
@@ -133,9 +136,10 @@ class Result:
         }
 
 
-def redistributed(z: Sizes, stages: int) -> tuple[int, ...]:
-    """The published split of the layers for method redis."""
-    return published_split(z.layers, stages, head_in_layers(z.hidden, z.seq, z.vocab_size))
+def redistributed(options: SimulateOptions, z: Sizes) -> tuple[int, ...]:
+    """The split of the layers for method redis."""
+    split = {"published": published_split, "optimal": optimal_split}[options.redis_split]
+    return split(z.layers, options.stages, head_in_layers(z.hidden, z.seq, z.vocab_size))
 
 
 def run(options: SimulateOptions, schedule: str, method: str, placed: bool) -> Result:
@@ -143,7 +147,7 @@ def run(options: SimulateOptions, schedule: str, method: str, placed: bool) -> R
     cost, m, rules = options.cost(), options.microbatches or 32, RULES[options.rules or "compiled"]
     if placed and schedule != "1f1b":
         raise ValueError(f"schedule is {schedule!r}; placement is for 1f1b")
-    counts = redistributed(cost.sizes, options.stages) if method == "redis" else None
+    counts = redistributed(options, cost.sizes) if method == "redis" else None
     built = build(schedule, method, p=options.stages, m=m, chunks=options.chunks, layer_counts=counts)
     if placed:
         halves = cost.sizes.layers >= 2 * options.stages
@@ -168,14 +172,15 @@ def compare(options: SimulateOptions) -> list[Result]:
 
 def print_table(results: list[Result]) -> None:
     """A line a result."""
-    print(f"{'schedule':<18}{'method':<13}{'ms':>10}{'bubble':>8}{'MFU':>8}{'in flight':>11}{'GiB, most':>11}{'least':>7}")
+    head = ("schedule", "method", "ms", "bubble", "MFU", "in flight", "GiB most", "least")
+    print("{:<18}{:<13}{:>9}{:>8}{:>8}{:>11}{:>10}{:>7}".format(*head))
     for r in results:
         schedule, peaks = r.timeline.schedule, r.peak_bytes
         # A chunk is a part of what a device holds: in flight is counted in what all chunks of one microbatch are.
         held = max(r.timeline.peak_in_flight) / schedule.chunks
         full = "  more than the GPU has" if max(peaks) > r.cost.gpu.memory_bytes else ""
-        print(f"{schedule.name:<18}{schedule.method:<13}{r.ms:>10.1f}{r.timeline.bubble_ratio:>8.1%}{r.mfu:>8.1%}"
-              f"{held:>11.4g}{max(peaks) / 2**30:>11.1f}{min(peaks) / 2**30:>7.1f}{full}")
+        print(f"{schedule.name:<18}{schedule.method:<13}{r.ms:>9.1f}{r.timeline.bubble_ratio:>8.1%}{r.mfu:>8.1%}"
+              f"{held:>11.4g}{max(peaks) / 2**30:>10.1f}{min(peaks) / 2**30:>7.1f}{full}")
 
 
 def against_measured(options: SimulateOptions) -> tuple[Result, list[dict]]:

@@ -101,12 +101,16 @@ def prepare(options: TrainOptions) -> Run:
         raise ValueError(f"seed is {options.seed}; it must not be negative")
     config = options.model.config()
     schedule = options.pipeline.build(config)
-    optimizer = adamw(
-        options.lr, options.steps, options.warmup_steps, weight_decay=options.weight_decay, decay_mask=matrices
-    )
     options.cluster.join(simulated_devices=pipeline.stages * (pipeline.data_parallel or 1))
     mesh = pipeline.mesh()
     pipe = Pipeline(models.gpt(config), schedule, mesh, compute_dtype=config.dtype)
+    optimizer = adamw(
+        options.lr,
+        options.steps,
+        options.warmup_steps,
+        weight_decay=options.weight_decay,
+        decay_mask=lambda _: pipe.layout.matrices(),
+    )
     output = output_folder(options)
 
     if jax.process_index() == 0:
@@ -130,7 +134,7 @@ def prepare(options: TrainOptions) -> Run:
 def output_folder(options: TrainOptions) -> Path:
     """The folder that the run is to write to. A run that is there already is left as it is."""
     pipeline = options.pipeline
-    name = f"{options.model.model or 'gpt'}-{pipeline.schedule}-{pipeline.method}-p{pipeline.stages}"
+    name = f"{options.model.model}-{pipeline.schedule}-{pipeline.method}-p{pipeline.stages}"
     output = Path(options.output or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     for file in ("config.json", "metrics.jsonl"):
         if jax.process_index() == 0 and (output / file).exists():
@@ -145,14 +149,6 @@ def make_folder(output: Path) -> None:
         (output / "metrics.jsonl").touch()
     except OSError as reason:
         raise ValueError(f"output is {str(output)!r}, which cannot be written ({reason.strerror})") from None
-
-
-def matrices(params: Any) -> Any:
-    """Which parameters decay: those of two dimensions or more, not counting the devices in front of a block's."""
-    return {
-        name: jax.tree.map(lambda leaf, least=3 if name == "blocks" else 2: leaf.ndim >= least, branch)
-        for name, branch in params.items()
-    }
 
 
 def place(pipe: Pipeline, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -192,6 +188,7 @@ def run_training(run: Run) -> None:
                 "tokens_per_second": progress.tokens_per_second(k + 1),
             }
             if (k + 1) % options.eval_every == 0 or k + 1 == options.steps:
+                jax.block_until_ready(state)  # one program with collectives at a time on devices that share threads
                 with progress.paused():
                     validations.append((k + 1, validation_loss(run, evaluate, state.params)))
                 record["validation_loss"] = validations[-1][1]

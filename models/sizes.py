@@ -21,6 +21,7 @@ _PUBLISHED = {  # arXiv 2411.05288, tables 1 and 2; each was also run with seq 4
 
 SIZES: dict[str, GPTConfig] = {
     "gpt-tiny": GPTConfig(layers=4, heads=4, hidden=64, seq=64, vocab_size=256),  # bytes, seconds on a laptop
+    "gpt-micro": GPTConfig(layers=4, heads=4, hidden=128, seq=128, vocab_size=4096),  # minutes on two CPU cores
     "gpt-mini": GPTConfig(layers=8, heads=4, hidden=256, seq=256, vocab_size=8192),
     "gpt-small": GPTConfig(layers=12, heads=12, hidden=768, seq=1024, vocab_size=50257, tie_embeddings=True),  # GPT-2
     **{name: GPTConfig(**dims, seq=2048, vocab_size=32_000, dtype="bfloat16") for name, dims in _PUBLISHED.items()},

@@ -10,6 +10,29 @@ from .program import Instruction, Program, Segment, lower
 from .reorder import reorder
 from .schedule import Pass, Schedule, Step, Vocabulary
 
-__all__ = ["METHODS", "SCHEDULES", "Block", "Instruction", "Pass", "Program", "Schedule", "ScheduleError", "Segment",
-           "Step", "Vocabulary", "build", "check", "check_program", "evaluation", "even_split", "from_orders",
-           "head_in_layers", "lower", "methods_of", "optimal_split", "published_split", "reorder", "repeat"]
+__all__ = [
+    "METHODS",
+    "SCHEDULES",
+    "Block",
+    "Instruction",
+    "Pass",
+    "Program",
+    "Schedule",
+    "ScheduleError",
+    "Segment",
+    "Step",
+    "Vocabulary",
+    "build",
+    "check",
+    "check_program",
+    "evaluation",
+    "even_split",
+    "from_orders",
+    "head_in_layers",
+    "lower",
+    "methods_of",
+    "optimal_split",
+    "published_split",
+    "reorder",
+    "repeat",
+]

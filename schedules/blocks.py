@@ -40,10 +40,14 @@ class Block:
         for name in ("F", "B", "W"):
             starts = getattr(self, name)
             if len(starts) != len(self.placement) and (starts or name == "F"):
-                raise ValueError(f"{name} has {len(starts)} starts; give one for each of the {len(self.placement)} stages")
+                raise ValueError(
+                    f"{name} has {len(starts)} starts; give one for each of the {len(self.placement)} stages"
+                )
         if self.group < 1 or self.group_interval % self.interval:
-            raise ValueError(f"group is {self.group} and group_interval {self.group_interval}; a group has 1 microbatch or "
-                             f"more, and the next follows after a multiple of the interval, {self.interval} slots")
+            raise ValueError(
+                f"group is {self.group} and group_interval {self.group_interval}; a group has 1 microbatch or "
+                f"more, and the next follows after a multiple of the interval, {self.interval} slots"
+            )
         if self.W and not self.B:
             raise ValueError("W has starts and B has none; weight gradients need the backward that they follow")
 
@@ -69,10 +73,13 @@ class Block:
     def passes(self, device: int, i: int) -> list[Pass]:
         """The passes of microbatch ``i`` on one device."""
         shift = self.shift(i)
-        return [Pass(kind, stage, i, starts[stage] + shift, slots)
-                for kind, starts, slots in (("F", self.F, 1), ("B", self.B, self.backward_slots), ("W", self.W, 1))
-                if starts
-                for stage, on in enumerate(self.placement) if on == device]
+        return [
+            Pass(kind, stage, i, starts[stage] + shift, slots)
+            for kind, starts, slots in (("F", self.F, 1), ("B", self.B, self.backward_slots), ("W", self.W, 1))
+            if starts
+            for stage, on in enumerate(self.placement)
+            if on == device
+        ]
 
 
 def gpipe(p: int, m: int) -> Block:
@@ -86,8 +93,9 @@ def gpipe(p: int, m: int) -> Block:
 
 def one_f_one_b(p: int) -> Block:
     """1F1B (Narayanan et al. 2019): one forward, one backward of two slots; p - d microbatches in flight."""
-    return Block(3, tuple(range(p)), F=tuple(range(p)), B=tuple(p + 2 * (p - 1 - d) for d in range(p)),
-                 backward_slots=2)
+    return Block(
+        3, tuple(range(p)), F=tuple(range(p)), B=tuple(p + 2 * (p - 1 - d) for d in range(p)), backward_slots=2
+    )
 
 
 def interlaced(p: int) -> Block:
@@ -97,21 +105,33 @@ def interlaced(p: int) -> Block:
     """
     end = 3 * ((p - 1) // 2) + 2 * ((p - 1) % 2)
     hops = [p - 1 - d for d in range(p)]
-    return Block(3, tuple(range(p)), F=tuple(end - 3 * (j // 2) - 2 * (j % 2) for j in hops),
-                 B=tuple(end + 1 + 3 * j + j % 2 for j in hops), backward_slots=2)
+    return Block(
+        3,
+        tuple(range(p)),
+        F=tuple(end - 3 * (j // 2) - 2 * (j % 2) for j in hops),
+        B=tuple(end + 1 + 3 * j + j % 2 for j in hops),
+        backward_slots=2,
+    )
 
 
 def interleaved_one_f_one_b(p: int, chunks: int) -> Block:
     """Interleaved 1F1B (Narayanan et al. 2021): device d holds stages d, p + d, 2p + d, ...; p, m unrestricted.
 
     Microbatches go in groups of p through one chunk after the other, one forward and one backward a round of three
-    slots; a last group that is not full leaves its rounds empty. All devices run forwards in the same slot, so an output
-    moves on a round later: (chunks + 1) p - 1 stages in flight on the first device, as published.
+    slots; a last group that is not full leaves its rounds empty. All devices run forwards in the same slot, so an
+    output moves on a round later: (chunks + 1) p - 1 stages in flight on the first device, as published.
     """
     turn = 3 * (p * chunks - 1) + 1
     stages = range(p * chunks)
-    return Block(3, tuple(range(p)) * chunks, F=tuple(3 * s for s in stages), B=tuple(turn + 3 * s for s in stages)[::-1],
-                 backward_slots=2, group=p, group_interval=3 * p * chunks)
+    return Block(
+        3,
+        tuple(range(p)) * chunks,
+        F=tuple(3 * s for s in stages),
+        B=tuple(turn + 3 * s for s in stages)[::-1],
+        backward_slots=2,
+        group=p,
+        group_interval=3 * p * chunks,
+    )
 
 
 def zb_h1(p: int) -> Block:
@@ -123,7 +143,9 @@ def zb_h1(p: int) -> Block:
 def zb_h2(p: int) -> Block:
     """ZB-H2 (Qi et al. 2023): 2(p - d) - 1 forwards before the first B, 2p - 1 microbatches held by every device."""
     B = tuple(3 * (2 * p - 2 - d) + 1 for d in range(p))
-    return Block(3, tuple(range(p)), F=tuple(3 * d for d in range(p)), B=B, W=tuple(b + 1 + 6 * d for d, b in enumerate(B)))
+    return Block(
+        3, tuple(range(p)), F=tuple(3 * d for d in range(p)), B=B, W=tuple(b + 1 + 6 * d for d, b in enumerate(B))
+    )
 
 
 def v_min(p: int) -> Block:
@@ -135,14 +157,16 @@ def v_min(p: int) -> Block:
 def v_half(p: int) -> Block:
     """V-Half (Qi et al. 2024): device d holds stages d and 2p - 1 - d; about p + 2 half-stages in flight."""
     c = 3 if p % 2 == 0 else 0
-    return _v_shape(p, lambda i: 2 * i, lambda i: 3 * p - 2 - i, lambda i: 3 * p - 1 + c + 2 * i,
-                    lambda i: 6 * p - 2 + c - i)
+    return _v_shape(
+        p, lambda i: 2 * i, lambda i: 3 * p - 2 - i, lambda i: 3 * p - 1 + c + 2 * i, lambda i: 6 * p - 2 + c - i
+    )
 
 
 def v_zb(p: int) -> Block:
     """V-ZB (Qi et al. 2024): device d holds stages d and 2p - 1 - d; 2p half-stages in flight, no bubble inside."""
-    return _v_shape(p, lambda i: 4 * i, lambda i: 6 * p - 5 - 2 * i, lambda i: 6 * p - 4 + 4 * i,
-                    lambda i: 12 * p - 9 - 2 * i)
+    return _v_shape(
+        p, lambda i: 4 * i, lambda i: 6 * p - 5 - 2 * i, lambda i: 6 * p - 4 + 4 * i, lambda i: 12 * p - 9 - 2 * i
+    )
 
 
 def _v_shape(p: int, F0, F1, B1, B0) -> Block:
@@ -156,8 +180,10 @@ def _v_shape(p: int, F0, F1, B1, B0) -> Block:
 
 def _first_free(K: int, placement: Sequence[int], F: Sequence[int], B: Sequence[int]) -> tuple[int, ...]:
     """W in the first slot after its B that its device leaves free in every interval, oldest B first."""
-    taken = [{x % K for starts in (F, B) for x, on in zip(starts, placement, strict=True) if on == d}
-             for d in range(max(placement) + 1)]
+    taken = [
+        {x % K for starts in (F, B) for x, on in zip(starts, placement, strict=True) if on == d}
+        for d in range(max(placement) + 1)
+    ]
     W = [0] * len(B)
     for b, stage in sorted((b, stage) for stage, b in enumerate(B)):
         busy = taken[placement[stage]]

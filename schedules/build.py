@@ -30,8 +30,16 @@ def methods_of(schedule: str) -> tuple[str, ...]:
     return METHODS if schedule == "1f1b" else tuple(m for m in METHODS if m not in ONLY_ON_1F1B)
 
 
-def build(schedule: str = "1f1b", method: str = "vocab-2", *, p: int, m: int, chunks: int | None = None,
-          layer_counts: Sequence[int] | None = None, reordered: bool = True) -> Schedule:
+def build(
+    schedule: str = "1f1b",
+    method: str = "vocab-2",
+    *,
+    p: int,
+    m: int,
+    chunks: int | None = None,
+    layer_counts: Sequence[int] | None = None,
+    reordered: bool = True,
+) -> Schedule:
     """The named schedule with the named vocabulary method.
 
     Args:
@@ -49,8 +57,9 @@ def build(schedule: str = "1f1b", method: str = "vocab-2", *, p: int, m: int, ch
     _refuse_nonsense(schedule, method, p, m, chunks, layer_counts)
     block = blocks.interlaced(p) if method == "interlaced" else _BLOCKS[schedule](p, m, chunks or 2)
     if layer_counts is not None and len(layer_counts) != len(block.placement):
-        raise ValueError(f"layer_counts has {len(layer_counts)} entries; {schedule} on {p} devices has "
-                         f"{len(block.placement)} stages")
+        raise ValueError(
+            f"layer_counts has {len(layer_counts)} entries; {schedule} on {p} devices has {len(block.placement)} stages"
+        )
     built = reorder(block, method, m, schedule) if reordered and can_reorder(block) else None
     built = built or repeat(block, method, m, schedule)
     return built if layer_counts is None else replace(built, layer_counts=tuple(layer_counts))
@@ -67,7 +76,9 @@ def _refuse_nonsense(schedule, method, p, m, chunks, layer_counts) -> None:
     if chunks is not None and schedule != "interleaved-1f1b":
         fixed = 2 if schedule.startswith("v-") else 1
         if chunks != fixed:
-            raise ValueError(f"chunks is {chunks}; {schedule} has {fixed} a device, and interleaved-1f1b has any number")
+            raise ValueError(
+                f"chunks is {chunks}; {schedule} has {fixed} a device, and interleaved-1f1b has any number"
+            )
     if chunks is not None and chunks < 2 and schedule == "interleaved-1f1b":
         raise ValueError(f"chunks is {chunks}; interleaved-1f1b has 2 or more a device, and 1f1b has 1")
     if layer_counts is not None and any(n < 0 for n in layer_counts):
@@ -77,8 +88,9 @@ def _refuse_nonsense(schedule, method, p, m, chunks, layer_counts) -> None:
 def repeat(block: Block, method: str, m: int, name: str = "custom") -> Schedule:
     """A schedule from a building block: room for the vocabulary passes, then ``m`` copies an interval apart."""
     block, vocabulary = insert(block, method, m)
-    passes = tuple(tuple(sorted((x for i in range(m) for x in block.passes(d, i)), key=lambda x: x.start))
-                   for d in range(block.p))
+    passes = tuple(
+        tuple(sorted((x for i in range(m) for x in block.passes(d, i)), key=lambda x: x.start)) for d in range(block.p)
+    )
     return Schedule(name, block.p, m, block.interval, block.placement, passes, vocabulary)
 
 

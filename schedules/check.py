@@ -25,8 +25,8 @@ def check(schedule: Schedule, in_flight: int | Sequence[int] | None = None) -> N
         in_flight: the most activations of a stage that a device may hold, one number or one a device.
 
     Raises:
-        ScheduleError: a pass or step is missing, doubled or on the wrong device; one comes before what it depends on; two
-            overlap on a device; devices would come to collectives in different orders; the bound is broken.
+        ScheduleError: a pass or step is missing, doubled or on the wrong device; one comes before what it depends on;
+            two overlap on a device; devices would come to collectives in different orders; the bound is broken.
     """
     start, last = _pass_times(schedule)
     _check_overlaps(schedule)
@@ -47,13 +47,15 @@ Times = dict[str, np.ndarray]  # by kind, [stages, m]
 def _pass_times(schedule: Schedule) -> tuple[Times, Times]:
     """First and last slots of every pass; refuses passes that are missing, doubled, misplaced or unknown."""
     shape = (schedule.stages, schedule.m)
-    kinds = KINDS[:1 + schedule.trains + (schedule.trains and schedule.splits_backward)]
+    kinds = KINDS[: 1 + schedule.trains + (schedule.trains and schedule.splits_backward)]
     start, last, count = ({k: np.zeros(shape, int) for k in KINDS} for _ in range(3))
     for d, passes in enumerate(schedule.passes):
         for x in passes:
             if x.kind not in KINDS or not (0 <= x.stage < shape[0] and 0 <= x.microbatch < shape[1]) or x.slots < 1:
-                raise ScheduleError(f"device {d} runs {x} in {x.slots} slots; kinds are F, B and W, stages 0 to "
-                                    f"{shape[0] - 1}, microbatches 0 to {shape[1] - 1}, slots at least 1")
+                raise ScheduleError(
+                    f"device {d} runs {x} in {x.slots} slots; kinds are F, B and W, stages 0 to "
+                    f"{shape[0] - 1}, microbatches 0 to {shape[1] - 1}, slots at least 1"
+                )
             if schedule.placement[x.stage] != d:
                 raise ScheduleError(f"device {d} runs {x}; stage {x.stage} is on device {schedule.placement[x.stage]}")
             count[x.kind][x.stage, x.microbatch] += 1
@@ -62,8 +64,10 @@ def _pass_times(schedule: Schedule) -> tuple[Times, Times]:
         expected = int(kind in kinds)
         for stage, i in np.argwhere(count[kind] != expected)[:1].tolist():
             n = count[kind][stage, i]
-            raise ScheduleError(f"device {schedule.placement[stage]} runs {stage}{kind}{i} {n} times; "
-                                f"this schedule has it {'once' if expected else 'not at all'}")
+            raise ScheduleError(
+                f"device {schedule.placement[stage]} runs {stage}{kind}{i} {n} times; "
+                f"this schedule has it {'once' if expected else 'not at all'}"
+            )
     return {k: start[k] for k in kinds}, {k: last[k] for k in kinds}
 
 
@@ -71,19 +75,24 @@ def _check_overlaps(schedule: Schedule) -> None:
     for d, passes in enumerate(schedule.passes):
         for before, x in zip(passes[:-1], passes[1:], strict=True):
             if x.start <= before.last:
-                raise ScheduleError(f"device {d}: {x} starts in slot {x.start}, listed behind {before}, which ends in slot "
-                                    f"{before.last}; a device runs one pass at a time, listed in order")
+                raise ScheduleError(
+                    f"device {d}: {x} starts in slot {x.start}, listed behind {before}, which ends in slot "
+                    f"{before.last}; a device runs one pass at a time, listed in order"
+                )
 
 
 def _check_order(schedule: Schedule, start: Times, last: Times) -> None:
     """Every pass after the one whose output it takes."""
+
     def after(kind: str, stages: slice, needed: str, of: slice) -> None:
         early = start[kind][stages] <= last[needed][of]
         for n, i in np.argwhere(early)[:1].tolist():
             stage, other = range(schedule.stages)[stages][n], range(schedule.stages)[of][n]
-            raise ScheduleError(f"device {schedule.placement[stage]}: {stage}{kind}{i} starts in slot "
-                                f"{start[kind][stage, i]}, but {other}{needed}{i} on device {schedule.placement[other]}, "
-                                f"which it depends on, ends in slot {last[needed][other, i]}")
+            raise ScheduleError(
+                f"device {schedule.placement[stage]}: {stage}{kind}{i} starts in slot "
+                f"{start[kind][stage, i]}, but {other}{needed}{i} on device {schedule.placement[other]}, "
+                f"which it depends on, ends in slot {last[needed][other, i]}"
+            )
 
     everything, but_first, but_last, only_last = slice(None), slice(1, None), slice(None, -1), slice(-1, None)
     after("F", but_first, "F", but_last)
@@ -105,8 +114,9 @@ def _check_in_flight(schedule: Schedule, in_flight: int | Sequence[int]) -> None
         for x in passes:
             held += (x.kind == "F") - (x.kind == frees)
             if held > bounds[d]:
-                raise ScheduleError(f"device {d}: {x} in slot {x.start} makes {held} activations in flight; "
-                                    f"the bound is {bounds[d]}")
+                raise ScheduleError(
+                    f"device {d}: {x} in slot {x.start} makes {held} activations in flight; the bound is {bounds[d]}"
+                )
 
 
 # --- steps of the vocabulary layers ----------------------------------------------------------------------------------
@@ -133,25 +143,35 @@ def _check_steps(schedule: Schedule) -> None:
     expected = _expected(schedule)
     for name in sorted(found.keys() | set(expected)):
         if found[name] != (name in expected):
-            raise ScheduleError(f"the vocabulary layers have {name} {found[name]} times; "
-                                f"this schedule needs {', '.join(expected)}, each once")
+            raise ScheduleError(
+                f"the vocabulary layers have {name} {found[name]} times; "
+                f"this schedule needs {', '.join(expected)}, each once"
+            )
     one_device = {"G": schedule.placement[-1], "H": schedule.placement[-1]}
     if not schedule.sharded:
         one_device |= {"IF": schedule.placement[0], "IB": schedule.placement[0]}
     for step in schedule.vocabulary.steps:
         if len(step.at) != schedule.p:
-            raise ScheduleError(f"{_name(step)} has {len(step.at)} places; give one for each of the {schedule.p} devices")
+            raise ScheduleError(
+                f"{_name(step)} has {len(step.at)} places; give one for each of the {schedule.p} devices"
+            )
         for d, at in enumerate(step.at):
             concerned = d == one_device.get(_name(step), d)
             if (at is not None) != concerned:
-                raise ScheduleError(f"device {d} {'lacks' if concerned else 'has'} {_name(step)}, which "
-                                    f"{'every device runs' if _name(step) not in one_device else 'another runs'}")
+                raise ScheduleError(
+                    f"device {d} {'lacks' if concerned else 'has'} {_name(step)}, which "
+                    f"{'every device runs' if _name(step) not in one_device else 'another runs'}"
+                )
         shifts = _shifts(schedule, step)
         if len(shifts) != schedule.m or shifts[0] != 0:
-            raise ScheduleError(f"shifts of {_name(step)} are {shifts}; give one for each of the {schedule.m} microbatches, "
-                                "0 for the first")
+            raise ScheduleError(
+                f"shifts of {_name(step)} are {shifts}; give one for each of the {schedule.m} microbatches, "
+                "0 for the first"
+            )
         if schedule.sharded and any(b <= a for a, b in zip(shifts[:-1], shifts[1:], strict=True)):
-            raise ScheduleError(f"shifts of {_name(step)} are {shifts}; all devices take microbatches in one order, 0 to m - 1")
+            raise ScheduleError(
+                f"shifts of {_name(step)} are {shifts}; all devices take microbatches in one order, 0 to m - 1"
+            )
 
 
 def _shifts(schedule: Schedule, step: Step) -> tuple[int, ...]:
@@ -163,8 +183,10 @@ def _check_collectives(schedule: Schedule) -> None:
     for step in schedule.vocabulary.steps:
         for d, at in enumerate(step.at):
             if step.op != "run" and at != step.at[0]:
-                raise ScheduleError(f"{_name(step)} is in slot {at} on device {d} and in slot {step.at[0]} on device 0; "
-                                    "a collective stands at the same place on every device")
+                raise ScheduleError(
+                    f"{_name(step)} is in slot {at} on device {d} and in slot {step.at[0]} on device 0; "
+                    "a collective stands at the same place on every device"
+                )
 
 
 class _Places:
@@ -194,10 +216,22 @@ def _dependencies(schedule: Schedule) -> Iterator[tuple[str, str, bool]]:
     for name in ("CI", "C0", "max", "stats", "big", "CB"):
         yield f"done {name}", f"start {name}", False
         yield f"start {name}", f"done {name}", True
-    yield from (("start CI", "IF", False), ("IF", "start CI", True), ("S", "done C0", False), ("S1", "done C0", False),
-                ("start stats", "S", False), ("start max", "S1", False), ("S2", "done max", False),
-                ("start stats", "S2", False), ("T", "done stats", False), ("start big", "done stats", False),
-                ("G", "done big", False), ("start big", "G", True), ("IB", "done CB", False), ("start CB", "IB", True))
+    yield from (
+        ("start CI", "IF", False),
+        ("IF", "start CI", True),
+        ("S", "done C0", False),
+        ("S1", "done C0", False),
+        ("start stats", "S", False),
+        ("start max", "S1", False),
+        ("S2", "done max", False),
+        ("start stats", "S2", False),
+        ("T", "done stats", False),
+        ("start big", "done stats", False),
+        ("G", "done big", False),
+        ("start big", "G", True),
+        ("IB", "done CB", False),
+        ("start CB", "IB", True),
+    )
     if sums_before_T(schedule):
         yield "S", "start big", True
     else:
@@ -213,11 +247,13 @@ def _check_steps_order(schedule: Schedule) -> None:
         for d in range(schedule.p):
             if any(places.steps[n][0].at[d] is None for n in (name, earlier)):
                 continue
-            at, before = places.of(name, d)[later], places.of(earlier, d)[:schedule.m - next_microbatch]
+            at, before = places.of(name, d)[later], places.of(earlier, d)[: schedule.m - next_microbatch]
             for n in np.flatnonzero(at <= before)[:1].tolist():
                 i = n + next_microbatch
-                raise ScheduleError(f"device {d}: {name} of microbatch {i} in slot {places.slots(name, d)[i]} comes before "
-                                    f"{earlier} of {n} in slot {places.slots(earlier, d)[n]}, which has to be over")
+                raise ScheduleError(
+                    f"device {d}: {name} of microbatch {i} in slot {places.slots(name, d)[i]} comes before "
+                    f"{earlier} of {n} in slot {places.slots(earlier, d)[n]}, which has to be over"
+                )
 
 
 def _check_steps_against_passes(schedule: Schedule, last: Times) -> None:
@@ -229,9 +265,11 @@ def _check_steps_against_passes(schedule: Schedule, last: Times) -> None:
         at = places.of(step, device)
         passes = places.of_passes(last[kind][stage], PASSES if step_first else TRANSFERS)
         for i in np.flatnonzero((at >= passes) if step_first else (at <= passes))[:1].tolist():
-            raise ScheduleError(f"device {device}: {step} of microbatch {i} in slot {places.slots(step, device)[i]} comes "
-                                f"{'after' if step_first else 'before'} {stage % schedule.stages}{kind}{i}, which ends in slot "
-                                f"{last[kind][stage, i]} and {'needs it' if step_first else 'makes its input'}")
+            raise ScheduleError(
+                f"device {device}: {step} of microbatch {i} in slot {places.slots(step, device)[i]} comes "
+                f"{'after' if step_first else 'before'} {stage % schedule.stages}{kind}{i}, which ends in slot "
+                f"{last[kind][stage, i]} and {'needs it' if step_first else 'makes its input'}"
+            )
 
     compare("done CI" if schedule.sharded else "IF", first, "F", 0, True)
     compare("start C0" if schedule.sharded else "H", final, "F", -1, False)

@@ -66,7 +66,9 @@ class _Replay:
             cell = x.tables["deliver" if write and ring == "inbox" else ring][rows, devices]
             keys = ((0 if way == "F" else 1) * (s.stages + 2) + np.broadcast_to(stage, i.shape) + 1) * s.m + i
             keep = cell >= 0
-            self.touches[ring].append(tuple(c[keep] for c in (devices, cell, times[rows], np.full(len(i), write), keys)))
+            self.touches[ring].append(
+                tuple(c[keep] for c in (devices, cell, times[rows], np.full(len(i), write), keys))
+            )
 
         if x.op == "run":
             np.add.at(self.counts[x.name, x.chunk], (devices, i), 1)
@@ -81,9 +83,13 @@ class _Replay:
         elif x.op == "permute":
             sources, targets = zip(*x.pairs, strict=True)
             if len(set(sources)) < len(sources) or len(set(targets)) < len(targets):
-                raise ScheduleError(f"slot {x.slot}: a permute has pairs {x.pairs}; a device sends to one and receives from one")
+                raise ScheduleError(
+                    f"slot {x.slot}: a permute has pairs {x.pairs}; a device sends to one and receives from one"
+                )
             source = dict(zip(targets, sources, strict=True))
-            self._delivered(x, made, rows, devices, np.array([source.get(d, -1) for d in devices.tolist()], int), i, times)
+            self._delivered(
+                x, made, rows, devices, np.array([source.get(d, -1) for d in devices.tolist()], int), i, times
+            )
         if x.op in ("start", "done"):
             table = x.tables["microbatch"]
             if (table != table[:, :1]).any():
@@ -115,16 +121,29 @@ class _Replay:
         wrong = np.flatnonzero((microbatch != i) | (sources < 0))
         if len(wrong):
             n = int(wrong[0])
-            raise ScheduleError(f"device {devices[n]} receives microbatch {i[n]} in slot {x.slot} from device {sources[n]}, "
-                                "which has not made it in that slot")
+            raise ScheduleError(
+                f"device {devices[n]} receives microbatch {i[n]} in slot {x.slot} from device {sources[n]}, "
+                "which has not made it in that slot"
+            )
         keys = (way * (self.schedule.stages + 2) + stage + 1) * self.schedule.m + i
-        self.touches["inbox"].append((devices, x.tables["deliver"][rows, devices], times[rows], np.ones(len(i), bool), keys))
+        self.touches["inbox"].append(
+            (devices, x.tables["deliver"][rows, devices], times[rows], np.ones(len(i), bool), keys)
+        )
 
     def _vocabulary(self, x: Instruction, touch) -> None:
         s = self.schedule
-        writes = {("done", "CI"): ("F", -1), ("run", "IF"): ("F", -1), ("run", "G"): ("B", s.stages), ("run", "H"): ("B", s.stages)}
-        reads = {("start", "C0"): ("F", s.stages - 1), ("run", "H"): ("F", s.stages - 1), ("start", "CB"): ("B", 0),
-                 ("run", "IB"): ("B", 0)}
+        writes = {
+            ("done", "CI"): ("F", -1),
+            ("run", "IF"): ("F", -1),
+            ("run", "G"): ("B", s.stages),
+            ("run", "H"): ("B", s.stages),
+        }
+        reads = {
+            ("start", "C0"): ("F", s.stages - 1),
+            ("run", "H"): ("F", s.stages - 1),
+            ("start", "CB"): ("B", 0),
+            ("run", "IB"): ("B", 0),
+        }
         if "deliver" in x.tables:
             touch("inbox", True, *writes[x.op, x.name])
         if "inbox" in x.tables:
@@ -140,7 +159,9 @@ class _Replay:
             ends = sorted(found)
             for n, ((_, op, i), expected) in enumerate(zip(ends, ("start", "done") * self.schedule.m, strict=False)):
                 if op != expected or i != n // 2:
-                    raise ScheduleError(f"{op} {name} of microbatch {i} comes where {expected} {name} of {n // 2} should")
+                    raise ScheduleError(
+                        f"{op} {name} of microbatch {i} comes where {expected} {name} of {n // 2} should"
+                    )
             if len(ends) != 2 * self.schedule.m:
                 raise ScheduleError(f"{name} has {len(ends)} starts and dones; {2 * self.schedule.m} are needed")
 
@@ -163,7 +184,9 @@ def _check_ring(program: Program, ring: str, found: list[tuple]) -> None:
     too_far = np.flatnonzero(cell >= np.array(program.peaks[ring])[device])
     if len(too_far):
         d = int(device[too_far[0]])
-        raise ScheduleError(f"device {d} uses cell {cell[too_far[0]]} of ring {ring!r}, which has {program.peaks[ring][d]}")
+        raise ScheduleError(
+            f"device {d} uses cell {cell[too_far[0]]} of ring {ring!r}, which has {program.peaks[ring][d]}"
+        )
     sort = np.lexsort((write, time, cell, device))
     device, cell, time, write, key = (c[sort] for c in (device, cell, time, write, key))
     group = np.flatnonzero(np.r_[True, (np.diff(device) != 0) | (np.diff(cell) != 0)])
@@ -174,5 +197,7 @@ def _check_ring(program: Program, ring: str, found: list[tuple]) -> None:
     if len(wrong):
         n = int(wrong[0])
         stage, i = divmod(int(key[n]) % ((program.schedule.stages + 2) * program.schedule.m), program.schedule.m)
-        raise ScheduleError(f"device {device[n]} reads cell {cell[n]} of ring {ring!r} for microbatch {i}, stage {stage - 1}, "
-                            f"where it {'finds another value' if fresh[n] else 'finds nothing'}")
+        raise ScheduleError(
+            f"device {device[n]} reads cell {cell[n]} of ring {ring!r} for microbatch {i}, stage {stage - 1}, "
+            f"where it {'finds another value' if fresh[n] else 'finds nothing'}"
+        )

@@ -1,9 +1,9 @@
 """Every event of a schedule as columns of numbers, so that the largest schedules lower in seconds.
 
 An event is what one device does at one place for one microbatch: a pass, one end of a transfer, or a step of the
-vocabulary layers. Places are ordered inside a slot: steps that stand before the passes; the passes whose last slot it is
-(a pass of two slots stands in its second, so that no transfer of the first waits for it); transfers of what those passes
-made; steps that stand after them.
+vocabulary layers. Places are ordered inside a slot: steps that stand before the passes; the passes whose last slot it
+is (a pass of two slots stands in its second, so that no transfer of the first waits for it); transfers of what those
+passes made; steps that stand after them.
 """
 
 from __future__ import annotations
@@ -57,15 +57,22 @@ class Events:
     def describe(self, row: int) -> str:
         """An event in words, for messages."""
         stage = f" of stage {self.stage[row]}," if self.stage[row] >= 0 else " of"
-        return (f"device {self.device[row]}: {self.words[self.op[row]]} {self.words[self.name[row]]}{stage} "
-                f"microbatch {self.microbatch[row]} in slot {self.slot[row]}")
+        return (
+            f"device {self.device[row]}: {self.words[self.op[row]]} {self.words[self.name[row]]}{stage} "
+            f"microbatch {self.microbatch[row]} in slot {self.slot[row]}"
+        )
 
 
 def events_of(schedule: Schedule) -> Events:
     """All events of all devices."""
     steps = schedule.vocabulary.steps
-    words = tuple(sorted({"run", "keep", "send", "recv", "start", "done"} | {s.name for s in steps}
-                         | {x.kind for passes in schedule.passes for x in passes}))
+    words = tuple(
+        sorted(
+            {"run", "keep", "send", "recv", "start", "done"}
+            | {s.name for s in steps}
+            | {x.kind for passes in schedule.passes for x in passes}
+        )
+    )
     parts = _pass_events(schedule, words) + _step_events(schedule, words)
     columns = np.concatenate([np.stack(np.broadcast_arrays(*part)).astype(np.int32) for part in parts], axis=1)
     device, slot, rank, order, op, name, stage, microbatch, peer = columns
@@ -76,8 +83,14 @@ def events_of(schedule: Schedule) -> Events:
 def _pass_events(schedule: Schedule, words: tuple[str, ...]) -> list[tuple]:
     """Passes, and the transfers of what F and B make: to a neighbour, or kept where the same device reads it."""
     device = np.repeat(np.arange(schedule.p), [len(passes) for passes in schedule.passes])
-    rows = np.array([(words.index(x.kind), x.stage, x.microbatch, x.start + x.slots - 1)
-                     for passes in schedule.passes for x in passes], np.int64).reshape(-1, 4)
+    rows = np.array(
+        [
+            (words.index(x.kind), x.stage, x.microbatch, x.start + x.slots - 1)
+            for passes in schedule.passes
+            for x in passes
+        ],
+        np.int64,
+    ).reshape(-1, 4)
     name, stage, microbatch, last = rows.T
     run = (device, last, PASSES, 0, words.index("run"), name, stage, microbatch, -1)
     forward = name == words.index("F")
@@ -91,8 +104,12 @@ def _pass_events(schedule: Schedule, words: tuple[str, ...]) -> list[tuple]:
         return (at[rows], last[rows], TRANSFERS, 0, words.index(op), name[rows], stage[rows], microbatch[rows], other)
 
     away = moved & (peer != device)
-    return [run, transfer("keep", moved & (peer == device), device, -1), transfer("send", away, device, peer),
-            transfer("recv", away, peer, device)]
+    return [
+        run,
+        transfer("keep", moved & (peer == device), device, -1),
+        transfer("send", away, device, peer),
+        transfer("recv", away, peer, device),
+    ]
 
 
 def _step_events(schedule: Schedule, words: tuple[str, ...]) -> list[tuple]:
@@ -103,7 +120,16 @@ def _step_events(schedule: Schedule, words: tuple[str, ...]) -> list[tuple]:
         devices = np.array([d for d, at in enumerate(step.at) if at is not None], int)[:, None]
         at = np.array([at for at in step.at if at is not None], int)[:, None]
         shifts = schedule.vocabulary.shifts if step.shifts is None else step.shifts
-        columns = (devices, at + np.array(shifts), AFTER if step.after else BEFORE, order, words.index(step.op),
-                   words.index(step.name), -1, i, -1)
+        columns = (
+            devices,
+            at + np.array(shifts),
+            AFTER if step.after else BEFORE,
+            order,
+            words.index(step.op),
+            words.index(step.name),
+            -1,
+            i,
+            -1,
+        )
         parts.append(tuple(np.ravel(c) for c in np.broadcast_arrays(*columns)))
     return parts

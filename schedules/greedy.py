@@ -2,7 +2,7 @@
 
 Works in unit slots of real time: in every slot each device runs the first pass, by a fixed order of kinds, that is
 ready and that its memory has room for. Bounds are those of the repeated block: for every stage the microbatches between
-F and B, and F and W; for every device the cells of each ring. C0 opens an interval as soon as the last stage's F is done.
+F and B, and F and W; for every device the cells of each ring. C0 opens an interval as soon as the last F is done.
 """
 
 from __future__ import annotations

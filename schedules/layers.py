@@ -28,6 +28,7 @@ def published_split(layers: int, stages: int, rho: float) -> tuple[int, ...]:
 
 def optimal_split(layers: int, stages: int, rho: float) -> tuple[int, ...]:
     """The split whose slowest stage has the fewest FLOPs; of those, the one that is most even."""
+
     def cost(split: tuple[int, ...]) -> tuple[float, float]:
         loads = [*split[:-1], split[-1] + rho]
         return max(loads), sum(load * load for load in loads)

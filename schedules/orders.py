@@ -1,14 +1,13 @@
 """A schedule from free-form orders: for every device the passes it runs, one after the other.
 
-The grammar is that of torch's pipelines: stage, kind, microbatch, as in ``0F0 1F0 1B0 0B0``. Every pass starts as soon as
-the device is free and its input is there.
+The grammar is that of torch's pipelines: stage, kind, microbatch, as in ``0F0 1F0 1B0 0B0``. Every pass starts as soon
+as the device is free and its input is there.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-
 
 from .check import ScheduleError, check
 from .schedule import Pass, Schedule, Vocabulary
@@ -17,9 +16,16 @@ from .vocabulary import METHODS, SHARDED, unsharded
 _PASS = re.compile(r"(\d+)([FBW])(\d+)")
 
 
-def from_orders(orders: Sequence[str], placement: Sequence[int], method: str = "baseline", *, interval: int | None = None,
-                backward_slots: int | None = None, layer_counts: Sequence[int] | None = None,
-                name: str = "custom") -> Schedule:
+def from_orders(
+    orders: Sequence[str],
+    placement: Sequence[int],
+    method: str = "baseline",
+    *,
+    interval: int | None = None,
+    backward_slots: int | None = None,
+    layer_counts: Sequence[int] | None = None,
+    name: str = "custom",
+) -> Schedule:
     """The schedule of the given orders, embedding on the first stage's device and head on the last's.
 
     Args:
@@ -33,7 +39,9 @@ def from_orders(orders: Sequence[str], placement: Sequence[int], method: str = "
         ScheduleError: devices that wait for each other forever, or another fault that :func:`.check` finds.
     """
     if method in SHARDED or method not in METHODS:
-        raise ValueError(f"method is {method!r}; free-form orders take baseline or redis, building blocks take all methods")
+        raise ValueError(
+            f"method is {method!r}; free-form orders take baseline or redis, building blocks take all methods"
+        )
     words = [[_parsed(word, d, placement) for word in order.split()] for d, order in enumerate(orders)]
     kinds = {kind for order in words for kind, _, _ in order}
     slots = {"F": 1, "B": backward_slots or (1 if "W" in kinds else 2), "W": 1}
@@ -47,9 +55,16 @@ def from_orders(orders: Sequence[str], placement: Sequence[int], method: str = "
     F_last = slots_of("F", len(placement) - 1)
     steps = unsharded(placement, slots_of("F", 0), F_last, slots_of("B", 0))
     chunks = max(1, len(placement) // max(1, len(orders)))
-    schedule = Schedule(name, len(orders), m, interval or chunks * sum(slots[kind] for kind in kinds), tuple(placement), passes,
-                        Vocabulary(method, steps, tuple(t - F_last[0] for t in F_last)),
-                        None if layer_counts is None else tuple(layer_counts))
+    schedule = Schedule(
+        name,
+        len(orders),
+        m,
+        interval or chunks * sum(slots[kind] for kind in kinds),
+        tuple(placement),
+        passes,
+        Vocabulary(method, steps, tuple(t - F_last[0] for t in F_last)),
+        None if layer_counts is None else tuple(layer_counts),
+    )
     check(schedule)
     return schedule
 
@@ -60,13 +75,18 @@ def _parsed(word: str, device: int, placement: Sequence[int]) -> tuple[str, int,
         raise ValueError(f"device {device} runs {word!r}; a pass is a stage, F, B or W, and a microbatch, such as 3F0")
     stage = int(match[1])
     if stage >= len(placement) or placement[stage] != device:
-        where = f"stage {stage} is on device {placement[stage]}" if stage < len(placement) else f"stages end at {len(placement) - 1}"
+        where = (
+            f"stage {stage} is on device {placement[stage]}"
+            if stage < len(placement)
+            else f"stages end at {len(placement) - 1}"
+        )
         raise ScheduleError(f"device {device} runs {word}; {where}")
     return match[2], stage, int(match[3])
 
 
-def _as_soon_as_possible(orders: list[list[tuple[str, int, int]]], slots: dict[str, int], stages: int
-                         ) -> tuple[tuple[Pass, ...], ...]:
+def _as_soon_as_possible(
+    orders: list[list[tuple[str, int, int]]], slots: dict[str, int], stages: int
+) -> tuple[tuple[Pass, ...], ...]:
     """Start slots, device by device as far as inputs are known, until nothing moves."""
     ends: dict[tuple[str, int, int], int] = {}
     done: list[list[Pass]] = [[] for _ in orders]
@@ -87,8 +107,10 @@ def _as_soon_as_possible(orders: list[list[tuple[str, int, int]]], slots: dict[s
         if len(of_device) < len(order):
             kind, stage, i = order[len(of_device)]
             waits = next(need for need in _inputs(kind, stage, i, stages) if need not in ends)
-            raise ScheduleError(f"device {d} waits forever: {stage}{kind}{i} needs {waits[1]}{waits[0]}{waits[2]}, "
-                                "which never runs or itself waits for a pass that stands behind this one")
+            raise ScheduleError(
+                f"device {d} waits forever: {stage}{kind}{i} needs {waits[1]}{waits[0]}{waits[2]}, "
+                "which never runs or itself waits for a pass that stands behind this one"
+            )
     return tuple(tuple(of_device) for of_device in done)
 
 

@@ -4,7 +4,7 @@ The program is a few scans over intervals of ``K`` slots. Their bodies are strai
 every device; tables say for which microbatch, if any, a device runs one, and which cell of which ring buffer it uses.
 The executor compiles this list and the simulator times it, so what is simulated is what runs.
 
-Order inside a slot: see :mod:`.events`. Rings: :mod:`.rings`. Where one scan ends and the next begins: :mod:`.segments`.
+Order inside a slot: see :mod:`.events`. Rings: :mod:`.rings`. Where a scan ends and the next begins: :mod:`.segments`.
 """
 
 from __future__ import annotations
@@ -82,8 +82,10 @@ def lower(schedule: Schedule) -> Program:
     events = events_of(schedule)
     cells = allocate(schedule, events)
     lines = _Lines(schedule, events)
-    segments = [_segment(schedule, events, cells, lines, a, b)
-                for a, b in cuts(schedule.p, lines.interval, lines.identity, lines.pair)]
+    segments = [
+        _segment(schedule, events, cells, lines, a, b)
+        for a, b in cuts(schedule.p, lines.interval, lines.identity, lines.pair)
+    ]
     return Program(schedule, tuple(s for s in segments if s.body), cells.peaks)
 
 
@@ -93,17 +95,23 @@ class _Lines:
     def __init__(self, schedule: Schedule, events: Events):
         K, p = schedule.interval, schedule.p
         # C0 opens the interval, so that no broadcast is cut by the end of a scan step.
-        opens = next((s.at[0] for s in schedule.vocabulary.steps if (s.op, s.name, s.after) == ("start", "C0", False)), 0)
+        opens = next(
+            (s.at[0] for s in schedule.vocabulary.steps if (s.op, s.name, s.after) == ("start", "C0", False)), 0
+        )
         base = opens + (events.slot.min() - opens) // K * K
         self.interval, self.slot = np.divmod(events.slot - base, K)
         self.until = K * (self.interval + 1) + base
         moved = events.rank == TRANSFERS
         kept = events.op == events.code("keep")
         chunks = np.array([schedule.chunk(s) for s in range(schedule.stages)] + [0])
-        parts = ((self.slot, K), (events.rank, 4), (events.order, len(schedule.vocabulary.steps) + 1),
-                 (np.where(moved, ~kept, events.op), len(events.words)),
-                 (np.where(moved, 0, events.name), len(events.words)),
-                 (np.where(moved, 0, chunks[events.stage]), schedule.chunks))
+        parts = (
+            (self.slot, K),
+            (events.rank, 4),
+            (events.order, len(schedule.vocabulary.steps) + 1),
+            (np.where(moved, ~kept, events.op), len(events.words)),
+            (np.where(moved, 0, events.name), len(events.words)),
+            (np.where(moved, 0, chunks[events.stage]), schedule.chunks),
+        )
         self.identity = np.ravel_multi_index([x for x, _ in parts], [n for _, n in parts])
         self.pair = np.where(events.op == events.code("send"), (self.slot * p + events.device) * p + events.peer, -1)
 
@@ -148,8 +156,9 @@ class _Tables:
         return tables
 
 
-def _permutes(schedule: Schedule, events: Events, cells: Cells, lines: _Lines, rows: np.ndarray, tables: _Tables,
-              slot: int) -> list[Instruction]:
+def _permutes(
+    schedule: Schedule, events: Events, cells: Cells, lines: _Lines, rows: np.ndarray, tables: _Tables, slot: int
+) -> list[Instruction]:
     """As few permutes as hold a slot's transfers with no device the source, or the target, of two pairs."""
     p = schedule.p
     arrivals = rows[events.op[rows] == events.code("recv")]
@@ -167,5 +176,7 @@ def _permutes(schedule: Schedule, events: Events, cells: Cells, lines: _Lines, r
     for group in merged:
         mine = arrivals[np.isin(pair_of, [s * p + t for s, t in group])]
         wait = np.minimum(cells.due[mine], lines.until[mine]) - events.slot[mine]
-        instructions.append(Instruction("permute", "", 0, slot, tuple(sorted(group)), tables(mine), slot + int(wait.min())))
+        instructions.append(
+            Instruction("permute", "", 0, slot, tuple(sorted(group)), tables(mine), slot + int(wait.min()))
+        )
     return instructions

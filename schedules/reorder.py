@@ -1,9 +1,9 @@
 """Warm-up and cool-down reordered: the block's passes as early as inputs and the same memory peaks allow.
 
-:mod:`.greedy` runs the passes in slots of real time. Here they are put on the grid of intervals that a program needs: an
-interval opens with a C0, and holds at most one F of the first stage and one B, since the input layer runs once in it.
-Where it has fewer slots of passes than others the rest stays empty, and takes no time. The steady state that the list
-scheduling falls into repeats an interval as the block does, so it lowers to the body of one scan.
+:mod:`.greedy` runs the passes in slots of real time. Here they are put on the grid of intervals that a program needs:
+an interval opens with a C0, and holds at most one F of the first stage and one B, since the input layer runs once in
+it. Where it has fewer slots of passes than others the rest stays empty, and takes no time. The steady state that the
+list scheduling falls into repeats an interval as the block does, so it lowers to the body of one scan.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ _KINDS = {F: "F", B: "B", W: "W"}
 def reorder(block: Block, method: str, m: int, name: str = "custom") -> Schedule | None:
     """The block repeated ``m`` times with a method's vocabulary passes, and both ends reordered.
 
-    Several orders of preference are tried, the one that takes the fewest slots wins. None where none of them takes fewer
-    than the repeated block, which happens where its memory is very tight.
+    Several orders of preference are tried, the one that takes the fewest slots wins. None where none of them takes
+    fewer than the repeated block, which happens where its memory is very tight.
 
     Raises:
         ValueError: a block without W passes or with passes of more than one slot.
     """
     if not can_reorder(block):
-        raise ValueError("the block has no W, or a B of several slots; reordering takes blocks of F, B and W in one slot each")
+        raise ValueError(
+            "the block has no W, or a B of several slots; reordering takes blocks of F, B and W in one slot each"
+        )
     plain, vocabulary = insert(block, method, m)
     # A long iteration is a short one with more steady state.
     probe = m if m * block.p <= LONG else min(m, max(32, 2 * block.p))
@@ -45,12 +47,24 @@ def reorder(block: Block, method: str, m: int, name: str = "custom") -> Schedule
         return None
     grid = _Grid.of(plain, engine, starts)
     steps, shifts = _steps(plain, vocabulary, grid)
-    passes = [[Pass(_KINDS[kind], stage, i, slot) for kind, starts in grid.starts.items()
-               for stage in np.flatnonzero(engine.device == d).tolist() for i, slot in enumerate(starts[stage].tolist())]
-              for d in range(block.p)]
-    return Schedule(name, block.p, m, block.interval, block.placement,
-                    tuple(tuple(sorted(of_device, key=lambda x: x.start)) for of_device in passes),
-                    Vocabulary(method, steps, shifts, vocabulary.inserted_intervals))
+    passes = [
+        [
+            Pass(_KINDS[kind], stage, i, slot)
+            for kind, starts in grid.starts.items()
+            for stage in np.flatnonzero(engine.device == d).tolist()
+            for i, slot in enumerate(starts[stage].tolist())
+        ]
+        for d in range(block.p)
+    ]
+    return Schedule(
+        name,
+        block.p,
+        m,
+        block.interval,
+        block.placement,
+        tuple(tuple(sorted(of_device, key=lambda x: x.start)) for of_device in passes),
+        Vocabulary(method, steps, shifts, vocabulary.inserted_intervals),
+    )
 
 
 def can_reorder(block: Block) -> bool:
@@ -58,16 +72,20 @@ def can_reorder(block: Block) -> bool:
     return bool(block.W) and block.longest == 1
 
 
-def _run(block: Block, vocabulary: Vocabulary, m: int, ranks: list[int]
-         ) -> tuple[tuple[float, int, int], Greedy, dict[int, np.ndarray] | None]:
+def _run(
+    block: Block, vocabulary: Vocabulary, m: int, ranks: list[int]
+) -> tuple[tuple[float, int, int], Greedy, dict[int, np.ndarray] | None]:
     """One list schedule, and what it costs: slots, then intervals, then places of passes inside an interval."""
     engine = Greedy(block, m, _released(block, vocabulary))
     starts = engine.run(ranks, Bounds(block), limit=_occupied(block, m))
     if starts is None:
         return (inf, 0, 0), engine, None
     begins = np.array(engine.opened) if engine.broadcast else np.arange(0, engine.slots, block.interval)
-    places = sum(len(np.unique(times - begins[np.searchsorted(begins, times, side="right") - 1]))
-                 for stages in starts.values() for times in stages)
+    places = sum(
+        len(np.unique(times - begins[np.searchsorted(begins, times, side="right") - 1]))
+        for stages in starts.values()
+        for times in stages
+    )
     return (engine.slots, len(begins), places), engine, starts
 
 
@@ -83,11 +101,21 @@ def _ranks(block: Block) -> list[list[int]]:
     first, later = [(F, 0)], [(F, c) for c in range(chunks - 1, 0, -1)]
     down, rest = [(B, 0)], [(B, c) for c in range(1, chunks)]
     weights = [(W, c) for c in range(chunks)]
-    orders = [kinds + last for last in (weights, weights[::-1]) for kinds in (
-        later + first + down + rest, later + down + first + rest, later + down + rest + first,
-        down + later + first + rest, down + rest + later + first)]
-    return [[order.index((kind, chunk)) for kind in (F, B, W) for chunk in range(chunks)]
-            for order in dict.fromkeys(map(tuple, orders))]
+    orders = [
+        kinds + last
+        for last in (weights, weights[::-1])
+        for kinds in (
+            later + first + down + rest,
+            later + down + first + rest,
+            later + down + rest + first,
+            down + later + first + rest,
+            down + rest + later + first,
+        )
+    ]
+    return [
+        [order.index((kind, chunk)) for kind in (F, B, W) for chunk in range(chunks)]
+        for order in dict.fromkeys(map(tuple, orders))
+    ]
 
 
 def _released(block: Block, vocabulary: Vocabulary) -> int | None:
@@ -121,8 +149,9 @@ class _Grid:
             n = int(np.searchsorted(begins, t, side="right")) - 1
             if n not in opener and not offset[n]:
                 offset[n] = min(max(0, usual[kind] - (t - begins[n])), K - (ends[n] - begins[n]))
-        slot_of = np.concatenate([np.arange(a, b) - a + n * K + offset[n]
-                                  for n, (a, b) in enumerate(zip(begins, ends, strict=True))])
+        slot_of = np.concatenate(
+            [np.arange(a, b) - a + n * K + offset[n] for n, (a, b) in enumerate(zip(begins, ends, strict=True))]
+        )
         at = np.array(engine.opened)[engine.broadcast]
         return cls({kind: slot_of[times] for kind, times in starts.items()}, slot_of[at])
 
@@ -163,15 +192,21 @@ def _steps(block: Block, vocabulary: Vocabulary, grid: _Grid) -> tuple[tuple[Ste
         return unsharded(block.placement, first, last, grid.starts[B][0]), _from_first(last)
     K, opens = block.interval, block.F[-1] + 1
     shifts, first = _from_first(grid.broadcast), int(grid.broadcast[0])
-    output = [replace(s, at=tuple(None if t is None else t - opens + first for t in s.at))
-              for s in vocabulary.steps if s.name not in ("IF", "CI", "CB", "IB")]
+    output = [
+        replace(s, at=tuple(None if t is None else t - opens + first for t in s.at))
+        for s in vocabulary.steps
+        if s.name not in ("IF", "CI", "CB", "IB")
+    ]
     start = next(s.at[0] for s in output if (s.op, s.name) == ("start", "big"))
     closes = start + K - 1 - (start - first) % K
     done = min(closes, first + int((grid.starts[B][-1] - grid.broadcast).min()) - 1)
     output = [_moved(s, done) if (s.op, s.name) in (("done", "big"), ("run", "G")) else s for s in output]
     moved = _input_slots(K, grid.starts[F][0], grid.starts[B][0])
-    layers = [_moved(s, int(moved[s.op, s.name][0]), _from_first(moved[s.op, s.name]))
-              for s in vocabulary.steps if (s.op, s.name) in moved]
+    layers = [
+        _moved(s, int(moved[s.op, s.name][0]), _from_first(moved[s.op, s.name]))
+        for s in vocabulary.steps
+        if (s.op, s.name) in moved
+    ]
     return (*output, *layers), shifts
 
 
@@ -192,5 +227,11 @@ def _input_slots(K: int, F0: np.ndarray, B0: np.ndarray) -> dict[tuple[str, str]
     latest = np.minimum.accumulate(((F0 - 1 - behind) // K - i)[::-1])[::-1] + i
     earliest = np.maximum.accumulate(-((ahead - B0 - 1) // K) - i) + i
     CI, CB = latest * K + behind, earliest * K + ahead
-    return {("run", "IF"): CI - slots + 1, ("start", "CI"): CI - slots + 1, ("done", "CI"): CI,
-            ("start", "CB"): CB, ("done", "CB"): CB + slots - 1, ("run", "IB"): CB + slots - 1}
+    return {
+        ("run", "IF"): CI - slots + 1,
+        ("start", "CI"): CI - slots + 1,
+        ("done", "CI"): CI,
+        ("start", "CB"): CB,
+        ("done", "CB"): CB + slots - 1,
+        ("run", "IB"): CB + slots - 1,
+    }

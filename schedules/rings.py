@@ -106,8 +106,11 @@ def _read(schedule: Schedule, events: Events) -> Values:
     reads.add("inbox", events.are(("start", "C0"), ("run", "H")) & (on == last), FORWARD, stage=schedule.stages - 1)
     reads.add("inbox", events.are(("start", "CB") if sharded else ("run", "IB")) & (on == first), BACKWARD, stage=0)
     reads.add("X", events.are(*(("run", name) for name in ("S", "S1", "T", "G"))), FORWARD)
-    reads.add("P", events.are(("run", "S2"), ("run", "T"), *((op, name) for op in ("start", "done")
-                                                             for name in ("max", "stats"))), FORWARD)
+    reads.add(
+        "P",
+        events.are(("run", "S2"), ("run", "T"), *((op, name) for op in ("start", "done") for name in ("max", "stats"))),
+        FORWARD,
+    )
     if sums_before_T(schedule):
         reads.add("P", events.are(("start", "big")), FORWARD)
     return reads.values
@@ -115,8 +118,10 @@ def _read(schedule: Schedule, events: Events) -> Values:
 
 def sums_before_T(schedule: Schedule) -> bool:
     """Whether the sum of input gradients starts before T, from what S left (Algorithm 2), and so needs S's record."""
-    place = {(s.op, s.name): (max(t for t in s.at if t is not None), s.after, n)
-             for n, s in enumerate(schedule.vocabulary.steps)}
+    place = {
+        (s.op, s.name): (max(t for t in s.at if t is not None), s.after, n)
+        for n, s in enumerate(schedule.vocabulary.steps)
+    }
     T, big = place.get(("run", "T")), place.get(("start", "big"))
     return T is not None and big is not None and T > big
 

@@ -38,8 +38,8 @@ class Step:
 
     ``run`` steps are passes (S, T, IF, ...), one slot position a device, or None on a device that has no part in it.
     ``start`` and ``done`` are the two ends of a collective, at the same place on every device. A step stands in its
-    slot before the passes that end there, or (``after``) behind them and behind the slot's transfers. Steps of the input
-    layer may have ``shifts`` of their own.
+    slot before the passes that end there, or (``after``) behind them and behind the slot's transfers. It may have
+    ``shifts`` of its own, as the input layer's steps have where warm-up and cool-down are reordered.
     """
 
     op: Op
@@ -103,7 +103,9 @@ class Schedule:
             chunks.append(seen.get(device, 0))
             seen[device] = seen.get(device, 0) + 1
         if len(set(seen.values())) != 1 or len(seen) != self.p:
-            raise ValueError(f"placement {self.placement} gives devices different numbers of stages; use the same for all")
+            raise ValueError(
+                f"placement {self.placement} gives devices different numbers of stages; use the same for all"
+            )
         object.__setattr__(self, "_chunks", tuple(chunks))
 
     @property

@@ -29,7 +29,9 @@ def cuts(p: int, interval: np.ndarray, identity: np.ndarray, pair: np.ndarray) -
     return [(starts[a], starts[b]) for a, b in _cheapest([need for need, _ in runs], starts, cost)]
 
 
-def _needs(p: int, interval: np.ndarray, identity: np.ndarray, pair: np.ndarray) -> tuple[list[int], Callable[[int], int]]:
+def _needs(
+    p: int, interval: np.ndarray, identity: np.ndarray, pair: np.ndarray
+) -> tuple[list[int], Callable[[int], int]]:
     """For every interval a set, as bits, of the instructions and pairs it needs; and the cost of such a set."""
     lines, line = np.unique(identity, return_inverse=True)
     sent = np.flatnonzero(pair >= 0)

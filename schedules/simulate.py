@@ -131,10 +131,10 @@ class _Engine:
         """One scan."""
         steps: list[Callable[[int], None]] = []
         under_way: list[tuple[int, np.ndarray, np.ndarray]] = []  # transfers: due slot, the devices, until when
-        for instruction in segment.body:
+        for line, instruction in enumerate(segment.body):
             steps += [self._wait(*transfer) for transfer in under_way if transfer[0] <= instruction.slot]
             under_way = [transfer for transfer in under_way if transfer[0] > instruction.slot]
-            steps.append(self._step(instruction, segment.intervals))
+            steps.append(self._step(instruction, segment, line))
             if instruction.op == "permute" and self.rules.transfers == "asynchronous":
                 ends = np.array(instruction.pairs, int)
                 due = instruction.due if instruction.due >= 0 else instruction.slot + 1
@@ -155,12 +155,12 @@ class _Engine:
 
         return step
 
-    def _step(self, instruction: Instruction, intervals: int) -> Callable[[int], None]:
+    def _step(self, instruction: Instruction, segment: Segment, line: int) -> Callable[[int], None]:
         """What one instruction does in interval n, with a track to note when it did."""
-        shape = (intervals, self.schedule.p)
+        shape = (segment.intervals, self.schedule.p)
         tables = {"microbatch": np.full(shape, -1, np.int32)} | dict(instruction.tables)
-        track = Track(instruction.op, instruction.name, self.stages[instruction.chunk], tables, len(self.tracks),
-                      np.zeros(shape), np.zeros(shape))
+        track = Track(instruction.op, instruction.name, self.stages[instruction.chunk], tables, segment.first_interval,
+                      line, np.zeros(shape), np.zeros(shape))
         self.tracks.append(track)
         makers = {"run": self._run, "permute": self._permute, "keep": self._keep, "start": self._start,
                   "done": self._done}

@@ -34,14 +34,16 @@ class Span(NamedTuple):
 class Track:
     """When one instruction ran: ``start`` and ``end`` ``[intervals, p]``, read where ``microbatch`` is not negative.
 
-    Of a transfer, on the receiver; of a collective (at its "start"), the time in which it is under way.
+    Of a transfer, on the receiver; of a collective (at its "start"), the time in which it is under way. The instruction
+    is ``line`` of the body of a scan that begins with ``first_interval``; ``stages`` are each device's.
     """
 
     op: str
     kind: str
     stages: np.ndarray
     tables: Mapping[str, np.ndarray]
-    order: int
+    first_interval: int
+    line: int
     start: np.ndarray
     end: np.ndarray
 
@@ -191,9 +193,11 @@ class Timeline:
                     continue
                 writes = name == "deliver" if ring == "inbox" else (t.op, t.kind) in _WRITERS[ring]
                 rows, devices = np.nonzero(table >= 0)
+                # A collective has copied what it reads once it is under way.
+                end = t.start if t.op == "start" else t.end
                 touches[ring].append(np.stack([
-                    devices, table[rows, devices], t.order + rows * 1000.0, np.full(len(rows), writes),
-                    t.start[rows, devices], t.end[rows, devices]]))
+                    devices, table[rows, devices], (t.first_interval + rows) * 1e4 + t.line, np.full(len(rows), writes),
+                    t.start[rows, devices], end[rows, devices]]))
         return {ring: _lives(np.concatenate(found, axis=1)) for ring, found in touches.items()}
 
 

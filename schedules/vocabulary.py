@@ -10,10 +10,10 @@ Between the last stage's F and its B the output layer needs time: one interval f
     CB     broadcast of the first stage's gradient    IB   scatter-add into the local embedding shard
     H      the whole output layer on one device, where it is not sharded
 
-An interval of the lowered program opens at the slot in which C0 runs. A collective starts before a slot's passes and is
-done behind them or behind those of a later slot of the same interval: a scan step does not cut it, and in as many slots as
-the longest pass takes every device has a pass to hide it with. S stands in one slot on all devices, and so does T. A
-device that is in the middle of a pass there runs them before it.
+An interval of the lowered program opens at the slot in which C0 runs. A collective starts before a slot's passes and
+is done behind them or behind those of a later slot of the same interval: a scan step does not cut it, and in as many
+slots as the longest pass takes every device has a pass to hide it with. S stands in one slot on all devices, and so
+does T. A device that is in the middle of a pass there runs them before it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _everywhere(block: Block, op: Op, name: str, slot: int, after: bool = True) 
 
 
 def _ends(block: Block, name: str, first: int, slots: int) -> tuple[Step, Step]:
-    """A collective from before the passes of slot ``first`` to behind those ``slots`` on, or the end of the interval."""
+    """A collective from before the passes of slot ``first``, over ``slots`` of them or to the end of the interval."""
     last = min(first + slots - 1, _closes(block, first))
     return _everywhere(block, "start", name, first, after=False), _everywhere(block, "done", name, last)
 
@@ -74,7 +74,7 @@ def _closes(block: Block, slot: int) -> int:
 
 
 def _output_steps(block: Block, method: str) -> list[Step]:
-    """C0, S, T and their reductions, each as soon as its inputs allow; where they share a place, in the order listed."""
+    """C0, S, T and their reductions, as soon as their inputs allow; those that share a place in the order listed."""
     K, end, w = block.interval, block.F[-1], block.longest
     after_S = end + w + 1  # the slot before whose passes S stands; the reduction of its row sums takes this slot
     after_T = after_S + 1
@@ -93,8 +93,8 @@ def _output_steps(block: Block, method: str) -> list[Step]:
         softmax, dones = [run("S", after_S), stats], [C0_done, stats_done]
     if not block.B:
         return [C0, *softmax, *dones]
-    # T of an older microbatch before S of a newer one, so that one result of S is held at a time. Algorithm 2 sums what S
-    # made, so that T hides the sum; Algorithm 1 sums what T makes.
+    # T of an older microbatch before S of a newer one, so that one result of S is held at a time. Algorithm 2 sums
+    # what S made, so that T hides the sum; Algorithm 1 sums what T makes.
     big, big_done = _ends(block, "big", after_T, 1 if method == "vocab-2" else w)
     first = [big, C0, run("T", after_T)] if method == "vocab-2" else [C0, run("T", after_T), big]
     return [*first, *softmax, *dones, big_done, _on(block, block.placement[-1], "G", big_done.at[0])]
@@ -115,8 +115,12 @@ def _latest_big(block: Block, output: list[Step]) -> list[Step]:
         return output
     start = next(s.at[0] for s in output if (s.op, s.name) == ("start", "big"))
     done = min(_closes(block, start), block.B[-1] + block.backward_slots - 2)
-    return [s if (s.op, s.name) not in (("done", "big"), ("run", "G"))
-            else replace(s, at=tuple(None if t is None else done for t in s.at)) for s in output]
+    return [
+        s
+        if (s.op, s.name) not in (("done", "big"), ("run", "G"))
+        else replace(s, at=tuple(None if t is None else done for t in s.at))
+        for s in output
+    ]
 
 
 # --- the input layer, and the methods without overlap ----------------------------------------------------------------
@@ -127,7 +131,10 @@ def _input_steps(block: Block) -> list[Step]:
     opens = block.F[-1] + 1
     start = block.F[0] - 1 - input_delay(block.interval, block.F[0] - 1 - opens, -1)
     slots = sum_slots(block.interval)
-    steps = [_everywhere(block, "run", "IF", start - slots + 1, after=False), *_ends(block, "CI", start - slots + 1, slots)]
+    steps = [
+        _everywhere(block, "run", "IF", start - slots + 1, after=False),
+        *_ends(block, "CI", start - slots + 1, slots),
+    ]
     if block.B:
         ready = block.B[0] + block.backward_slots
         CB, done = _ends(block, "CB", ready + input_delay(block.interval, ready - opens, 1), slots)
@@ -155,12 +162,14 @@ def input_delay(interval: int, slot: int, way: int) -> int:
     return next((wait for wait in whole if first_of(wait) > 0 and wait <= whole[0] + 2), whole[0])
 
 
-def unsharded(placement: Sequence[int], first_F: Sequence[int], last_F: Sequence[int],
-              first_B: Sequence[int] = ()) -> tuple[Step, ...]:
+def unsharded(
+    placement: Sequence[int], first_F: Sequence[int], last_F: Sequence[int], first_B: Sequence[int] = ()
+) -> tuple[Step, ...]:
     """IF, H and IB on the devices of the first and the last stage, with those stages' passes.
 
     Takes, for every microbatch, the slots in which the first stage's F, the last stage's F and the first stage's B end.
     """
+
     def step(name: str, stage: int, slots: Sequence[int], after: bool) -> Step:
         at = tuple(int(slots[0]) if d == placement[stage] else None for d in range(max(placement) + 1))
         return Step("run", name, at, after, tuple(int(t) - int(slots[0]) for t in slots))

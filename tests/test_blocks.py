@@ -4,10 +4,17 @@ import pytest
 
 from vocabpp_jax.schedules import SCHEDULES, Block, blocks, build, evaluation, lower, methods_of, repeat
 
-BLOCKS = {"1f1b": blocks.one_f_one_b, "interlaced": blocks.interlaced, "zb-h1": blocks.zb_h1, "zb-h2": blocks.zb_h2,
-          "v-min": blocks.v_min, "v-half": blocks.v_half, "v-zb": blocks.v_zb,
-          "gpipe": lambda p: blocks.gpipe(p, 7),
-          "interleaved": lambda p: blocks.interleaved_one_f_one_b(p, 3)}
+BLOCKS = {
+    "1f1b": blocks.one_f_one_b,
+    "interlaced": blocks.interlaced,
+    "zb-h1": blocks.zb_h1,
+    "zb-h2": blocks.zb_h2,
+    "v-min": blocks.v_min,
+    "v-half": blocks.v_half,
+    "v-zb": blocks.v_zb,
+    "gpipe": lambda p: blocks.gpipe(p, 7),
+    "interleaved": lambda p: blocks.interleaved_one_f_one_b(p, 3),
+}
 REPEATING = [name for name in BLOCKS if name not in ("gpipe", "interleaved")]
 
 
@@ -82,24 +89,32 @@ def test_a_schedule_of_ones_own_is_a_block_and_takes_every_method():
         assert schedule.name == "mine" and lower(schedule).in_flight == lower(repeat(block, method, 9)).in_flight
 
 
-@pytest.mark.parametrize("wrong, words", [
-    (dict(schedule="2f2b"), "schedule is '2f2b'"), (dict(method="vocab-3"), "method is 'vocab-3'"),
-    (dict(schedule="v-half", method="interlaced"), "that one runs on 1f1b"),
-    (dict(schedule="zb-h1", method="vocab-naive"), "that one runs on 1f1b"),
-    (dict(schedule="gpipe", method="redis"), "that one runs on 1f1b"),
-    (dict(p=0), "p is 0"), (dict(m=0), "m is 0"), (dict(chunks=2), "chunks is 2; 1f1b has 1"),
-    (dict(schedule="interleaved-1f1b", chunks=1), "chunks is 1"),
-    (dict(method="redis", layer_counts=(3, 3, 2)), "layer_counts has 3 entries"),
-    (dict(method="redis", layer_counts=(3, 3, 2, -1)), "layer_counts is (3, 3, 2, -1)"),
-])
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (dict(schedule="2f2b"), "schedule is '2f2b'"),
+        (dict(method="vocab-3"), "method is 'vocab-3'"),
+        (dict(schedule="v-half", method="interlaced"), "that one runs on 1f1b"),
+        (dict(schedule="zb-h1", method="vocab-naive"), "that one runs on 1f1b"),
+        (dict(schedule="gpipe", method="redis"), "that one runs on 1f1b"),
+        (dict(p=0), "p is 0"),
+        (dict(m=0), "m is 0"),
+        (dict(chunks=2), "chunks is 2; 1f1b has 1"),
+        (dict(schedule="interleaved-1f1b", chunks=1), "chunks is 1"),
+        (dict(method="redis", layer_counts=(3, 3, 2)), "layer_counts has 3 entries"),
+        (dict(method="redis", layer_counts=(3, 3, 2, -1)), "layer_counts is (3, 3, 2, -1)"),
+    ],
+)
 def test_what_makes_no_sense_is_refused_by_name(wrong, words):
     with pytest.raises(ValueError) as error:
         build(**(dict(p=4, m=4) | wrong))
     assert words in str(error.value)
 
 
-@pytest.mark.parametrize("wrong", [dict(interval=0), dict(F=(0,)), dict(B=(4, 2, 3)), dict(B=(), W=(6, 4)), dict(group=0),
-                                   dict(group_interval=7)])
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(interval=0), dict(F=(0,)), dict(B=(4, 2, 3)), dict(B=(), W=(6, 4)), dict(group=0), dict(group_interval=7)],
+)
 def test_a_malformed_block_is_refused(wrong):
     with pytest.raises(ValueError):
         Block(**(dict(interval=4, placement=(0, 1), F=(0, 1), B=(4, 2), W=(6, 4)) | wrong))

@@ -6,7 +6,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vocabpp_jax.schedules import (
-    SCHEDULES, ScheduleError, build, check, check_program, evaluation, lower, methods_of, repeat,
+    SCHEDULES,
+    ScheduleError,
+    build,
+    check,
+    check_program,
+    evaluation,
+    lower,
+    methods_of,
+    repeat,
 )
 
 CASES = [(s, method) for s in SCHEDULES for method in methods_of(s)]
@@ -17,19 +25,25 @@ SHARDED = [c for c in CASES if c[1] not in ("baseline", "redis")]
 def schedules(draw, cases=CASES, largest=8):
     name, method = draw(st.sampled_from(cases))
     chunks = draw(st.integers(2, 4)) if name == "interleaved-1f1b" else None
-    built = build(name, method, p=draw(st.integers(1, largest)), m=draw(st.integers(1, 20)), chunks=chunks,
-                  reordered=draw(st.booleans()))
+    built = build(
+        name,
+        method,
+        p=draw(st.integers(1, largest)),
+        m=draw(st.integers(1, 20)),
+        chunks=chunks,
+        reordered=draw(st.booleans()),
+    )
     return built
 
 
 def with_passes(schedule, device, passes):
     ordered = tuple(sorted(passes, key=lambda x: x.start))
-    return replace(schedule, passes=(*schedule.passes[:device], ordered, *schedule.passes[device + 1:]))
+    return replace(schedule, passes=(*schedule.passes[:device], ordered, *schedule.passes[device + 1 :]))
 
 
 def with_step(schedule, n, step):
     steps = schedule.vocabulary.steps
-    changed = steps[:n] + ((step,) if step else ()) + steps[n + 1:]
+    changed = steps[:n] + ((step,) if step else ()) + steps[n + 1 :]
     return replace(schedule, vocabulary=replace(schedule.vocabulary, steps=changed))
 
 
@@ -68,7 +82,10 @@ def test_passes_in_the_wrong_order_are_refused(schedule, data):
     d = data.draw(st.integers(0, schedule.p - 1))
     F = data.draw(st.sampled_from([x for x in schedule.passes[d] if x.kind == "F"]))
     B = next(x for x in schedule.passes[d] if x._replace(start=0, slots=1) == F._replace(kind="B", start=0))
-    swapped = [x for x in schedule.passes[d] if x not in (F, B)] + [F._replace(start=B.start), B._replace(start=F.start)]
+    swapped = [x for x in schedule.passes[d] if x not in (F, B)] + [
+        F._replace(start=B.start),
+        B._replace(start=F.start),
+    ]
     with pytest.raises(ScheduleError, match=r"device \d+"):
         check(with_passes(schedule, d, swapped))
 
@@ -105,7 +122,7 @@ def test_collectives_in_different_places_are_refused(schedule, data):
     n = data.draw(st.sampled_from([n for n, s in enumerate(schedule.vocabulary.steps) if s.op != "run"]))
     step = schedule.vocabulary.steps[n]
     d = data.draw(st.integers(1, schedule.p - 1))
-    moved = replace(step, at=(*step.at[:d], step.at[d] + 1, *step.at[d + 1:]))
+    moved = replace(step, at=(*step.at[:d], step.at[d] + 1, *step.at[d + 1 :]))
     with pytest.raises(ScheduleError, match=f"{step.name} is in slot .* on device {d} .*same place"):
         check(with_step(schedule, n, moved))
 
@@ -137,8 +154,11 @@ def test_the_bound_on_activations_in_flight_is_kept(schedule):
 @given(schedule=schedules(), data=st.data())
 def test_a_program_with_a_wrong_cell_is_refused(schedule, data):
     program = lower(schedule)
-    ring = data.draw(st.sampled_from(sorted(r for r, cells in program.rings.items() if cells > 1)) if
-                     max(program.rings.values()) > 1 else st.nothing())
+    ring = data.draw(
+        st.sampled_from(sorted(r for r, cells in program.rings.items() if cells > 1))
+        if max(program.rings.values()) > 1
+        else st.nothing()
+    )
     names = (ring, "deliver") if ring == "inbox" else (ring,)
     places = [(i, name) for s in program.segments for i in s.body for name in names if name in i.tables]
     instruction, name = data.draw(st.sampled_from(places))
@@ -153,11 +173,15 @@ def test_a_program_with_a_wrong_cell_is_refused(schedule, data):
 @pytest.mark.parametrize("schedule, method", CASES)
 def test_a_program_that_runs_a_pass_for_another_microbatch_is_refused(schedule, method):
     program = lower(build(schedule, method, p=3, m=6))
-    F = next(i for s in program.segments for i in s.body
-             if (i.op, i.name) == ("run", "F") and (i.tables["microbatch"] == 3).any())
+    F = next(
+        i
+        for s in program.segments
+        for i in s.body
+        if (i.op, i.name) == ("run", "F") and (i.tables["microbatch"] == 3).any()
+    )
     n, d = np.argwhere(F.tables["microbatch"] == 3)[0]
     F.tables["microbatch"][n, d] = 4
-    with pytest.raises(ScheduleError, match=rf"device \d"):
+    with pytest.raises(ScheduleError, match=r"device \d"):
         check_program(program)
 
 
@@ -170,4 +194,5 @@ def test_a_block_whose_passes_collide_is_refused():
 
 def test_repeat_is_the_same_as_build_without_reordering():
     from vocabpp_jax.schedules import blocks
+
     assert repeat(blocks.v_half(3), "vocab-2", 5, "v-half") == build("v-half", "vocab-2", p=3, m=5, reordered=False)

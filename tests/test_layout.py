@@ -14,8 +14,16 @@ def layout(schedule="1f1b", method="vocab-2", p=4, layers=8, tied=False, counts=
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("p", [1, 3, 4])
-@pytest.mark.parametrize(("schedule", "method"), [("1f1b", "baseline"), ("1f1b", "vocab-2"), ("v-half", "baseline"),
-                                                  ("v-half", "vocab-1"), ("interleaved-1f1b", "vocab-2")])
+@pytest.mark.parametrize(
+    ("schedule", "method"),
+    [
+        ("1f1b", "baseline"),
+        ("1f1b", "vocab-2"),
+        ("v-half", "baseline"),
+        ("v-half", "vocab-1"),
+        ("interleaved-1f1b", "vocab-2"),
+    ],
+)
 def test_packing_and_unpacking_give_back_the_same_bits(schedule, method, p, tied):
     there = layout(schedule, method, p, layers=9, tied=tied)
     canonical = there.model.init(jax.random.key(0))

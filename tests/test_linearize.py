@@ -64,7 +64,9 @@ def test_the_split_costs_no_more_than_two_percent_of_the_backward_and_stores_not
 
     whole, cut = (linearize(model.block, params, x, {}, split=s) for s in (False, True))
     unsplit = flops(whole.backward, params, {}, whole.residual, whole.kept, x)
-    split = flops(cut.backward, params, {}, cut.residual, cut.kept, x) + flops(cut.weights, params, {}, cut.kept, cut.carried)
+    split = flops(cut.backward, params, {}, cut.residual, cut.kept, x) + flops(
+        cut.weights, params, {}, cut.kept, cut.carried
+    )
     assert split <= 1.02 * unsplit
     assert len(cut.residual) + len(cut.kept) == len(whole.residual)
     # The output gradients of qkv, out, up and down, each once.

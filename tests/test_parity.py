@@ -47,7 +47,11 @@ NEWEST = {("1f1b", "vocab-2", 1), ("1f1b", "vocab-1", 3), ("v-half", "vocab-2", 
 
 @pytest.mark.parametrize(
     ("schedule", "method", "p", "m", "tied", "data"),
-    [pytest.param(*c, id="-".join(map(str, c)), marks=[pytest.mark.newest] if c[:3] in NEWEST else []) for c in SELECTION])
+    [
+        pytest.param(*c, id="-".join(map(str, c)), marks=[pytest.mark.newest] if c[:3] in NEWEST else [])
+        for c in SELECTION
+    ],
+)
 def test_a_pipeline_computes_what_one_device_computes(schedule, method, p, m, tied, data):
     result = compare(case(schedule, method, p, m, tied, data))
     assert max(result.loss_error, result.max_grad_error) <= 1e-5, result.grad_errors

@@ -14,6 +14,7 @@ B, L, D, V = 2, 4, 8, 19
 
 def plain_model(layers: int = 4, tied: bool = False) -> Model:
     """A model of pure functions, with a side input and no Flax."""
+
     def block(w, x, side):
         return x + jnp.tanh(x @ w["up"] + side.get("shift", 0)) @ w["down"]
 
@@ -25,15 +26,26 @@ def plain_model(layers: int = 4, tied: bool = False) -> Model:
         tree = {"embed": {"tokens": normal(90, V, D)}, "blocks": blocks, "final": {"scale": normal(91, D)}}
         return tree if tied else tree | {"head": normal(92, V, D)}
 
-    return Model(layers=layers, vocab_size=V, width=D, block=block, init=init, tied=tied,
-                 final=lambda w, x: x * (1 + w["scale"]), embed_scale=1.5)
+    return Model(
+        layers=layers,
+        vocab_size=V,
+        width=D,
+        block=block,
+        init=init,
+        tied=tied,
+        final=lambda w, x: x * (1 + w["scale"]),
+        embed_scale=1.5,
+    )
 
 
 def batch_of(m: int, data: int = 1, side: bool = False):
     random = np.random.default_rng(0)
     shape = (m, B * data, L)
-    batch = {"tokens": random.integers(0, V, shape, dtype=np.int32), "labels": random.integers(0, V, shape, dtype=np.int32),
-             "mask": (random.random(shape) > 0.3).astype(np.float32)}
+    batch = {
+        "tokens": random.integers(0, V, shape, dtype=np.int32),
+        "labels": random.integers(0, V, shape, dtype=np.int32),
+        "mask": (random.random(shape) > 0.3).astype(np.float32),
+    }
     return batch | ({"side": {"shift": random.normal(size=(*shape, 1)).astype(np.float32)}} if side else {})
 
 
@@ -47,7 +59,9 @@ def assert_parity(pipe: Pipeline, batch) -> None:
     loss, grads = jax.jit(pipe.value_and_grad)(pipe.shard(canonical), batch)
     want_loss, want = jax.value_and_grad(lambda c: reference_loss(pipe.model, c, **batch))(canonical)
     np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
-    for got, value in zip(jax.tree.leaves(pipe.layout.unpack(jax.device_get(grads))), jax.tree.leaves(want), strict=True):
+    for got, value in zip(
+        jax.tree.leaves(pipe.layout.unpack(jax.device_get(grads))), jax.tree.leaves(want), strict=True
+    ):
         assert np.linalg.norm(got - value) <= 1e-5 * np.linalg.norm(value)
 
 
@@ -97,8 +111,9 @@ def test_evaluation_gives_the_training_loss_and_keeps_no_activations():
 def test_a_batch_without_a_valid_token_has_loss_zero_and_no_gradient():
     pipe = pipeline(schedules.build("1f1b", "vocab-2", p=2, m=2))
     batch = batch_of(2)
-    loss, grads = jax.jit(pipe.value_and_grad)(pipe.shard(pipe.model.init(jax.random.key(0))),
-                                               batch | {"mask": np.zeros_like(batch["mask"])})
+    loss, grads = jax.jit(pipe.value_and_grad)(
+        pipe.shard(pipe.model.init(jax.random.key(0))), batch | {"mask": np.zeros_like(batch["mask"])}
+    )
     assert float(loss) == 0 and all(not np.any(g) for g in jax.tree.leaves(grads))
 
 
@@ -111,7 +126,9 @@ def test_no_conditional_stands_in_the_program_and_varying_types_are_not_checked(
     def walk(jaxpr):
         for eqn in jaxpr.eqns:
             found.setdefault(eqn.primitive.name, []).append(eqn)
-            for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            for inner in jax.tree.leaves(
+                list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+            ):
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
                     walk(inner)
@@ -121,11 +138,14 @@ def test_no_conditional_stands_in_the_program_and_varying_types_are_not_checked(
     assert [e.params["check_vma"] for e in found["shard_map"]] == [False]
 
 
-@pytest.mark.parametrize(("change", "sentence"), [
-    ({"tokens": np.zeros((3, B, L), np.int32)}, r"tokens has shape \[3, 2, 4\]; it takes \[m=2"),
-    ({"labels": np.zeros((2, B, L + 1), np.int32)}, r"labels has shape \[2, 2, 5\]; tokens has \[2, 2, 4\]"),
-    ({"mask": np.zeros((2, B), np.float32)}, r"mask has shape \[2, 2\]; tokens has \[2, 2, 4\]"),
-])
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"tokens": np.zeros((3, B, L), np.int32)}, r"tokens has shape \[3, 2, 4\]; it takes \[m=2"),
+        ({"labels": np.zeros((2, B, L + 1), np.int32)}, r"labels has shape \[2, 2, 5\]; tokens has \[2, 2, 4\]"),
+        ({"mask": np.zeros((2, B), np.float32)}, r"mask has shape \[2, 2\]; tokens has \[2, 2, 4\]"),
+    ],
+)
 def test_a_batch_that_does_not_fit_is_refused(change, sentence):
     pipe = pipeline(schedules.build("1f1b", "vocab-2", p=2, m=2))
     with pytest.raises(ValueError, match=sentence):

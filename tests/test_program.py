@@ -76,11 +76,16 @@ def test_orders_run_as_written():
     assert lower(schedule).in_flight == (2, 1)
 
 
-@pytest.mark.parametrize("orders, words", [
-    (["0F0 0B0 0F1 0B1", "1F1 1F0 1B0 1B1"], "device 0 waits forever: 0B0 needs 1B0"),
-    (["0F0 0X0", "1F0"], "device 0 runs '0X0'"), (["0F0 0B0", "0F0 1B0"], "device 1 runs 0F0; stage 0 is on device 0"),
-    (["0F0 0F0 0B0", "1F0 1B0"], "device 0 runs 0F0 2 times"), (["0F0 0F1 0B0", "1F0 1F1 1B0"], "runs 0B1 0 times"),
-])
+@pytest.mark.parametrize(
+    "orders, words",
+    [
+        (["0F0 0B0 0F1 0B1", "1F1 1F0 1B0 1B1"], "device 0 waits forever: 0B0 needs 1B0"),
+        (["0F0 0X0", "1F0"], "device 0 runs '0X0'"),
+        (["0F0 0B0", "0F0 1B0"], "device 1 runs 0F0; stage 0 is on device 0"),
+        (["0F0 0F0 0B0", "1F0 1B0"], "device 0 runs 0F0 2 times"),
+        (["0F0 0F1 0B0", "1F0 1F1 1B0"], "runs 0B1 0 times"),
+    ],
+)
 def test_impossible_orders_are_refused(orders, words):
     with pytest.raises(ValueError) as error:
         from_orders(orders, placement=(0, 1))

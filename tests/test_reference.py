@@ -177,9 +177,7 @@ def test_embed_scale_multiplies_tokens_and_not_positions():
     tokens = random_batch()[0][0]
     x = 3 * np.asarray(params["embed"]["tokens"])[tokens] + np.asarray(params["embed"]["positions"])
     x = x + x @ np.asarray(params["blocks"][0])
-    np.testing.assert_allclose(
-        reference_logits(model, params, tokens, {}), x @ np.asarray(params["head"]).T, atol=1e-4
-    )
+    np.testing.assert_allclose(reference_logits(model, params, tokens, {}), x @ np.asarray(params["head"]).T, atol=1e-4)
 
 
 def test_side_arrays_reach_the_blocks_of_their_microbatch():

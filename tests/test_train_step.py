@@ -50,9 +50,15 @@ def reference(pipe: Pipeline, steps: int = 3, clip: float = 0.05):
     return jax.device_get(params), measured
 
 
-@pytest.mark.parametrize(("schedule", "method", "p", "data", "tied"), [
-    ("1f1b", "vocab-2", 2, 1, False), ("1f1b", "baseline", 2, 1, True), ("v-half", "baseline", 2, 1, False),
-    ("zb-h1", "vocab-1", 4, 2, True)])
+@pytest.mark.parametrize(
+    ("schedule", "method", "p", "data", "tied"),
+    [
+        ("1f1b", "vocab-2", 2, 1, False),
+        ("1f1b", "baseline", 2, 1, True),
+        ("v-half", "baseline", 2, 1, False),
+        ("zb-h1", "vocab-1", 4, 2, True),
+    ],
+)
 def test_three_clipped_steps_are_those_of_plain_optax_on_one_device(schedule, method, p, data, tied):
     pipe = pipeline(schedule, method, p, data, tied)
     (got, measured), (want, expected) = trained(pipe), reference(pipe)

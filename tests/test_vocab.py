@@ -29,6 +29,7 @@ def shards(w: jax.Array, p: int) -> list[tuple[jax.Array, Shard]]:
 def reference(w, x, labels, weight):
     def loss(w, x):
         return jnp.sum(weight * -jax.nn.log_softmax(x @ w.T)[jnp.arange(N), labels])
+
     value, (dw, dx) = jax.value_and_grad(loss, (0, 1))(w, x)
     return value, dw, dx
 
@@ -69,7 +70,9 @@ def test_padding_never_wins_even_where_a_shard_is_nothing_else():
 
 def test_statistics_survive_logits_of_any_size():
     for shift in (-1e4, 1e4):
-        stats = Stats(*(jnp.asarray(v, jnp.float32) for v in ([[shift], [shift - 200]], [[2.0], [3.0]], [[shift], [0.0]])))
+        stats = Stats(
+            *(jnp.asarray(v, jnp.float32) for v in ([[shift], [shift - 200]], [[2.0], [3.0]], [[shift], [0.0]]))
+        )
         assert float(vocab.losses(vocab.combine(stats))[0]) == pytest.approx(np.log(2.0), abs=1e-3)
 
 
@@ -84,6 +87,7 @@ def test_shards_of_the_input_layer_add_up_to_the_lookup_and_its_transpose(V, p, 
 
 def test_statistics_and_losses_are_float32_in_bfloat16_compute():
     w, x, labels, _ = problem(11)
-    soft, stats = vocab.local_softmax(vocab.logits(w.astype(jnp.bfloat16), x.astype(jnp.bfloat16), Shard(0, 11)), labels,
-                                      Shard(0, 11), jnp.bfloat16)
+    soft, stats = vocab.local_softmax(
+        vocab.logits(w.astype(jnp.bfloat16), x.astype(jnp.bfloat16), Shard(0, 11)), labels, Shard(0, 11), jnp.bfloat16
+    )
     assert soft.dtype == jnp.bfloat16 and all(s.dtype == jnp.float32 for s in stats)

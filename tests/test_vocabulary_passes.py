@@ -49,8 +49,9 @@ def test_a_device_in_the_middle_of_a_backward_has_a_pass_to_hide_large_sums_with
         slots = range(start.at[0], done.at[0] + 1)
         # Algorithm 2 needs the sum right behind the last stage's F and its barrier; there T hides it.
         if (method, name) != ("vocab-2", "big"):
-            assert all(any((x.last - t) % 3 == 0 for t in slots for x in passes[:2] + passes[-2:])
-                       for passes in built.passes)
+            assert all(
+                any((x.last - t) % 3 == 0 for t in slots for x in passes[:2] + passes[-2:]) for passes in built.passes
+            )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -1,8 +1,8 @@
 """The executor: a lowered schedule in, one program for every device out.
 
 Runs inside ``shard_map``. Every segment of the program is a ``lax.scan`` over intervals, its body the segment's
-instructions in order. A pass runs inside a ``lax.while_loop`` of zero or one trips: unlike a conditional, a loop carries
-what it updates in place, so that gradient accumulators and ring buffers are not copied in the slots of other passes.
+instructions in order. A pass runs inside a ``lax.while_loop`` of zero or one trips: unlike a conditional, a loop
+carries what it updates in place, so that gradient accumulators and ring buffers are not copied in the slots of other passes.
 Collectives stand outside the loops, at the same place on every device.
 
 Nothing here knows a schedule by name, nor a model: blocks are pure functions, and what the output layer's steps do is
@@ -27,6 +27,7 @@ from .linearize import Linearized
 from .rings import Cells, State, get, put, put_if, when, zeros
 from .schedules import Instruction, Program, Segment
 from .vocabulary_steps import VocabularySteps, flight
+
 
 @dataclass(frozen=True)
 class Executor:
@@ -61,8 +62,11 @@ class Executor:
     def initial_state(self) -> State:
         """All buffers: rings of the schedule's own size, zero gradients, zero loss."""
         rings = self.program.rings
-        state = {"inbox": zeros(rings["inbox"], self.x), "out": jnp.zeros(self.x.shape, self.x.dtype),
-                 "clock": jnp.zeros((), jnp.int32)}
+        state = {
+            "inbox": zeros(rings["inbox"], self.x),
+            "out": jnp.zeros(self.x.shape, self.x.dtype),
+            "clock": jnp.zeros((), jnp.int32),
+        }
         for ring in ("residual", "kept", "carried"):
             if ring in rings:
                 state[ring] = (zeros(rings[ring], getattr(self.block, ring)),) * self.layout.depth
@@ -71,8 +75,11 @@ class Executor:
                 state[f"grads.blocks.{c}"] = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), layers)
         if self.observe:
             cells = rings.get("kept", rings.get("residual", 1))
-            state |= {"alive": jnp.zeros(cells, bool), "in_flight": jnp.zeros((), jnp.int32),
-                      "clobbered": jnp.zeros((), bool)}
+            state |= {
+                "alive": jnp.zeros(cells, bool),
+                "in_flight": jnp.zeros((), jnp.int32),
+                "clobbered": jnp.zeros((), bool),
+            }
         return state | self.steps.initial_state(rings)
 
     def run_segment(self, segment: Segment, state: State) -> State:
@@ -128,7 +135,9 @@ class Executor:
             return s
 
         with jax.named_scope(f"F{c}"):
-            state = self._each_layer(state, c, range(self.layout.depth), layer, ("out", *self._stored("residual", "kept")))
+            state = self._each_layer(
+                state, c, range(self.layout.depth), layer, ("out", *self._stored("residual", "kept"))
+            )
         return self._occupy(state, cells, True)
 
     def backward(self, state: State, cells: Cells, c: int) -> State:
@@ -146,8 +155,9 @@ class Executor:
             return s
 
         with jax.named_scope(f"B{c}"):
-            state = self._each_layer(state, c, range(self.layout.depth)[::-1], layer,
-                                     ("out", grads, *self._stored("carried")))
+            state = self._each_layer(
+                state, c, range(self.layout.depth)[::-1], layer, ("out", grads, *self._stored("carried"))
+            )
         return state if self.program.schedule.splits_backward else self._occupy(state, cells, False)
 
     def weights(self, state: State, cells: Cells, c: int) -> State:
@@ -155,8 +165,12 @@ class Executor:
         side, grads = self.side_of(cells), f"grads.blocks.{c}"
 
         def layer(s: State, j: int) -> State:
-            dparams = self.block.weights(self.params["blocks"][c][j], side, get(s["kept"][j], cells["kept"]),
-                                         get(s["carried"][j], cells["carried"]))
+            dparams = self.block.weights(
+                self.params["blocks"][c][j],
+                side,
+                get(s["kept"][j], cells["kept"]),
+                get(s["carried"][j], cells["carried"]),
+            )
             return s | {grads: _replaced(s[grads], j, _accumulated(s[grads][j], dparams))}
 
         with jax.named_scope(f"W{c}"):
@@ -167,9 +181,10 @@ class Executor:
         """The blocks' side inputs of one microbatch."""
         return get(self.side, cells["microbatch"])
 
-    def _each_layer(self, state: State, c: int, order: range, layer: Callable[[State, int], State],
-                    names: tuple[str, ...]) -> State:
-        """Applies a function to every layer that this device has; where stages are uneven, some devices skip the last."""
+    def _each_layer(
+        self, state: State, c: int, order: range, layer: Callable[[State, int], State], names: tuple[str, ...]
+    ) -> State:
+        """Applies a function to every layer that this device has; of uneven stages, the short ones skip the last."""
         counts = np.array([self.layout.layer_counts[stage] for stage in self.layout.stage_of[c]])
         mine = jnp.asarray(counts)[lax.axis_index(PIPE)]
         for j in order:
@@ -194,18 +209,22 @@ class Executor:
         cell = cells["kept"] if "kept" in cells else cells["residual"]
         clobbered = state["clobbered"] | (state["alive"][cell] == alive)
         flags = state["alive"].at[cell].set(alive)
-        return state | {"alive": flags, "clobbered": clobbered,
-                        "in_flight": jnp.maximum(state["in_flight"], flags.sum(dtype=jnp.int32))}
+        return state | {
+            "alive": flags,
+            "clobbered": clobbered,
+            "in_flight": jnp.maximum(state["in_flight"], flags.sum(dtype=jnp.int32)),
+        }
 
 
 def _replaced(items: tuple, j: int, item: Any) -> tuple:
-    return (*items[:j], item, *items[j + 1:])
+    return (*items[:j], item, *items[j + 1 :])
 
 
 def _accumulated(total: Any, gradients: Any) -> Any:
     """Adds gradients in float32; None where this pass makes none."""
-    return jax.tree.map(lambda g, t: t if g is None else t + g.astype(jnp.float32), gradients, total,
-                        is_leaf=lambda g: g is None)
+    return jax.tree.map(
+        lambda g, t: t if g is None else t + g.astype(jnp.float32), gradients, total, is_leaf=lambda g: g is None
+    )
 
 
 def _columns(segment: Segment) -> tuple[list[dict[str, int]], np.ndarray]:

@@ -39,8 +39,10 @@ class Layout:
 
     def __post_init__(self) -> None:
         if sum(self.layer_counts) != self.model.layers:
-            raise ValueError(f"layer_counts {self.layer_counts} add up to {sum(self.layer_counts)}; "
-                             f"the model has {self.model.layers} layers")
+            raise ValueError(
+                f"layer_counts {self.layer_counts} add up to {sum(self.layer_counts)}; "
+                f"the model has {self.model.layers} layers"
+            )
 
     @property
     def sharded(self) -> bool:
@@ -76,7 +78,8 @@ class Layout:
         first = [sum(self.layer_counts[:stage]) for stage in range(self.schedule.stages)]
         return tuple(
             tuple(tuple(first[s] + j if j < self.layer_counts[s] else None for s in stages) for j in range(self.depth))
-            for stages in self.stage_of)
+            for stages in self.stage_of
+        )
 
     @property
     def head_is_embedding(self) -> bool:
@@ -97,8 +100,10 @@ class Layout:
     def specs(self, tree: Params | None = None) -> Params:
         """The PartitionSpec of every leaf of the pipeline's tree."""
         tree = self.shapes() if tree is None else tree
-        return {key: jax.tree.map(lambda _, k=key: PartitionSpec() if k == "final" else PartitionSpec(PIPE), branch)
-                for key, branch in tree.items()}
+        return {
+            key: jax.tree.map(lambda _, k=key: PartitionSpec() if k == "final" else PartitionSpec(PIPE), branch)
+            for key, branch in tree.items()
+        }
 
     def shapes(self) -> Params:
         """The pipeline's tree as global :class:`jax.ShapeDtypeStruct`."""
@@ -112,8 +117,11 @@ class Layout:
         def stack(layers: tuple[int | None, ...]) -> Params:
             return jax.tree.map(lambda *xs: jnp.stack(xs), *(empty if n is None else blocks[n] for n in layers))
 
-        packed = {"blocks": tuple(tuple(stack(layers) for layers in chunk) for chunk in self.layer_of),
-                  "final": canonical["final"], "embed": {}}
+        packed = {
+            "blocks": tuple(tuple(stack(layers) for layers in chunk) for chunk in self.layer_of),
+            "final": canonical["final"],
+            "embed": {},
+        }
         if self.sharded:
             for name, table in canonical["embed"].items():
                 packed["embed"][name] = self._pad(table)
@@ -132,10 +140,17 @@ class Layout:
 
     def unpack(self, packed: Params) -> Params:
         """The canonical tree of parameters (or gradients, or optimizer moments) in the pipeline's layout."""
-        place = {n: (c, j, d) for c, chunk in enumerate(self.layer_of) for j, layers in enumerate(chunk)
-                 for d, n in enumerate(layers) if n is not None}
-        blocks = tuple(jax.tree.map(lambda x, d=place[n][2]: x[d], packed["blocks"][place[n][0]][place[n][1]])
-                       for n in range(self.model.layers))
+        place = {
+            n: (c, j, d)
+            for c, chunk in enumerate(self.layer_of)
+            for j, layers in enumerate(chunk)
+            for d, n in enumerate(layers)
+            if n is not None
+        }
+        blocks = tuple(
+            jax.tree.map(lambda x, d=place[n][2]: x[d], packed["blocks"][place[n][0]][place[n][1]])
+            for n in range(self.model.layers)
+        )
         canonical = {"embed": {}, "blocks": blocks, "final": packed["final"]}
         first, last = self.schedule.placement[0], self.schedule.placement[-1]
         for name, table in packed["embed"].items():
@@ -156,8 +171,10 @@ class Layout:
 
     def matrices(self) -> Params:
         """True where a leaf is a matrix of the model, False for vectors (norms, biases): what weight decay asks."""
-        return {key: jax.tree.map(lambda x, k=key: x.ndim - (k == "blocks") >= 2, branch)
-                for key, branch in self.shapes().items()}
+        return {
+            key: jax.tree.map(lambda x, k=key: x.ndim - (k == "blocks") >= 2, branch)
+            for key, branch in self.shapes().items()
+        }
 
     def _pad(self, table: jax.Array) -> jax.Array:
         return jnp.pad(table, ((0, self.padded(table.shape[0]) - table.shape[0]), (0, 0)))

@@ -83,8 +83,11 @@ def linearize(block: Callable, params: Tree, x: jax.ShapeDtypeStruct, side: Tree
 
     def forward(params, side, x):
         y, *values = run_forward(*jax.tree.leaves(params), *jax.tree.leaves(side), x)
-        return y, tuple(v for v, k in zip(values, in_kept, strict=True) if not k), tuple(
-            v for v, k in zip(values, in_kept, strict=True) if k)
+        return (
+            y,
+            tuple(v for v, k in zip(values, in_kept, strict=True) if not k),
+            tuple(v for v, k in zip(values, in_kept, strict=True) if k),
+        )
 
     def backward(params, side, residual, kept, g):
         residual, kept = iter(residual), iter(kept)
@@ -115,8 +118,10 @@ def _trace_forward(block: Callable, params: Tree, side: Tree, x: jax.ShapeDtypeS
 
     jaxpr, (y, _) = jax.make_jaxpr(forward, return_shape=True)(params, side, x)
     if (y.shape, y.dtype) != (x.shape, x.dtype):
-        raise ValueError(f"block turns {x.dtype}{list(x.shape)} into {y.dtype}{list(y.shape)}; "
-                         "a pipelined block must keep shape and dtype")
+        raise ValueError(
+            f"block turns {x.dtype}{list(x.shape)} into {y.dtype}{list(y.shape)}; "
+            "a pipelined block must keep shape and dtype"
+        )
     return jaxpr, trees[-1]
 
 
@@ -127,8 +132,9 @@ def _sort_residuals(jaxpr: Jaxpr, constants: int) -> tuple[list[Var], Callable]:
         if any(isinstance(v, Var) and v in moving for v in eqn.invars):
             moving |= set(eqn.outvars)
     leaves = [v for v in jaxpr.outvars[1:] if isinstance(v, Var)]
-    return [v for v in dict.fromkeys(leaves) if v in moving], lambda v, known: (
-        v.val if isinstance(v, Literal) else known[v])
+    return [
+        v for v in dict.fromkeys(leaves) if v in moving
+    ], lambda v, known: v.val if isinstance(v, Literal) else known[v]
 
 
 def _subset(closed: ClosedJaxpr, outputs: Sequence) -> Callable:
@@ -178,12 +184,18 @@ def _split(bwd: ClosedJaxpr, late: Sequence[bool], constants: int, stored: int) 
     late_out = [v for v, w in zip(outputs[:-1], late, strict=True) if w]
     if not late_out:
         return _Parts(_subset(bwd, early_out), lambda *_: (), frozenset(), ())
-    early, _ = dce_jaxpr(jaxpr.replace(outvars=early_out, debug_info=jaxpr.debug_info.with_unknown_names()),
-                         [True] * len(early_out), instantiate=True)
-    rest, _ = dce_jaxpr(jaxpr.replace(outvars=late_out, debug_info=jaxpr.debug_info.with_unknown_names()),
-                        [True] * len(late_out), instantiate=True)
+    early, _ = dce_jaxpr(
+        jaxpr.replace(outvars=early_out, debug_info=jaxpr.debug_info.with_unknown_names()),
+        [True] * len(early_out),
+        instantiate=True,
+    )
+    rest, _ = dce_jaxpr(
+        jaxpr.replace(outvars=late_out, debug_info=jaxpr.debug_info.with_unknown_names()),
+        [True] * len(late_out),
+        instantiate=True,
+    )
     fixed = set(jaxpr.invars[:constants]) | set(jaxpr.constvars)
-    from_forward = {v: n for n, v in enumerate(jaxpr.invars[constants:constants + stored])}
+    from_forward = {v: n for n, v in enumerate(jaxpr.invars[constants : constants + stored])}
     made_early = {v for eqn in early.eqns for v in eqn.outvars if eqn.primitive.name not in _VIEWS}
     made_early |= {jaxpr.invars[-1]}
     kept, carried, eqns = set(), [], []
@@ -202,8 +214,13 @@ def _split(bwd: ClosedJaxpr, late: Sequence[bool], constants: int, stored: int) 
             elif v in made_early:
                 carried.append(v)
     late_in = [*jaxpr.invars[:constants], *(jaxpr.invars[constants + n] for n in sorted(kept)), *carried]
-    late_jaxpr = jaxpr.replace(invars=late_in, outvars=late_out, eqns=eqns[::-1],
-                               debug_info=jaxpr.debug_info.with_unknown_names())
+    late_jaxpr = jaxpr.replace(
+        invars=late_in, outvars=late_out, eqns=eqns[::-1], debug_info=jaxpr.debug_info.with_unknown_names()
+    )
     late_jaxpr, _ = dce_jaxpr(late_jaxpr, [True] * len(late_out), instantiate=True)
-    return _Parts(_subset(bwd, [*early_out, *carried]), partial(jax.core.eval_jaxpr, late_jaxpr, bwd.consts),
-                  frozenset(kept), tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in carried))
+    return _Parts(
+        _subset(bwd, [*early_out, *carried]),
+        partial(jax.core.eval_jaxpr, late_jaxpr, bwd.consts),
+        frozenset(kept),
+        tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in carried),
+    )

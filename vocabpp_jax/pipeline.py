@@ -33,7 +33,9 @@ def make_mesh(pipe: int, data: int = 1, devices: Sequence[jax.Device] | None = N
     """
     devices = list(jax.devices() if devices is None else devices)
     if pipe < 1 or data < 1 or len(devices) % (pipe * data):
-        raise ValueError(f"stages is {pipe} and data-parallel {data}; their product must divide the {len(devices)} devices")
+        raise ValueError(
+            f"stages is {pipe} and data-parallel {data}; their product must divide the {len(devices)} devices"
+        )
     return Mesh(np.array(devices[: pipe * data]).reshape(data, pipe), (DATA, PIPE))
 
 
@@ -46,7 +48,7 @@ class Pipeline:
     may be absent. Parameters are a tree in :attr:`layout`, float32, sharded as :attr:`shardings` says.
 
     Raises:
-        ValueError: the schedule is not sound, the mesh's axis ``pipe`` is not its p, or the layers do not fill its stages.
+        ValueError: the schedule is not sound, the mesh's axis ``pipe`` is not its p, or layers do not fill its stages.
     """
 
     model: Model
@@ -59,7 +61,9 @@ class Pipeline:
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"compute_dtype is {self.compute_dtype!r}; it is float32 or bfloat16")
         if self.mesh.shape.get(PIPE) != self.schedule.p:
-            raise ValueError(f"the mesh's axis {PIPE!r} is {self.mesh.shape.get(PIPE)}; the schedule's p is {self.schedule.p}")
+            raise ValueError(
+                f"the mesh's axis {PIPE!r} is {self.mesh.shape.get(PIPE)}; the schedule's p is {self.schedule.p}"
+            )
         object.__setattr__(self, "layout", Layout(self.model, self.schedule))
         check(self.schedule)
         self.layout.layer_counts  # noqa: B018  refused here, before anything compiles
@@ -72,8 +76,9 @@ class Pipeline:
     @cached_property
     def shardings(self) -> Params:
         """The NamedSharding of every parameter."""
-        return jax.tree.map(partial(NamedSharding, self.mesh), self.layout.specs(),
-                            is_leaf=lambda s: isinstance(s, PartitionSpec))
+        return jax.tree.map(
+            partial(NamedSharding, self.mesh), self.layout.specs(), is_leaf=lambda s: isinstance(s, PartitionSpec)
+        )
 
     def shard(self, canonical: Params) -> Params:
         """Canonical parameters, placed on the mesh in the pipeline's layout."""
@@ -105,11 +110,18 @@ class Pipeline:
         batch = self._checked(batch)
         specs = self.layout.specs()
         device = PartitionSpec(DATA, PIPE)
-        out = (PartitionSpec(), specs if program.schedule.trains else {}, {"in_flight": device, "clobbered": device}
-               if observe else {})
-        run = jax.shard_map(partial(self._on_device, program, observe), mesh=self.mesh,
-                            in_specs=(specs, jax.tree.map(lambda _: _PER_MICROBATCH, batch)), out_specs=out,
-                            check_vma=False)
+        out = (
+            PartitionSpec(),
+            specs if program.schedule.trains else {},
+            {"in_flight": device, "clobbered": device} if observe else {},
+        )
+        run = jax.shard_map(
+            partial(self._on_device, program, observe),
+            mesh=self.mesh,
+            in_specs=(specs, jax.tree.map(lambda _: _PER_MICROBATCH, batch)),
+            out_specs=out,
+            check_vma=False,
+        )
         return run(params, batch)
 
     def _checked(self, batch: Batch) -> Batch:
@@ -117,7 +129,9 @@ class Pipeline:
         shape = jnp.shape(batch["tokens"])
         data = self.mesh.shape[DATA]
         if len(shape) != 3 or shape[0] != self.schedule.m or shape[1] % data:
-            raise ValueError(f"tokens has shape {list(shape)}; it takes [m={self.schedule.m}, a multiple of {data}, length]")
+            raise ValueError(
+                f"tokens has shape {list(shape)}; it takes [m={self.schedule.m}, a multiple of {data}, length]"
+            )
         if self.model.positions is not None and shape[2] > self.model.positions:
             raise ValueError(f"tokens has length {shape[2]}; the model has {self.model.positions} positions")
         for name in ("labels", "mask"):
@@ -134,16 +148,28 @@ class Pipeline:
         blocks = jax.tree.map(lambda w: w.reshape(w.shape[1:]), cast["blocks"])
         tables = {k: v for k, v in cast.items() if k != "blocks"}
         if not self.layout.sharded:
-            tables |= {k: jax.tree.map(lambda w: w.reshape(w.shape[1:]), tables[k]) for k in ("embed", "head") if k in tables}
+            tables |= {
+                k: jax.tree.map(lambda w: w.reshape(w.shape[1:]), tables[k]) for k in ("embed", "head") if k in tables
+            }
         count = jax.lax.psum(batch["mask"].sum(), DATA)
-        vocabulary = VocabularySteps(Layout(self.model, program.schedule), tables,
-                                     {"tokens": batch["tokens"], "labels": batch["labels"],
-                                      "weight": batch["mask"] / jnp.maximum(count, 1)},
-                                     native_broadcast=self.mesh.devices.flat[0].platform in ("gpu", "cuda"))
+        vocabulary = VocabularySteps(
+            Layout(self.model, program.schedule),
+            tables,
+            {"tokens": batch["tokens"], "labels": batch["labels"], "weight": batch["mask"] / jnp.maximum(count, 1)},
+            native_broadcast=self.mesh.devices.flat[0].platform in ("gpu", "cuda"),
+        )
         _, B, L = batch["tokens"].shape
         x = jax.ShapeDtypeStruct((B, L, self.model.width), dtype)
-        executor = Executor(program, vocabulary.layout, self._linearized(program, x, blocks, batch["side"]), vocabulary,
-                            tables | {"blocks": blocks}, batch["side"], x, observe)
+        executor = Executor(
+            program,
+            vocabulary.layout,
+            self._linearized(program, x, blocks, batch["side"]),
+            vocabulary,
+            tables | {"blocks": blocks},
+            batch["side"],
+            x,
+            observe,
+        )
         state = executor()
         loss = state["loss"] if self.layout.sharded else jax.lax.psum(state["loss"], PIPE)
         counters = {k: state[k].reshape(1, 1) for k in ("in_flight", "clobbered")} if observe else {}
@@ -159,9 +185,11 @@ class Pipeline:
 
     def _gradients(self, state: dict[str, Any], params: Params) -> Params:
         """The accumulated gradients as a tree like the parameters, summed over what they have to be summed over."""
-        grads = {"blocks": tuple(state[f"grads.blocks.{c}"] for c in range(len(params["blocks"]))),
-                 "embed": {k: state[f"grads.embed.{k}"] for k in params["embed"]},
-                 "final": jax.lax.psum(state["grads.final"], PIPE)}
+        grads = {
+            "blocks": tuple(state[f"grads.blocks.{c}"] for c in range(len(params["blocks"]))),
+            "embed": {k: state[f"grads.embed.{k}"] for k in params["embed"]},
+            "final": jax.lax.psum(state["grads.final"], PIPE),
+        }
         if "head" in params:
             grads["head"] = state["grads.head"]
         if self.layout.tied_across:

@@ -29,7 +29,8 @@ def when(condition: jax.Array, state: State, names: tuple[str, ...], update: Cal
     _, updated = lax.while_loop(
         lambda carry: carry[0],
         lambda carry: (jnp.zeros((), bool), _ticked({n: v for n, v in update(state | carry[1]).items() if n in names})),
-        (condition, {n: state[n] for n in names}))
+        (condition, {n: state[n] for n in names}),
+    )
     return state | updated
 
 
@@ -59,7 +60,8 @@ def get(ring: Any, cell: jax.Array) -> Any:
 def put(ring: Any, cell: jax.Array, value: Any) -> Any:
     """The ring with one cell replaced, in place inside a compiled program."""
     return jax.tree.map(
-        lambda r, v: v[None] if r.shape[0] == 1 else lax.dynamic_update_index_in_dim(r, v, cell, 0), ring, value)
+        lambda r, v: v[None] if r.shape[0] == 1 else lax.dynamic_update_index_in_dim(r, v, cell, 0), ring, value
+    )
 
 
 def put_if(ring: Any, cell: jax.Array, value: Any) -> Any:

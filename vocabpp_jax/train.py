@@ -34,8 +34,12 @@ def shardings(pipe: Pipeline, optimizer: optax.GradientTransformation) -> State:
     everywhere = NamedSharding(pipe.mesh, PartitionSpec())
     params = pipe.layout.shapes()
     moments = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, sharding: sharding, jax.eval_shape(optimizer.init, params), pipe.shardings,
-        transform_non_params=lambda _: everywhere)
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, params),
+        pipe.shardings,
+        transform_non_params=lambda _: everywhere,
+    )
     return State(everywhere, pipe.shardings, moments)
 
 
@@ -49,8 +53,11 @@ def init_state(pipe: Pipeline, optimizer: optax.GradientTransformation, key: jax
     return jax.jit(init, out_shardings=shardings(pipe, optimizer))(key)
 
 
-def make_step(pipe: Pipeline, optimizer: optax.GradientTransformation, clip: float | None = 1.0,
-              ) -> Callable[[State, Batch], tuple[State, Metrics]]:
+def make_step(
+    pipe: Pipeline,
+    optimizer: optax.GradientTransformation,
+    clip: float | None = 1.0,
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """``(state, batch) -> state, metrics``, compiled, the old state's buffers donated to the new.
 
     Args:

@@ -65,8 +65,10 @@ class VocabularySteps:
     @property
     def early(self) -> bool:
         """Whether the input gradient is computed before the barrier, in S, because its sum starts before T."""
-        place = {(s.op, s.name): (max(t for t in s.at if t is not None), s.after, n)
-                 for n, s in enumerate(self.layout.schedule.vocabulary.steps)}
+        place = {
+            (s.op, s.name): (max(t for t in s.at if t is not None), s.after, n)
+            for n, s in enumerate(self.layout.schedule.vocabulary.steps)
+        }
         return self.trains and "T" in self.names and place["run", "T"] > place["start", "big"]
 
     # --- tables ------------------------------------------------------------------------------------------------------
@@ -93,7 +95,9 @@ class VocabularySteps:
         """The output layer's records, zero gradients of the tables and the final function, zero loss."""
         state: State = {"loss": jnp.zeros((), F32)}
         if self.trains:
-            grads = jax.tree.map(lambda w: jnp.zeros(w.shape, F32), {k: v for k, v in self.params.items() if k != "blocks"})
+            grads = jax.tree.map(
+                lambda w: jnp.zeros(w.shape, F32), {k: v for k, v in self.params.items() if k != "blocks"}
+            )
             state |= {f"grads.embed.{k}": g for k, g in grads.pop("embed").items()}
             state |= {f"grads.{k}": g for k, g in grads.items()}
         if not self.layout.sharded:
@@ -148,7 +152,9 @@ class VocabularySteps:
                 case "run", "H":
                     names = ("inbox", "grads.final", self.head_gradient) if self.trains else ()
                     return when(i >= 0, state, ("loss", *names), lambda s: self.whole_head(s, cells))
-        raise ValueError(f"the schedule has a step {instruction.op} {instruction.name!r} that the executor does not know")
+        raise ValueError(
+            f"the schedule has a step {instruction.op} {instruction.name!r} that the executor does not know"
+        )
 
     # --- input layer -------------------------------------------------------------------------------------------------
 
@@ -158,7 +164,9 @@ class VocabularySteps:
         table = self.params["embed"]["tokens"]
 
         def embedded() -> jax.Array:
-            x = vocab.lookup(table, ids, self._first_row(table)) * jnp.asarray(self.layout.model.embed_scale, table.dtype)
+            x = vocab.lookup(table, ids, self._first_row(table)) * jnp.asarray(
+                self.layout.model.embed_scale, table.dtype
+            )
             if (positions := self.params["embed"].get("positions")) is not None:
                 x += vocab.lookup(positions, jnp.arange(ids.shape[1]), self._first_row(positions))
             return x
@@ -166,8 +174,12 @@ class VocabularySteps:
         if self.layout.sharded:
             return state | {"part": embedded()}
         # The unsharded tables are whole on one device only; elsewhere a lookup would be of zeros.
-        return when(cells["microbatch"] >= 0, state, ("inbox",),
-                    lambda s: s | {"inbox": put(s["inbox"], cells["deliver"], embedded())})
+        return when(
+            cells["microbatch"] >= 0,
+            state,
+            ("inbox",),
+            lambda s: s | {"inbox": put(s["inbox"], cells["deliver"], embedded())},
+        )
 
     def start_CI(self, state: State, cells: Cells) -> Start:
         return state["part"].reshape(-1, self.layout.model.width), partial(lax.psum, axis_name=PIPE)
@@ -191,7 +203,9 @@ class VocabularySteps:
             g = jnp.where(i >= 0, g.reshape(*ids.shape, -1), 0)
             grads = {}
             for name, table in self.params["embed"].items():
-                at, scale = (ids, self.layout.model.embed_scale) if name == "tokens" else (jnp.arange(ids.shape[1]), 1.0)
+                at, scale = (
+                    (ids, self.layout.model.embed_scale) if name == "tokens" else (jnp.arange(ids.shape[1]), 1.0)
+                )
                 addend = g.astype(F32) * scale if name == "tokens" else g.astype(F32).sum(0)
                 key = f"grads.embed.{name}"
                 grads[key] = vocab.scatter(s[key], at, self._first_row(table), addend)
@@ -259,7 +273,9 @@ class VocabularySteps:
     def gradients(self, state: State, cells: Cells) -> State:
         """T: the weight gradient; behind the barrier (Algorithm 1) also this shard's part of the input gradient."""
         record = get(state["P"], cells["P"])
-        dy = vocab.logit_gradient(record["softmax"], record["factor"], self._weight(cells), self._labels(cells), self.shard)
+        dy = vocab.logit_gradient(
+            record["softmax"], record["factor"], self._weight(cells), self._labels(cells), self.shard
+        )
         dy = dy.astype(self.head.dtype)
         total = vocab.weight_gradient(state[self.head_gradient], dy, self._hidden(state, cells))
         state = state | {self.head_gradient: total}
@@ -269,7 +285,9 @@ class VocabularySteps:
         part = state["A"]
         if self.early:
             scale = get(state["P"]["factor"], jnp.maximum(cells["P"], 0))
-            part = vocab.partial_input_gradient(part, self.head, scale, self._weight(cells), self._labels(cells), self.shard)
+            part = vocab.partial_input_gradient(
+                part, self.head, scale, self._weight(cells), self._labels(cells), self.shard
+            )
         return part, partial(lax.psum, axis_name=PIPE)
 
     def done_big(self, state: State, cells: Cells, g: jax.Array) -> State:
@@ -282,7 +300,11 @@ class VocabularySteps:
     def whole_head(self, state: State, cells: Cells) -> State:
         """H: the whole output layer on one device, forward and backward."""
         x = get(state["inbox"], cells["inbox"]).reshape(-1, self.layout.model.width)
-        hidden, labels, weight = self.layout.model.final(self.params["final"], x), self._labels(cells), self._weight(cells)
+        hidden, labels, weight = (
+            self.layout.model.final(self.params["final"], x),
+            self._labels(cells),
+            self._weight(cells),
+        )
         y = vocab.logits(self.head, hidden, self.shard)
         p, stats = vocab.local_softmax(y, labels, self.shard, self.head.dtype)
         state = state | {"loss": state["loss"] + jnp.sum(weight * vocab.losses(stats))}

@@ -17,5 +17,20 @@ from .output_layer import (
     weight_gradient,
 )
 
-__all__ = ["Shard", "Stats", "combine", "factor", "input_gradient", "local_softmax", "logit_gradient", "logits", "lookup",
-           "losses", "partial_input_gradient", "scatter", "target_logits", "unscaled_input_gradient", "weight_gradient"]
+__all__ = [
+    "Shard",
+    "Stats",
+    "combine",
+    "factor",
+    "input_gradient",
+    "local_softmax",
+    "logit_gradient",
+    "logits",
+    "lookup",
+    "losses",
+    "partial_input_gradient",
+    "scatter",
+    "target_logits",
+    "unscaled_input_gradient",
+    "weight_gradient",
+]

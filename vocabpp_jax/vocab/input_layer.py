@@ -20,7 +20,7 @@ def lookup(table: jax.Array, ids: jax.Array, first_row: jax.Array | int) -> jax.
 
 
 def scatter(gradient: jax.Array, ids: jax.Array, first_row: jax.Array | int, g: jax.Array) -> jax.Array:
-    """IB: adds ``g [..., D]`` to the rows ``ids [...]`` of the local gradient ``[R, D]``; other shards' rows are dropped."""
+    """IB: adds ``g [..., D]`` to rows ``ids [...]`` of the local gradient ``[R, D]``; other shards' are dropped."""
     rows = gradient.shape[0]
     local = ids - first_row
     local = jnp.where((local >= 0) & (local < rows), local, rows)

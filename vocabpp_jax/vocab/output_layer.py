@@ -103,8 +103,9 @@ def unscaled_input_gradient(p: jax.Array, w: jax.Array) -> jax.Array:
     return lax.dot_general(p, w, (((1,), (0,)), ((), ())), preferred_element_type=F32).astype(w.dtype)
 
 
-def partial_input_gradient(a: jax.Array, w: jax.Array, scale: jax.Array, weight: jax.Array, labels: jax.Array,
-                           shard: Shard) -> jax.Array:
+def partial_input_gradient(
+    a: jax.Array, w: jax.Array, scale: jax.Array, weight: jax.Array, labels: jax.Array, shard: Shard
+) -> jax.Array:
     """C1 of Algorithm 2: ``(A · scale - G W_k) · weight [N, D]``, ready to be summed over shards."""
     local = labels - shard.first_row
     mine = (local >= 0) & (local < w.shape[0])
