@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from options import parse
-from vocabpp_jax.schedules import SCHEDULES, build, lower, methods_of
+from vocabpp_jax.schedules import SCHEDULES, Schedule, build, lower, methods_of
 from vocabpp_jax.schedules.draw import draw, save
+from vocabpp_jax.schedules.place import place
 from vocabpp_jax.schedules.simulate import Durations, simulate
 from vocabpp_jax.schedules.timeline import Timeline
 
@@ -21,10 +22,19 @@ NETWORK = dict(C0=0.08, big=0.12, CI=0.08, CB=0.08, stats=0.02, max=0.02)
 REDIS = (5, 5, 5, 1)  # the published rule for 16 layers and a head worth 4 of them
 
 NAMES = {
-    "gpipe": "GPipe", "1f1b": "1F1B", "interleaved-1f1b": "Interleaved 1F1B", "zb-h1": "ZB-H1", "zb-h2": "ZB-H2",
-    "v-min": "V-Min", "v-half": "V-Half", "v-zb": "V-ZB",
-    "baseline": "head on the last stage", "redis": "layers redistributed", "interlaced": "interlaced",
-    "vocab-1": "vocabulary parallelism, Algorithm 1", "vocab-2": "vocabulary parallelism, Algorithm 2",
+    "gpipe": "GPipe",
+    "1f1b": "1F1B",
+    "interleaved-1f1b": "Interleaved 1F1B",
+    "zb-h1": "ZB-H1",
+    "zb-h2": "ZB-H2",
+    "v-min": "V-Min",
+    "v-half": "V-Half",
+    "v-zb": "V-ZB",
+    "baseline": "head on the last stage",
+    "redis": "layers redistributed",
+    "interlaced": "interlaced",
+    "vocab-1": "vocabulary parallelism, Algorithm 1",
+    "vocab-2": "vocabulary parallelism, Algorithm 2",
     "vocab-naive": "vocabulary parallelism, three barriers",
 }
 
@@ -54,6 +64,21 @@ def timeline(schedule: str, method: str, p: int, m: int) -> Timeline:
     return simulate(lower(built), Durations(**layers, **output, transfer=0.01, **NETWORK))
 
 
+def placed(p: int, m: int) -> dict[str, Timeline]:
+    """A backward of 1.7 forwards on the grid of thirds, and on its own."""
+
+    def durations(schedule: Schedule) -> Durations:
+        n = schedule.chunks
+        return Durations(F=1 / n, B=1.7 / n, S=0.1, T=0.1, transfer=0.01, **NETWORK)
+
+    searched, _ = place("vocab-2", p, m, durations)
+    both = {
+        "1F1B, Algorithm 2, as above, B = 1.7 F": build("1f1b", "vocab-2", p=p, m=m),
+        "the same, placed for these durations, a device's layers in two halves": searched,
+    }
+    return {title: simulate(lower(schedule), durations(schedule)) for title, schedule in both.items()}
+
+
 def titled(schedule: str, methods: list[str], p: int, m: int) -> dict[str, Timeline]:
     """Timelines by their titles."""
     return {f"{NAMES[schedule]}, {NAMES[method]}": timeline(schedule, method, p, m) for method in methods}
@@ -77,6 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
         text += [f"## {NAMES[schedule]}", picture(schedule, titled(schedule, main_methods, p, m))]
         if others := [x for x in methods_of(schedule) if x not in main_methods]:
             text.append(picture(f"{schedule}-others", titled(schedule, others, p, m)))
+    text += ["## Placed for given durations", PLACED, picture("1f1b-placed", placed(p, 2 * m))]
     text += ["## A larger one", picture("1f1b-32", titled("1f1b", ["vocab-2"], 32, 64))]
     (docs / "gallery.md").write_text("\n\n".join(text) + "\n")
 
@@ -91,6 +117,10 @@ the curve under it how many activations of a piece the devices hold: the first i
 the shaded range.
 
 Made by `python experiments/gallery.py`."""
+
+
+PLACED = """The schedules above stand on a grid of slots on which a backward takes two forwards. `schedules.place` puts
+the passes of 1F1B on a grid that follows the durations, by simulating a handful of candidates."""
 
 
 if __name__ == "__main__":

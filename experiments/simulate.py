@@ -95,9 +95,14 @@ class SimulateOptions:
     def cost(self, seq: int | None = None, vocab_size: int | None = None) -> Cost:
         """What passes cost."""
         size = models.named(self.model)
-        sizes = Sizes(self.layers or size.layers, self.hidden or size.hidden, seq or self.seq or size.seq,
-                      vocab_size or self.vocab_size or size.vocab_size, self.microbatch_size,
-                      self.tie_embeddings or size.tie_embeddings)
+        sizes = Sizes(
+            self.layers or size.layers,
+            self.hidden or size.hidden,
+            seq or self.seq or size.seq,
+            vocab_size or self.vocab_size or size.vocab_size,
+            self.microbatch_size,
+            self.tie_embeddings or size.tie_embeddings,
+        )
         return Cost(sizes, load_gpu(self.gpu))
 
 
@@ -128,11 +133,18 @@ class Result:
         """The numbers."""
         schedule, timeline = self.timeline.schedule, self.timeline
         return {
-            "schedule": schedule.name, "method": schedule.method, "stages": schedule.p, "microbatches": schedule.m,
-            "gpu": self.cost.gpu.name, "iteration_ms": self.ms, "bubble_ratio": timeline.bubble_ratio,
-            "steady_bubble_ratio": timeline.steady_bubble, "mfu": self.mfu,
+            "schedule": schedule.name,
+            "method": schedule.method,
+            "stages": schedule.p,
+            "microbatches": schedule.m,
+            "gpu": self.cost.gpu.name,
+            "iteration_ms": self.ms,
+            "bubble_ratio": timeline.bubble_ratio,
+            "steady_bubble_ratio": timeline.steady_bubble,
+            "mfu": self.mfu,
             "busy_ms": timeline.busy.tolist(),
-            "peak_in_flight": list(timeline.peak_in_flight), "peak_bytes": list(self.peak_bytes),
+            "peak_in_flight": list(timeline.peak_in_flight),
+            "peak_bytes": list(self.peak_bytes),
         }
 
 
@@ -179,8 +191,10 @@ def print_table(results: list[Result]) -> None:
         # A chunk is a part of what a device holds: in flight is counted in what all chunks of one microbatch are.
         held = max(r.timeline.peak_in_flight) / schedule.chunks
         full = "  more than the GPU has" if max(peaks) > r.cost.gpu.memory_bytes else ""
-        print(f"{schedule.name:<18}{schedule.method:<13}{r.ms:>9.1f}{r.timeline.bubble_ratio:>8.1%}{r.mfu:>8.1%}"
-              f"{held:>11.4g}{max(peaks) / 2**30:>10.1f}{min(peaks) / 2**30:>7.1f}{full}")
+        print(
+            f"{schedule.name:<18}{schedule.method:<13}{r.ms:>9.1f}{r.timeline.bubble_ratio:>8.1%}{r.mfu:>8.1%}"
+            f"{held:>11.4g}{max(peaks) / 2**30:>10.1f}{min(peaks) / 2**30:>7.1f}{full}"
+        )
 
 
 def against_measured(options: SimulateOptions) -> tuple[Result, list[dict]]:
@@ -189,14 +203,29 @@ def against_measured(options: SimulateOptions) -> tuple[Result, list[dict]]:
     if not path.is_file():
         raise ValueError(f"times is {options.times!r}; there is no such file")
     runs = read_pass_times(path.read_text())
-    chosen = [r for r in runs if r.method == options.method and r.seq_length == (options.seq or r.seq_length)
-              and r.vocab_size == (options.vocab_size or r.vocab_size)]
+    chosen = [
+        r
+        for r in runs
+        if r.method == options.method
+        and r.seq_length == (options.seq or r.seq_length)
+        and r.vocab_size == (options.vocab_size or r.vocab_size)
+    ]
     if not chosen:
-        raise ValueError(f"times has no row of method {options.method!r} with this seq and vocab_size; its methods are "
-                         f"{', '.join(dict.fromkeys(r.method for r in runs))}")
+        raise ValueError(
+            f"times has no row of method {options.method!r} with this seq and vocab_size; its methods are "
+            f"{', '.join(dict.fromkeys(r.method for r in runs))}"
+        )
     results = {id(r): predict(options, r) for r in runs}
-    rows = [{"method": r.method, "seq_length": r.seq_length, "vocab_size": r.vocab_size,
-             "predicted_ms": results[id(r)].ms, "measured_ms": r.iteration_ms} for r in runs]
+    rows = [
+        {
+            "method": r.method,
+            "seq_length": r.seq_length,
+            "vocab_size": r.vocab_size,
+            "predicted_ms": results[id(r)].ms,
+            "measured_ms": r.iteration_ms,
+        }
+        for r in runs
+    ]
     print_rows(runs, rows, sys.stderr if options.json == "-" else sys.stdout)
     return results[id(chosen[0])], rows
 
@@ -214,8 +243,11 @@ def print_rows(runs, rows: list[dict], file) -> None:
     print(f"{'method':<13}{'seq':>6}{'vocabulary':>12}{'predicted ms':>14}{'measured ms':>13}{'error':>8}", file=file)
     for row in rows:
         error = row["predicted_ms"] / row["measured_ms"] - 1
-        print(f"{row['method']:<13}{row['seq_length']:>6}{row['vocab_size']:>12}{row['predicted_ms']:>14.1f}"
-              f"{row['measured_ms']:>13.1f}{error:>8.2%}", file=file)
+        print(
+            f"{row['method']:<13}{row['seq_length']:>6}{row['vocab_size']:>12}{row['predicted_ms']:>14.1f}"
+            f"{row['measured_ms']:>13.1f}{error:>8.2%}",
+            file=file,
+        )
     mean, largest = errors(runs, [row["predicted_ms"] for row in rows])
     print(f"error: {mean:.2%} on average, {largest:.2%} at most", file=file)
 

@@ -6,21 +6,29 @@ from .check import ScheduleError, check
 from .check_program import check_program
 from .layers import even_split, head_in_layers, optimal_split, published_split
 from .orders import from_orders
+from .place import place
 from .program import Instruction, Program, Segment, lower
 from .reorder import reorder
 from .schedule import Pass, Schedule, Step, Vocabulary
+from .simulate import COMPILED, FREE, Durations, Rules, simulate
+from .timeline import Timeline
 
 __all__ = [
+    "COMPILED",
+    "FREE",
     "METHODS",
     "SCHEDULES",
     "Block",
+    "Durations",
     "Instruction",
     "Pass",
     "Program",
+    "Rules",
     "Schedule",
     "ScheduleError",
     "Segment",
     "Step",
+    "Timeline",
     "Vocabulary",
     "build",
     "check",
@@ -32,7 +40,9 @@ __all__ = [
     "lower",
     "methods_of",
     "optimal_split",
+    "place",
     "published_split",
     "reorder",
     "repeat",
+    "simulate",
 ]

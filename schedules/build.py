@@ -39,6 +39,7 @@ def build(
     chunks: int | None = None,
     layer_counts: Sequence[int] | None = None,
     reordered: bool = True,
+    inserted: int | None = None,
 ) -> Schedule:
     """The named schedule with the named vocabulary method.
 
@@ -47,9 +48,11 @@ def build(
         p, m: devices, microbatches.
         chunks: stages a device, for interleaved-1f1b; 2 where not given.
         layer_counts: layers of every stage, which method redis needs (see :mod:`.layers`) and the others may have.
-
         reordered: whether warm-up and cool-down may differ from the steady state where that saves time, in schedules
             with W passes; see :mod:`.reorder`.
+        inserted: intervals between the last stage's F and its B, for the vocabulary passes; as published where not
+            given. Fewer hold fewer microbatches in flight: vocab-1 can do with 1 in schedules with W passes, v-half
+            with none.
 
     Raises:
         ValueError: an unknown name, or a combination that makes no sense, with those that do.
@@ -60,8 +63,8 @@ def build(
         raise ValueError(
             f"layer_counts has {len(layer_counts)} entries; {schedule} on {p} devices has {len(block.placement)} stages"
         )
-    built = reorder(block, method, m, schedule) if reordered and can_reorder(block) else None
-    built = built or repeat(block, method, m, schedule)
+    built = reorder(block, method, m, schedule, inserted) if reordered and can_reorder(block) else None
+    built = built or repeat(block, method, m, schedule, inserted)
     return built if layer_counts is None else replace(built, layer_counts=tuple(layer_counts))
 
 
@@ -85,9 +88,17 @@ def _refuse_nonsense(schedule, method, p, m, chunks, layer_counts) -> None:
         raise ValueError(f"layer_counts is {tuple(layer_counts)}; a stage has 0 layers or more")
 
 
-def repeat(block: Block, method: str, m: int, name: str = "custom") -> Schedule:
-    """A schedule from a building block: room for the vocabulary passes, then ``m`` copies an interval apart."""
-    block, vocabulary = insert(block, method, m)
+def repeat(block: Block, method: str, m: int, name: str = "custom", inserted: int | None = None) -> Schedule:
+    """A schedule from a building block: room for the vocabulary passes, then ``m`` copies an interval apart.
+
+    Raises:
+        ValueError: an unknown method, or fewer ``inserted`` intervals than its passes need.
+    """
+    block, vocabulary = insert(block, method, m, inserted)
+    if inserted is not None and vocabulary.inserted_intervals != inserted:
+        raise ValueError(
+            f"inserted is {inserted}; {method} on this block takes {vocabulary.inserted_intervals} intervals or more"
+        )
     passes = tuple(
         tuple(sorted((x for i in range(m) for x in block.passes(d, i)), key=lambda x: x.start)) for d in range(block.p)
     )

@@ -22,8 +22,8 @@ GPUS = Path(__file__).parent / "gpus"
 
 # Bytes of elementwise traffic, fitted with the A100's efficiencies (see gpus/a100-80g.toml); of a bfloat16 model.
 LAYER_TRAFFIC = 48  # forward, for each of a layer's bsh elements; the backward moves twice that
-LOGIT_TRAFFIC = 24  # softmax and its gradient, for each logit
-EDGE_TRAFFIC = 40  # casts, norms and gradients of [bs, h] in a vocabulary pass, an element
+LOGIT_TRAFFIC = 30  # softmax and its gradient, for each logit
+EDGE_TRAFFIC = 50  # casts, norms and gradients of [bs, h] in a vocabulary pass, an element
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,10 @@ def load_gpu(name: str) -> GPU:
     wanted = {f.name for f in fields(GPU)}
     if difference := wanted ^ set(values):
         field = sorted(difference)[0]
-        raise ValueError(f"{path} {'lacks' if field in wanted else 'has the unknown field'} {field!r}; "
-                         f"the fields are {', '.join(f.name for f in fields(GPU))}")
+        raise ValueError(
+            f"{path} {'lacks' if field in wanted else 'has the unknown field'} {field!r}; "
+            f"the fields are {', '.join(f.name for f in fields(GPU))}"
+        )
     return GPU(**values)
 
 
@@ -198,14 +200,25 @@ class Cost:
         stream = 2 * z.bsh
         vector = 4 * z.microbatch_size * z.seq
         return Durations(
-            F=tuple(counts * forward + gpu.launch), B=tuple(counts * B + gpu.launch),
+            F=tuple(counts * forward + gpu.launch),
+            B=tuple(counts * B + gpu.launch),
             W=tuple(counts * weights + gpu.launch),
-            S=half * product + softmax + edge, T=(3 - half) * product + softmax + edge,
-            S1=product + softmax / 2 + edge / 2, S2=softmax / 2 + edge / 2,
-            H=3 * product + 2 * softmax + 2 * edge, G=edge / 2, IF=edge / 2, IB=edge,
-            CI=gpu.all_reduce(stream, p), C0=gpu.broadcast(stream, p), CB=gpu.broadcast(stream, p),
-            big=gpu.all_reduce(stream, p), max=gpu.all_reduce(vector, p), stats=gpu.all_reduce(3 * vector, p),
-            transfer=tuple(tuple(gpu.send(stream, a, b) for b in range(p)) for a in range(p)))
+            S=half * product + softmax + edge,
+            T=(3 - half) * product + softmax + edge,
+            S1=product + softmax / 2 + edge / 2,
+            S2=softmax / 2 + edge / 2,
+            H=3 * product + 2 * softmax + 2 * edge,
+            G=edge / 2,
+            IF=edge / 2,
+            IB=edge,
+            CI=gpu.all_reduce(stream, p),
+            C0=gpu.broadcast(stream, p),
+            CB=gpu.broadcast(stream, p),
+            big=gpu.all_reduce(stream, p),
+            max=gpu.all_reduce(vector, p),
+            stats=gpu.all_reduce(3 * vector, p),
+            transfer=tuple(tuple(gpu.send(stream, a, b) for b in range(p)) for a in range(p)),
+        )
 
     def mfu(self, m: int, p: int, seconds: float) -> float:
         """Model FLOPs utilisation of an iteration on ``p`` GPUs, 0 to 1."""
@@ -248,8 +261,10 @@ class Cost:
         rings = timeline.peak_bytes(self.cell_bytes(schedule))
         logits = 0.0 if schedule.sharded else 6.0 * z.microbatch_size * z.seq * z.vocab_size
         head = schedule.placement[-1]
-        return tuple(state + ring + (logits if d == head else 0.0)
-                     for d, (state, ring) in enumerate(zip(self.state(schedule), rings, strict=True)))
+        return tuple(
+            state + ring + (logits if d == head else 0.0)
+            for d, (state, ring) in enumerate(zip(self.state(schedule), rings, strict=True))
+        )
 
 
 def stage_layers(schedule: Schedule, layers: int) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .timeline import Timeline, Track
+from .timeline import Curve, Timeline, Track
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,19 +16,45 @@ if TYPE_CHECKING:
 
 # Colours that stay apart for colour-blind readers and in grey: compute cold, vocabulary warm.
 COLORS = {
-    "F": "#4477AA", "B": "#66BFC4", "W": "#3E9A64", "S": "#EE8833", "S1": "#EE8833", "S2": "#F6B56B", "T": "#CC3D4E",
-    "H": "#D9553B", "IF": "#B07AA1", "IB": "#D4A6C8", "G": "#8C8C8C",
+    "F": "#4477AA",
+    "B": "#66BFC4",
+    "W": "#3E9A64",
+    "S": "#EE8833",
+    "S1": "#EE8833",
+    "S2": "#F6B56B",
+    "T": "#CC3D4E",
+    "H": "#D9553B",
+    "IF": "#B07AA1",
+    "IB": "#D4A6C8",
+    "G": "#8C8C8C",
 }
 NAMES = {
-    "F": "F forward", "B": "B backward", "W": "W weight gradient", "S": "S logits, softmax", "S1": "S maxima",
-    "S2": "S softmax", "T": "T gradients", "H": "H output layer", "IF": "IF lookup", "IB": "IB scatter",
+    "F": "F forward",
+    "B": "B backward",
+    "W": "W weight gradient",
+    "S": "S logits, softmax",
+    "S1": "S maxima",
+    "S2": "S softmax",
+    "T": "T gradients",
+    "H": "H output layer",
+    "IF": "IF lookup",
+    "IB": "IB scatter",
     "G": "G final norm",
 }
 COLLECTIVE_COLORS = {
-    "C0": "#7A6A53", "max": "#E0C04C", "stats": "#C9A227", "big": "#A3123F", "CI": "#B07AA1", "CB": "#D4A6C8",
+    "C0": "#7A6A53",
+    "max": "#E0C04C",
+    "stats": "#C9A227",
+    "big": "#A3123F",
+    "CI": "#B07AA1",
+    "CB": "#D4A6C8",
 }
 COLLECTIVE_NAMES = {
-    "C0": "broadcast of X", "max": "maxima", "stats": "softmax sums", "big": "sum of ∇X", "CI": "sum of embeddings",
+    "C0": "broadcast of X",
+    "max": "maxima",
+    "stats": "softmax sums",
+    "big": "sum of ∇X",
+    "CI": "sum of embeddings",
     "CB": "broadcast of ∇embeddings",
 }
 _INK, _FAINT = "#30343B", "#9AA0A8"
@@ -148,8 +174,14 @@ def _passes(axes: Axes, timeline: Timeline, track: Track, per_unit: float, row: 
     corners = np.stack([left, top, right, top, right, bottom, left, bottom], axis=1).reshape(-1, 4, 2)
     color = _shade(COLORS[track.kind], schedule.chunk(track.stages[0]) if track.kind in "FBW" else 0, schedule.chunks)
     inches = float((right - left).max()) * per_unit
-    axes.add_collection(PolyCollection(corners, facecolor=color, edgecolor="white",
-                                       linewidth=0.6 if inches > 0.06 else 0.15 if inches > 0.02 else 0))
+    axes.add_collection(
+        PolyCollection(
+            corners,
+            facecolor=color,
+            edgecolor="white",
+            linewidth=0.6 if inches > 0.06 else 0.15 if inches > 0.02 else 0,
+        )
+    )
     ink = "white" if _luminance(color) < 0.5 else _INK
     for device in np.unique(d).tolist():
         mine = d == device
@@ -169,10 +201,7 @@ def _held(axes: Axes, timeline: Timeline) -> None:
     """Activations held over time: the range over all devices, and the first and last of them."""
     p = timeline.schedule.p
     grid = np.linspace(0, timeline.makespan, 2400)
-    values = []
-    for d in range(p):
-        times, counts = timeline.in_flight(d)
-        values.append(counts[np.searchsorted(times, grid, side="right") - 1])
+    values = [_most(timeline.in_flight(d), grid) for d in range(p)]
     low, high = np.min(values, axis=0), np.max(values, axis=0)
     axes.fill_between(grid, low, high, step="post", color=COLORS["F"], alpha=0.18, linewidth=0)
     axes.plot(grid, values[0], color=COLORS["F"], linewidth=1.1, drawstyle="steps-post")
@@ -184,11 +213,28 @@ def _held(axes: Axes, timeline: Timeline) -> None:
     _plain(axes)
     axes.set_ylabel("held", color=_INK, fontsize=9)
     first, last = timeline.peak_in_flight[0], timeline.peak_in_flight[-1]
-    axes.annotate(f"device 0: {first}", (1, 0.92), xycoords="axes fraction", ha="right", va="top", fontsize=8,
-                  color=COLORS["F"])
+    axes.annotate(
+        f"device 0: {first}", (1, 0.92), xycoords="axes fraction", ha="right", va="top", fontsize=8, color=COLORS["F"]
+    )
     if p > 1:
-        axes.annotate(f"device {p - 1}: {last}", (1, 0.62), xycoords="axes fraction", ha="right", va="top", fontsize=8,
-                      color=COLORS["T"])
+        axes.annotate(
+            f"device {p - 1}: {last}",
+            (1, 0.62),
+            xycoords="axes fraction",
+            ha="right",
+            va="top",
+            fontsize=8,
+            color=COLORS["T"],
+        )
+
+
+def _most(curve: Curve, grid: np.ndarray) -> np.ndarray:
+    """The highest value from each point of a grid to the next, so that no peak falls between two."""
+    times, values = curve
+    first = np.searchsorted(times, grid, side="right") - 1
+    behind = np.maximum(np.searchsorted(times, np.append(grid[1:], np.inf)), first + 1)
+    pairs = np.stack([first, behind], axis=1).ravel()
+    return np.maximum.reduceat(np.append(values, 0), pairs)[::2]
 
 
 def _heading(axes: Axes, title: str, timeline: Timeline, unit: str) -> None:
@@ -214,9 +260,21 @@ def _legend(figure: Figure, timelines: list[Timeline], total: float) -> None:
         handles = [Patch(facecolor=colors[kind], label=name) for kind, name in names.items() if kind in there]
         if handles:
             corner = (0.75 / _WIDTH, 1 - (0.06 + 0.17 * n) / total)
-            figure.legend(handles=handles, loc="upper left", bbox_to_anchor=corner, ncols=len(handles), frameon=False,
-                          fontsize=8, handlelength=1, handleheight=0.8 - 0.45 * n,
-                          handletextpad=0.5, columnspacing=1.2, borderaxespad=0, borderpad=0, labelcolor=_INK)
+            figure.legend(
+                handles=handles,
+                loc="upper left",
+                bbox_to_anchor=corner,
+                ncols=len(handles),
+                frameon=False,
+                fontsize=8,
+                handlelength=1,
+                handleheight=0.8 - 0.45 * n,
+                handletextpad=0.5,
+                columnspacing=1.2,
+                borderaxespad=0,
+                borderpad=0,
+                labelcolor=_INK,
+            )
 
 
 def _shade(color: str, chunk: int, chunks: int) -> str:

@@ -46,8 +46,13 @@ def actions_of(schedule: Schedule, vocabulary: bool = True) -> tuple[tuple[Actio
     events = events_of(schedule)
     rows: list[list[Action]] = [[] for _ in range(schedule.p)]
     ran = events.op == events.code("run")
-    columns = zip(events.device[ran].tolist(), events.name[ran].tolist(), events.stage[ran].tolist(),
-                  events.microbatch[ran].tolist(), strict=True)
+    columns = zip(
+        events.device[ran].tolist(),
+        events.name[ran].tolist(),
+        events.stage[ran].tolist(),
+        events.microbatch[ran].tolist(),
+        strict=True,
+    )
     for device, code, stage, microbatch in columns:
         name = events.words[code]
         if stage >= 0:
@@ -61,7 +66,8 @@ def to_csv(schedule: Schedule, vocabulary: bool = True) -> str:
     """The compute-only CSV of a schedule, one row a rank."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(
-        [str(action) for action in row] for row in actions_of(schedule, vocabulary))
+        [str(action) for action in row] for row in actions_of(schedule, vocabulary)
+    )
     return text.getvalue()
 
 
@@ -134,15 +140,28 @@ def to_trace(timeline: Timeline, microseconds: float = 1e6) -> str:
     events: list[dict] = []
     for d in range(timeline.schedule.p):
         events.append({"ph": "M", "name": "process_name", "pid": d, "args": {"name": f"device {d}"}})
-        events += [{"ph": "M", "name": "thread_name", "pid": d, "tid": tid, "args": {"name": name}}
-                   for tid, name in enumerate(threads.values())]
-        events += [{"ph": "C", "name": "in flight", "pid": d, "ts": time * microseconds, "args": {"held": count}}
-                   for time, count in zip(*(c.tolist() for c in timeline.in_flight(d)), strict=True)]
+        events += [
+            {"ph": "M", "name": "thread_name", "pid": d, "tid": tid, "args": {"name": name}}
+            for tid, name in enumerate(threads.values())
+        ]
+        events += [
+            {"ph": "C", "name": "in flight", "pid": d, "ts": time * microseconds, "args": {"held": count}}
+            for time, count in zip(*(c.tolist() for c in timeline.in_flight(d)), strict=True)
+        ]
     for s in timeline.spans():
         if s.end > s.start:
             kind = s.kind or "receive"
             stage = {"stage": s.stage} if kind in ("F", "B", "W") else {}
-            events.append({"ph": "X", "name": f"{kind} {s.microbatch}", "cat": kind, "pid": s.device,
-                           "tid": list(threads).index(s.op), "ts": s.start * microseconds,
-                           "dur": (s.end - s.start) * microseconds, "args": {"microbatch": s.microbatch} | stage})
+            events.append(
+                {
+                    "ph": "X",
+                    "name": f"{kind} {s.microbatch}",
+                    "cat": kind,
+                    "pid": s.device,
+                    "tid": list(threads).index(s.op),
+                    "ts": s.start * microseconds,
+                    "dur": (s.end - s.start) * microseconds,
+                    "args": {"microbatch": s.microbatch} | stage,
+                }
+            )
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})

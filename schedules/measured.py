@@ -53,8 +53,20 @@ class MeasuredRun:
         program = lower(build("1f1b", method, p=self.p, m=m or self.microbatches))
         share = S_SHARE.get(self.method, 1 / 3)
         S, T = (tuple(part * x for x in self.S_and_T) for part in (share, 1 - share))
-        durations = replace(network or Durations(), F=self.F, B=self.B, W=0.0, S=S, T=T, S1=0.0, S2=0.0, H=0.0, G=0.0,
-                            IF=self.IF, IB=self.IB)
+        durations = replace(
+            network or Durations(),
+            F=self.F,
+            B=self.B,
+            W=0.0,
+            S=S,
+            T=T,
+            S1=0.0,
+            S2=0.0,
+            H=0.0,
+            G=0.0,
+            IF=self.IF,
+            IB=self.IB,
+        )
         return simulate(program, durations, rules)
 
 
@@ -74,16 +86,23 @@ def read_pass_times(text: str) -> tuple[MeasuredRun, ...]:
         try:
             times = {name: tuple(float(x) / 1e3 for x in row[column].split()) for name, column in _COLUMNS.items()}
             m = int(row.get("microbatches") or PUBLISHED_MICROBATCHES)
-            run = MeasuredRun(row["method"], int(row["seq_length"]), int(row["vocab_size"]), **times,
-                              iteration_ms=float(row["iteration_ms"]), microbatches=m)
+            run = MeasuredRun(
+                row["method"],
+                int(row["seq_length"]),
+                int(row["vocab_size"]),
+                **times,
+                iteration_ms=float(row["iteration_ms"]),
+                microbatches=m,
+            )
         except KeyError as missing:
             raise ValueError(f"the pass times have no column {missing.args[0]!r}") from missing
         except (AttributeError, TypeError, ValueError) as problem:
             raise ValueError(f"row {number} of the pass times cannot be read: {problem}") from problem
         counts = {len(x) for x in times.values()}
         if len(counts) != 1:
-            raise ValueError(f"row {number} of the pass times has cells of {sorted(counts)} numbers; "
-                             "give one a device in each")
+            raise ValueError(
+                f"row {number} of the pass times has cells of {sorted(counts)} numbers; give one a device in each"
+            )
         runs.append(run)
     if not runs:
         raise ValueError("the pass times have no rows")

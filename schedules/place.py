@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import ceil, floor
 
 import numpy as np
@@ -29,6 +30,7 @@ from .schedule import Op, Pass, Schedule, Step, Vocabulary
 from .simulate import COMPILED, Durations, Rules, simulate
 
 INSERTED = {"interlaced": 0, "vocab-2": 1, "vocab-1": 2}
+Builder = Callable[[int], Schedule | None]  # from m
 _TINY = 1e-9
 _GOOD = 0.02  # a steady bubble for which the other number of stages a device is not tried
 
@@ -58,8 +60,16 @@ class Placement:
         return floor(time * self.K / (self.F + self.B) + self.rounding + _TINY)
 
 
-def place(method: str, p: int, m: int, durations: Callable[[Schedule], Durations], *, rules: Rules = COMPILED,
-          halves: bool = True, enough: float = 0.002) -> tuple[Schedule, float]:
+def place(
+    method: str,
+    p: int,
+    m: int,
+    durations: Callable[[Schedule], Durations],
+    *,
+    rules: Rules = COMPILED,
+    halves: bool = True,
+    enough: float = 0.002,
+) -> tuple[Schedule, float]:
     """The 1F1B schedule with the smallest steady bubble at its method's in-flight bound, and that bubble.
 
     In flight on device r: p-r+2 for vocab-1, p-r+1 for vocab-2, p-r for interlaced (published: floor(3p/2)-r).
@@ -82,18 +92,21 @@ def place(method: str, p: int, m: int, durations: Callable[[Schedule], Durations
     F, B = (float(given.of(plain, kind).mean()) for kind in "FB")
     if p > 1 and rules.transfers == "blocking":
         enough += 2 * float(np.mean(given.transfer)) / (F + B)
-    best: tuple[float, Placement] | None = None
+    best: tuple[float, Builder] | None = None
     trial = min(m, 3 * p + 12)  # long enough for the steady state
-    for candidate in _candidates(method, F, B, halves):
-        if best is not None and best[0] < (enough if candidate.parts == best[1].parts else _GOOD):
+    for builders, satisfied in _rounds(method, p, F, B, halves, enough):
+        for builder in builders:
+            schedule = builder(trial)
+            bubble = None if schedule is None else _bubble(schedule, durations, rules)
+            if bubble is not None and (best is None or bubble < best[0] - enough / 2):
+                best = bubble, builder
+            if best is not None and best[0] < enough:
+                break
+        if best is not None and best[0] < satisfied:
             break
-        schedule = _schedule(candidate, method, p, trial)
-        bubble = None if schedule is None else _bubble(schedule, durations, rules)
-        if bubble is not None and (best is None or bubble < best[0] - enough / 2):
-            best = bubble, candidate
     if best is None:
         raise ValueError(f"no placement fits F of {F:.4g} and B of {B:.4g}; a backward takes one to three forwards")
-    return _schedule(best[1], method, p, m), best[0]
+    return best[1](m), best[0]
 
 
 def _bubble(schedule: Schedule, durations: Callable[[Schedule], Durations], rules: Rules) -> float | None:
@@ -104,20 +117,29 @@ def _bubble(schedule: Schedule, durations: Callable[[Schedule], Durations], rule
     return simulate(program, durations(schedule), rules).steady_bubble
 
 
-def _candidates(method: str, F: float, B: float, halves: bool) -> Iterator[Placement]:
-    """Placements worth simulating, small programs first."""
-    # Two stages make no larger program where B = 2F, but one needs half the loops: for Algorithm 1 it is enough.
-    for parts in ((1, 2) if method == "vocab-1" else (2, 1)) if halves else (1,):
-        fewest = ceil(parts * (F + B) / min(F, B) - _TINY)  # slots in which no two passes of a device meet
-        for K in range(fewest, fewest + 3):
-            stop = ceil(K * max(F, B) / parts / (F + B) - _TINY)  # slots in which every device comes to a boundary
-            if method == "interlaced":
-                yield from (Placement(F, B, parts, K, rounding, 0, 0) for rounding in (0.95, 0.5))
-                continue
-            latest = K if method == "vocab-2" else 2 * stop + 1
-            T = sorted(range(stop + 1, latest + 1), key=lambda t: (abs(t - 2 * stop), -t))
-            yield from (Placement(F, B, parts, K, rounding, S, t) for S in (stop, stop + 1) for t in T if t > S
-                        for rounding in (0.95, 0.5))
+def _rounds(
+    method: str, p: int, F: float, B: float, halves: bool, enough: float
+) -> Iterator[tuple[Iterator[Builder], float]]:
+    """What to try, small programs first, and the steady bubble for which the next round is not tried."""
+    if method != "interlaced":  # which holds half as much again there
+        yield iter([lambda m: build("1f1b", method, p=p, m=m)]), enough
+    for parts in (1, 2) if method == "vocab-1" else (2, 1):
+        if parts == 1 or halves:
+            yield (partial(_schedule, at, method, p) for at in _placements(method, F, B, parts)), _GOOD
+
+
+def _placements(method: str, F: float, B: float, parts: int) -> Iterator[Placement]:
+    """Placements worth simulating."""
+    fewest = ceil(parts * (F + B) / min(F, B) - _TINY)  # slots in which no two passes of a device meet
+    for K in range(fewest, fewest + 3):
+        stop = ceil(K * max(F, B) / parts / (F + B) - _TINY)  # slots in which every device comes to a boundary
+        if method == "interlaced":
+            yield from (Placement(F, B, parts, K, rounding, 0, 0) for rounding in (0.95, 0.5))
+            continue
+        latest = K if method == "vocab-2" else 2 * stop + 1
+        T = sorted(range(stop + 1, latest + 1), key=lambda t: (abs(t - 2 * stop), -t))
+        for S in (stop, stop + 1):
+            yield from (Placement(F, B, parts, K, r, S, t) for t in T if t > S for r in (0.95, 0.5))
 
 
 # --- from a placement to a schedule ----------------------------------------------------------------------------------
@@ -138,8 +160,15 @@ def _schedule(at: Placement, method: str, p: int, m: int) -> Schedule | None:
         mine = [Pass(kind, stage, i, slot + i * K) for i in range(m) for kind, stage, slot in zeroth]
         passes.append(tuple(sorted(mine, key=lambda x: x.start)))
     steps = tuple(_Steps(at, p).of(method))
-    return Schedule("1f1b placed", p, m, K, tuple(s // parts for s in range(parts * p)), tuple(passes),
-                    Vocabulary(method, steps, tuple(i * K for i in range(m)), q))
+    return Schedule(
+        "1f1b placed",
+        p,
+        m,
+        K,
+        tuple(s // parts for s in range(parts * p)),
+        tuple(passes),
+        Vocabulary(method, steps, tuple(i * K for i in range(m)), q),
+    )
 
 
 class _Steps:
@@ -173,28 +202,56 @@ class _Steps:
         if method == "vocab-2":
             # T hides the sum from the last stage, which has nothing else to do between them.
             done, after = min((last_B, False), (self.closes(T), True))
-            opening = [self.everywhere("start", "big", T, False), self.everywhere("start", "C0", end + 1, False),
-                       self.everywhere("run", "T", T, False)]
+            opening = [
+                self.everywhere("start", "big", T, False),
+                self.everywhere("start", "C0", end + 1, False),
+                self.everywhere("run", "T", T, False),
+            ]
         else:
             done, after = min(last_B - 1, self.closes(T)), True
-            opening = [self.everywhere("start", "C0", end + 1, False), self.everywhere("run", "T", T, False),
-                       self.everywhere("start", "big", T, False)]
-        return [*opening,
-                self.everywhere("run", "IF", opens_IF, False), self.everywhere("start", "CI", opens_IF, False),
-                self.everywhere("start", "CB", opens_IB, False),
-                self.everywhere("done", "big", done, after), self.on_last("G", done, after),
-                self.everywhere("done", "C0", S), self.everywhere("run", "S", S), self.everywhere("start", "stats", S),
-                self.everywhere("done", "stats", T - 1), self.everywhere("done", "CI", opens_IF + K - 1),
-                self.everywhere("done", "CB", opens_IB + K - 1), self.everywhere("run", "IB", opens_IB + K - 1)]
+            opening = [
+                self.everywhere("start", "C0", end + 1, False),
+                self.everywhere("run", "T", T, False),
+                self.everywhere("start", "big", T, False),
+            ]
+        return [
+            *opening,
+            self.everywhere("run", "IF", opens_IF, False),
+            self.everywhere("start", "CI", opens_IF, False),
+            self.everywhere("start", "CB", opens_IB, False),
+            self.everywhere("done", "big", done, after),
+            self.on_last("G", done, after),
+            self.everywhere("done", "C0", S),
+            self.everywhere("run", "S", S),
+            self.everywhere("start", "stats", S),
+            self.everywhere("done", "stats", T - 1),
+            self.everywhere("done", "CI", opens_IF + K - 1),
+            self.everywhere("done", "CB", opens_IB + K - 1),
+            self.everywhere("run", "IB", opens_IB + K - 1),
+        ]
 
     def interlaced(self, IB: int) -> list[Step]:
         """The output layer behind the last stage's F, every collective waited for; the input layer beside passes."""
         K, end = self.at.K, self.end
         opens_IF = end + 1 + (self.first_F - K - end) // K * K
         opens_IB = IB + (end + 1 - IB) % K
-        together = [("start", "C0"), ("done", "C0"), ("run", "S"), ("start", "stats"), ("done", "stats"), ("run", "T"),
-                    ("start", "big"), ("done", "big")]
-        return [*(self.everywhere(op, name, end) for op, name in together), self.on_last("G", end),
-                self.everywhere("run", "IF", opens_IF, False), self.everywhere("start", "CI", opens_IF, False),
-                self.everywhere("start", "CB", opens_IB, False), self.everywhere("done", "CI", opens_IF + K - 2),
-                self.everywhere("done", "CB", opens_IB + K - 2), self.everywhere("run", "IB", opens_IB + K - 2)]
+        together = [
+            ("start", "C0"),
+            ("done", "C0"),
+            ("run", "S"),
+            ("start", "stats"),
+            ("done", "stats"),
+            ("run", "T"),
+            ("start", "big"),
+            ("done", "big"),
+        ]
+        return [
+            *(self.everywhere(op, name, end) for op, name in together),
+            self.on_last("G", end),
+            self.everywhere("run", "IF", opens_IF, False),
+            self.everywhere("start", "CI", opens_IF, False),
+            self.everywhere("start", "CB", opens_IB, False),
+            self.everywhere("done", "CI", opens_IF + K - 2),
+            self.everywhere("done", "CB", opens_IB + K - 2),
+            self.everywhere("run", "IB", opens_IB + K - 2),
+        ]

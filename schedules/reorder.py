@@ -23,11 +23,12 @@ LONG = 4096  # devices times microbatches from which on the search looks at fewe
 _KINDS = {F: "F", B: "B", W: "W"}
 
 
-def reorder(block: Block, method: str, m: int, name: str = "custom") -> Schedule | None:
+def reorder(block: Block, method: str, m: int, name: str = "custom", inserted: int | None = None) -> Schedule | None:
     """The block repeated ``m`` times with a method's vocabulary passes, and both ends reordered.
 
     Several orders of preference are tried, the one that takes the fewest slots wins. None where none of them takes
-    fewer than the repeated block, which happens where its memory is very tight.
+    fewer than the repeated block, which happens where its memory is very tight. With fewer ``inserted`` intervals than
+    published passes wait longer for memory.
 
     Raises:
         ValueError: a block without W passes or with passes of more than one slot.
@@ -36,13 +37,14 @@ def reorder(block: Block, method: str, m: int, name: str = "custom") -> Schedule
         raise ValueError(
             "the block has no W, or a B of several slots; reordering takes blocks of F, B and W in one slot each"
         )
-    plain, vocabulary = insert(block, method, m)
+    plain, vocabulary = insert(block, method, m, inserted)
+    bounds = Bounds(plain if inserted is None else block.delayed_backward(inserted * block.interval))
     # A long iteration is a short one with more steady state.
     probe = m if m * block.p <= LONG else min(m, max(32, 2 * block.p))
-    cost, best = min((_run(plain, vocabulary, probe, ranks)[0], n) for n, ranks in enumerate(_ranks(block)))
+    cost, best = min((_run(plain, vocabulary, bounds, probe, ranks)[0], n) for n, ranks in enumerate(_ranks(block)))
     if cost[0] >= _occupied(plain, probe):
         return None
-    _, engine, starts = _run(plain, vocabulary, m, _ranks(block)[best])
+    _, engine, starts = _run(plain, vocabulary, bounds, m, _ranks(block)[best])
     if starts is None:
         return None
     grid = _Grid.of(plain, engine, starts)
@@ -63,7 +65,7 @@ def reorder(block: Block, method: str, m: int, name: str = "custom") -> Schedule
         block.interval,
         block.placement,
         tuple(tuple(sorted(of_device, key=lambda x: x.start)) for of_device in passes),
-        Vocabulary(method, steps, shifts, vocabulary.inserted_intervals),
+        Vocabulary(method, steps, shifts, vocabulary.inserted_intervals if inserted is None else inserted),
     )
 
 
@@ -73,11 +75,11 @@ def can_reorder(block: Block) -> bool:
 
 
 def _run(
-    block: Block, vocabulary: Vocabulary, m: int, ranks: list[int]
+    block: Block, vocabulary: Vocabulary, bounds: Bounds, m: int, ranks: list[int]
 ) -> tuple[tuple[float, int, int], Greedy, dict[int, np.ndarray] | None]:
     """One list schedule, and what it costs: slots, then intervals, then places of passes inside an interval."""
     engine = Greedy(block, m, _released(block, vocabulary))
-    starts = engine.run(ranks, Bounds(block), limit=_occupied(block, m))
+    starts = engine.run(ranks, bounds, limit=_occupied(block, m))
     if starts is None:
         return (inf, 0, 0), engine, None
     begins = np.array(engine.opened) if engine.broadcast else np.arange(0, engine.slots, block.interval)

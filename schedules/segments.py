@@ -14,6 +14,7 @@ import numpy as np
 
 IDLE_TRANSFER = 4  # what an idle transfer of all devices costs, in idle passes
 COMPILED = 16  # intervals in which an idle instruction costs as much as compiling it once more
+SCAN = 128  # what one more scan costs, in idle passes
 
 
 def cuts(p: int, interval: np.ndarray, identity: np.ndarray, pair: np.ndarray) -> list[tuple[int, int]]:
@@ -26,7 +27,7 @@ def cuts(p: int, interval: np.ndarray, identity: np.ndarray, pair: np.ndarray) -
     starts = np.cumsum([0] + [length for _, length in runs]).tolist()
     if any(need == everything for need, _ in runs):
         return [(0, starts[-1])]
-    return [(starts[a], starts[b]) for a, b in _cheapest([need for need, _ in runs], starts, cost)]
+    return [(starts[a], starts[b]) for a, b in _cheapest([need for need, _ in runs], starts, cost, SCAN * p)]
 
 
 def _needs(
@@ -47,7 +48,7 @@ def _needs(
     return [int.from_bytes(np.packbits(row, bitorder="little").tobytes(), "little") for row in found], cost
 
 
-def _cheapest(needs: list[int], starts: list[int], cost: Callable[[int], int]) -> list[tuple[int, int]]:
+def _cheapest(needs: list[int], starts: list[int], cost: Callable[[int], int], scan: int) -> list[tuple[int, int]]:
     """The division of the runs ``0 .. n-1`` into at most three parts that costs least."""
     n = len(needs)
 
@@ -56,7 +57,7 @@ def _cheapest(needs: list[int], starts: list[int], cost: Callable[[int], int]) -
         union, found = 0, [0] * (n + 1)
         for b in range(a + 1, n + 1):
             union |= needs[b - 1]
-            found[b] = (starts[b] - starts[a] + COMPILED) * cost(union)
+            found[b] = (starts[b] - starts[a] + COMPILED) * cost(union) + scan
         return found
 
     part = [costs_from(a) for a in range(n)]

@@ -159,11 +159,24 @@ class _Engine:
         """What one instruction does in interval n, with a track to note when it did."""
         shape = (segment.intervals, self.schedule.p)
         tables = {"microbatch": np.full(shape, -1, np.int32)} | dict(instruction.tables)
-        track = Track(instruction.op, instruction.name, self.stages[instruction.chunk], tables, segment.first_interval,
-                      line, np.zeros(shape), np.zeros(shape))
+        track = Track(
+            instruction.op,
+            instruction.name,
+            self.stages[instruction.chunk],
+            tables,
+            segment.first_interval,
+            line,
+            np.zeros(shape),
+            np.zeros(shape),
+        )
         self.tracks.append(track)
-        makers = {"run": self._run, "permute": self._permute, "keep": self._keep, "start": self._start,
-                  "done": self._done}
+        makers = {
+            "run": self._run,
+            "permute": self._permute,
+            "keep": self._keep,
+            "start": self._start,
+            "done": self._done,
+        }
         return makers[instruction.op](instruction, track)
 
     def _run(self, instruction: Instruction, track: Track) -> Callable[[int], None]:

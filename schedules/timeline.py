@@ -96,14 +96,30 @@ class Timeline:
         """The mean of :attr:`bubbles`."""
         return float(self.bubbles.mean())
 
+    @cached_property
+    def idle(self) -> np.ndarray:
+        """Time that each device waits between its first pass and its last, ``[p]``; what zero-bubble papers count."""
+        first, last = np.full(self.schedule.p, np.inf), np.zeros(self.schedule.p)
+        for t in self.tracks:
+            if t.op == "run":
+                ran = (t.microbatch >= 0) & (t.end > t.start)
+                first = np.minimum(first, np.where(ran, t.start, np.inf).min(axis=0))
+                last = np.maximum(last, np.where(ran, t.end, 0.0).max(axis=0))
+        return last - first - self.busy
+
     def spans(self) -> Iterator[Span]:
         """Every pass, transfer and collective that carried a microbatch."""
         for t in self.tracks:
             if t.op == "done":
                 continue
             rows, devices = np.nonzero(t.microbatch >= 0)
-            columns = (devices, t.stages[devices], t.microbatch[rows, devices], t.start[rows, devices],
-                       t.end[rows, devices])
+            columns = (
+                devices,
+                t.stages[devices],
+                t.microbatch[rows, devices],
+                t.start[rows, devices],
+                t.end[rows, devices],
+            )
             for d, stage, i, start, end in zip(*(c.tolist() for c in columns), strict=True):
                 yield Span(t.op, t.kind, d, stage, i, start, end)
 
@@ -195,9 +211,18 @@ class Timeline:
                 rows, devices = np.nonzero(table >= 0)
                 # A collective has copied what it reads once it is under way.
                 end = t.start if t.op == "start" else t.end
-                touches[ring].append(np.stack([
-                    devices, table[rows, devices], (t.first_interval + rows) * 1e4 + t.line, np.full(len(rows), writes),
-                    t.start[rows, devices], end[rows, devices]]))
+                touches[ring].append(
+                    np.stack(
+                        [
+                            devices,
+                            table[rows, devices],
+                            (t.first_interval + rows) * 1e4 + t.line,
+                            np.full(len(rows), writes),
+                            t.start[rows, devices],
+                            end[rows, devices],
+                        ]
+                    )
+                )
         return {ring: _lives(np.concatenate(found, axis=1)) for ring, found in touches.items()}
 
 
@@ -225,5 +250,6 @@ def _count(device: int, devices: np.ndarray, begin: np.ndarray, end: np.ndarray)
     steps = np.concatenate([np.ones(mine.sum(), int), -np.ones(mine.sum(), int)])
     order = np.lexsort((steps, times))
     times, counts = times[order], np.cumsum(steps[order])
-    last = np.append(times[1:] > times[:-1], True)
+    # Sums of the same durations in another order differ in their last digits; they are one moment.
+    last = np.append(np.diff(times) > 1e-9 * times.max(initial=0.0), True)
     return np.concatenate([[0.0], times[last]]), np.concatenate([[0], counts[last]])

@@ -29,15 +29,23 @@ METHODS = tuple(BARRIERS)
 SHARDED = tuple(m for m in METHODS if m not in ("baseline", "redis"))
 
 
-def insert(block: Block, method: str, m: int) -> tuple[Block, Vocabulary]:
+def insert(block: Block, method: str, m: int, inserted: int | None = None) -> tuple[Block, Vocabulary]:
     """The block with room for a method's vocabulary passes, and when those run for ``m`` microbatches.
 
+    ``inserted`` intervals stand between the last stage's F and its B, or more where the passes need them; where not
+    given, as many as published. Each is one more microbatch in flight.
+
     Raises:
-        ValueError: an unknown method.
+        ValueError: an unknown method, or intervals for a method that has no barriers.
     """
     if method not in BARRIERS:
         raise ValueError(f"method is {method!r}; the methods are {', '.join(METHODS)}")
-    shifts, inserted = tuple(block.shift(i) for i in range(m)), 0
+    if inserted is not None and (inserted < 0 or not BARRIERS[method]):
+        fit = ", ".join(name for name, barriers in BARRIERS.items() if barriers)
+        raise ValueError(
+            f"inserted is {inserted} with method {method!r}; 0 intervals or more can be inserted for {fit}"
+        )
+    shifts, count = tuple(block.shift(i) for i in range(m)), 0
     if method not in SHARDED:
         first_B = [block.B[0] + block.backward_slots - 1 + t for t in shifts] if block.B else []
         steps = unsharded(block.placement, [block.F[0] + t for t in shifts], [block.F[-1] + t for t in shifts], first_B)
@@ -45,10 +53,12 @@ def insert(block: Block, method: str, m: int) -> tuple[Block, Vocabulary]:
         steps = list(_synchronous(block))
     else:
         output = _output_steps(block, method)
-        inserted = _inserted(block, output, BARRIERS[method]) if block.B else 0
-        block = block.delayed_backward(inserted * block.interval)
+        if block.B:
+            there = (block.B[-1] - block.F[-1] - 1) // block.interval
+            count = max(_needed(block, output), BARRIERS[method] - there if inserted is None else inserted)
+        block = block.delayed_backward(count * block.interval)
         steps = _latest_big(block, output) + _input_steps(block)
-    return block, Vocabulary(method, tuple(steps), shifts, inserted)
+    return block, Vocabulary(method, tuple(steps), shifts, count)
 
 
 def _on(block: Block, device: int, name: str, slot: int, after: bool = True) -> Step:
@@ -100,13 +110,11 @@ def _output_steps(block: Block, method: str) -> list[Step]:
     return [*first, *softmax, *dones, big_done, _on(block, block.placement[-1], "G", big_done.at[0])]
 
 
-def _inserted(block: Block, output: list[Step], barriers: int) -> int:
-    """Intervals to insert between the last F and the last stage's B: one a barrier, less what stands there already."""
+def _needed(block: Block, output: list[Step]) -> int:
+    """The intervals without which the last stage's B would come before its input gradient."""
     done = next(s.at[0] for s in output if (s.op, s.name) == ("done", "big"))
     last_of_B = block.B[-1] + block.backward_slots - 1
-    needed = -(-(done + 1 - last_of_B) // block.interval)
-    there = (block.B[-1] - block.F[-1] - 1) // block.interval
-    return max(0, needed, barriers - there)
+    return max(0, -(-(done + 1 - last_of_B) // block.interval))
 
 
 def _latest_big(block: Block, output: list[Step]) -> list[Step]:

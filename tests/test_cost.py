@@ -78,8 +78,11 @@ def test_tied_tables_cost_half_where_they_are_on_one_device():
     tied = Cost(Sizes(32, 3072, 2048, 256_000, tied=True), A100)
     free = Cost(FOUR_B, A100)
     table = 18 * 3072 * 256_000
-    for schedule, saved in ((build("1f1b", "vocab-2", p=8, m=1), table), (build("v-half", "baseline", p=8, m=1), table),
-                            (build("1f1b", "baseline", p=8, m=1), 0)):
+    for schedule, saved in (
+        (build("1f1b", "vocab-2", p=8, m=1), table),
+        (build("v-half", "baseline", p=8, m=1), table),
+        (build("1f1b", "baseline", p=8, m=1), 0),
+    ):
         assert sum(free.state(schedule)) - sum(tied.state(schedule)) == pytest.approx(saved)
 
 

@@ -38,8 +38,16 @@ def test_several_timelines_share_one_axis(tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("schedule", "method"), [("v-half", "vocab-1"), ("zb-h2", "baseline"), ("gpipe", "vocab-2"),
-                                                  ("interleaved-1f1b", "vocab-2"), ("1f1b", "vocab-naive")])
+@pytest.mark.parametrize(
+    ("schedule", "method"),
+    [
+        ("v-half", "vocab-1"),
+        ("zb-h2", "baseline"),
+        ("gpipe", "vocab-2"),
+        ("interleaved-1f1b", "vocab-2"),
+        ("1f1b", "vocab-naive"),
+    ],
+)
 def test_every_kind_of_schedule_can_be_drawn(schedule, method, tmp_path):
     save(draw(timeline(schedule, method), in_flight=False), tmp_path / "a.png")
 

@@ -41,8 +41,10 @@ def test_a_larger_vocabulary_makes_sharding_pay_more(capsys):
     ratios = []
     for V in ("32000", "256000"):
         command = [*SMALL, "--vocab-size", V, "--json", "-"]
-        ms = {method: json.loads(run([*command, "--method", method], capsys))["iteration_ms"]
-              for method in ("baseline", "redis", "vocab-2")}
+        ms = {
+            method: json.loads(run([*command, "--method", method], capsys))["iteration_ms"]
+            for method in ("baseline", "redis", "vocab-2")
+        }
         assert ms["vocab-2"] < ms["redis"] <= ms["baseline"]
         ratios.append(ms["baseline"] / ms["vocab-2"])
     assert ratios[1] > ratios[0] > 1
@@ -61,17 +63,31 @@ def test_measured_times_are_predicted_row_by_row(capsys):
 
 
 def test_placement_is_simulated_too(capsys):
-    data = json.loads(run([*SMALL, "--place", "--json", "-"], capsys))
-    assert data["peak_in_flight"] == [10, 8, 6, 4]  # halves of stages
+    data = json.loads(run([*SMALL, "--place", "--method", "interlaced", "--json", "-"], capsys))
+    assert data["peak_in_flight"] == [
+        8,
+        6,
+        4,
+        2,
+    ]  # in halves of a device's layers; the published interlaced holds half more
 
 
-@pytest.mark.parametrize(("arguments", "names"), [
-    (["--schedule", "2f2b"], "schedule is '2f2b'"), (["--method", "magic"], "method is 'magic'"),
-    (["--stages", "0"], "p is 0"), (["--gpu", "v100"], "gpu is 'v100'"), (["--model", "5B"], "5B"),
-    (["--times", "nowhere.csv"], "no such file"), (["--schedule", "v-half", "--place"], "placement is for 1f1b"),
-    (["--plot", "x.pdf"], ".png or .svg"), (["--csv", "/nowhere/x.csv"], "/nowhere/x.csv cannot be written"),
-    (["--microbatches", "many"], "many"), (["--stages", "33"], "layers is 32"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["--schedule", "2f2b"], "schedule is '2f2b'"),
+        (["--method", "magic"], "method is 'magic'"),
+        (["--stages", "0"], "p is 0"),
+        (["--gpu", "v100"], "gpu is 'v100'"),
+        (["--model", "5B"], "5B"),
+        (["--times", "nowhere.csv"], "no such file"),
+        (["--schedule", "v-half", "--place"], "placement is for 1f1b"),
+        (["--plot", "x.pdf"], ".png or .svg"),
+        (["--csv", "/nowhere/x.csv"], "/nowhere/x.csv cannot be written"),
+        (["--microbatches", "many"], "many"),
+        (["--stages", "33"], "layers is 32"),
+    ],
+)
 def test_what_cannot_be_done_is_said_in_one_sentence(arguments, names, capsys):
     with pytest.raises(SystemExit) as stopped:
         simulate.main(arguments)

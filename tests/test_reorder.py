@@ -47,3 +47,29 @@ def test_schedules_without_W_stay_as_they_are(name):
 def test_a_block_of_longer_passes_is_refused():
     with pytest.raises(ValueError, match="in one slot each"):
         reorder(Block(3, (0, 1), F=(0, 1), B=(4, 2), backward_slots=2), "baseline", 4)
+
+
+@pytest.mark.parametrize("name", ["zb-h1", "zb-h2", "v-half", "v-zb", "v-min"])
+def test_algorithm_1_needs_no_second_interval_where_B_and_W_are_apart(name):
+    published, fewer = (lower(build(name, "vocab-1", p=4, m=16, inserted=n)) for n in (None, 1))
+    other = lower(build(name, "vocab-2", p=4, m=16))
+    assert max(fewer.in_flight) <= max(other.in_flight) < max(published.in_flight)
+    assert simulate(fewer, UNIT).makespan <= simulate(other, UNIT).makespan
+
+
+def test_v_half_can_shard_the_vocabulary_at_its_own_memory():
+    plain = lower(build("v-half", "baseline", p=8, m=32))
+    without = lower(build("v-half", "vocab-2", p=8, m=32, inserted=0))
+    assert max(without.in_flight) <= max(plain.in_flight)
+    assert simulate(without, UNIT).bubble_ratio <= simulate(plain, UNIT).bubble_ratio + 0.04
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(schedule="1f1b", method="vocab-1", inserted=1), "inserted is 1; vocab-1 on this block takes 2"),
+    (dict(schedule="zb-h1", method="baseline", inserted=0), "inserted is 0 with method 'baseline'"),
+    (dict(schedule="zb-h1", method="vocab-2", inserted=-1), "inserted is -1"),
+])  # fmt: skip
+def test_intervals_that_make_no_sense_are_refused(options, words):
+    with pytest.raises(ValueError) as error:
+        build(**options, p=4, m=8)
+    assert words in str(error.value)

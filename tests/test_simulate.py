@@ -41,6 +41,22 @@ def test_gpipe_takes_the_bubble_of_its_formula(p, m):
     assert simulate(program("gpipe", p=p, m=m), Durations(F=1, B=2)).makespan == 3 * (m + p - 1)
 
 
+@pytest.mark.parametrize("p", [2, 4, 7, 8])
+@pytest.mark.parametrize(("F", "B", "W"), [(1, 1, 1), (1, 1.2, 0.8), (1, 1.5, 1)])
+def test_zero_bubble_schedules_wait_as_long_as_their_formulas_say(p, F, B, W):
+    for name, waits in (("zb-h1", F + B - W), ("zb-h2", F + B - 2 * W)):
+        timeline = simulate(program(name, p=p, m=4 * p), Durations(F=F, B=B, W=W), FREE)
+        assert timeline.idle.max() == pytest.approx(max(0, (p - 1) * waits), abs=1e-9)
+
+
+def test_v_half_with_vocabulary_passes_waits_no_longer_than_v_half():
+    units = Durations(F=1, B=1, W=1)
+    plain = simulate(program("v-half", p=8, m=32), units).bubble_ratio
+    assert plain < simulate(program("v-half", p=8, m=32, reordered=False), units).bubble_ratio
+    for method in ("vocab-1", "vocab-2"):
+        assert simulate(program("v-half", method, p=8, m=32), units).bubble_ratio < plain + 0.01
+
+
 def test_an_unbalanced_head_is_what_everyone_waits_for():
     timeline = simulate(program(p=4, m=8), Durations(F=1, B=2, H=3))
     assert timeline.busy.tolist() == [24, 24, 24, 48]
@@ -57,10 +73,11 @@ def test_a_stage_of_its_own_duration_sets_the_pace():
 # --- the rules -------------------------------------------------------------------------------------------------------
 
 
-def test_a_blocking_transfer_costs_both_ends_and_a_free_one_nobody_in_the_steady_state():
+def test_a_rendezvous_costs_both_ends_and_a_free_transfer_its_share_of_the_round_trip():
     one = program(p=4, m=40)
-    assert simulate(one, Durations(transfer=0.1)).steady_interval == pytest.approx(3.2)
-    assert simulate(one, Durations(transfer=0.1), FREE).makespan == pytest.approx(3 * 43 + 6 * 0.1)
+    assert simulate(one, Durations(transfer=0.1)).steady_interval == pytest.approx(3 + 2 * 0.1)
+    # Four microbatches are in flight, and each crosses six times on its way there and back.
+    assert simulate(one, Durations(transfer=0.1), FREE).steady_interval == pytest.approx(3 + 6 * 0.1 / 4)
 
 
 def test_a_transfer_that_is_not_needed_yet_hides_behind_a_pass():
@@ -83,12 +100,23 @@ def test_no_collective_takes_time_on_one_device():
     assert simulate(program(method="vocab-2", p=1, m=5), costly).makespan == 5 * 5
 
 
-@given(st.sampled_from(["baseline", "vocab-1", "vocab-2", "interlaced"]), st.integers(1, 6), st.integers(1, 12),
-       st.sampled_from([COMPILED, ASYNCHRONOUS, FREE]), st.randoms(use_true_random=False))
+@given(
+    st.sampled_from(["baseline", "vocab-1", "vocab-2", "interlaced"]),
+    st.integers(1, 6),
+    st.integers(1, 12),
+    st.sampled_from([COMPILED, ASYNCHRONOUS, FREE]),
+    st.randoms(use_true_random=False),
+)
 def test_passes_of_a_device_never_overlap_and_inputs_are_there(method, p, m, rules, random):
-    durations = Durations(F=[random.uniform(0.5, 2) for _ in range(p)], B=[random.uniform(1, 4) for _ in range(p)],
-                          S=random.random(), T=random.random(), C0=random.random(), big=random.random(),
-                          transfer=random.random() / 4)
+    durations = Durations(
+        F=[random.uniform(0.5, 2) for _ in range(p)],
+        B=[random.uniform(1, 4) for _ in range(p)],
+        S=random.random(),
+        T=random.random(),
+        C0=random.random(),
+        big=random.random(),
+        transfer=random.random() / 4,
+    )
     timeline = simulate(program(method=method, p=p, m=m), durations, rules)
     spans = [s for s in timeline.spans() if s.op == "run"]
     for d in range(p):
@@ -108,8 +136,10 @@ def test_the_overhead_of_a_loop_counts_in_every_slot_and_not_as_work():
     assert slow.makespan > plain.makespan and np.array_equal(slow.busy, plain.busy)
 
 
-@pytest.mark.parametrize(("wrong", "names"), [({"F": [1, 1]}, "F has 2"), ({"transfer": np.zeros((2, 2))}, "shape"),
-                                              ({"H": [1, 2, 3]}, "H has 3")])
+@pytest.mark.parametrize(
+    ("wrong", "names"),
+    [({"F": [1, 1]}, "F has 2"), ({"transfer": np.zeros((2, 2))}, "shape"), ({"H": [1, 2, 3]}, "H has 3")],
+)
 def test_durations_for_another_number_of_devices_are_refused(wrong, names):
     with pytest.raises(ValueError, match=names):
         simulate(program(p=4, m=2), replace(Durations(), **wrong))
@@ -126,13 +156,15 @@ def test_vocabulary_passes_keep_the_steady_state_of_1f1b(method, p):
         assert simulate(one, Durations(F=1, B=2, S=both / 3, T=both * 2 / 3)).steady_bubble < 0.01
 
 
-@pytest.mark.parametrize(("method", "more"), [("vocab-2", 1), ("vocab-1", 2), ("interlaced", 0)])
-@pytest.mark.parametrize("B", [1.7, 2.0, 2.3])
+GRIDS = [("vocab-2", 1, B) for B in (1.7, 2.0, 2.3)] + [("vocab-1", 2, B) for B in (1.7, 2.0, 2.3)]
+
+
+# Synchronous passes need the grid of thirds.
+@pytest.mark.parametrize(("method", "more", "B"), [*GRIDS, ("interlaced", 0, 2.0)])
 @pytest.mark.parametrize("p", [1, 2, 4, 7, 16])
 def test_placement_keeps_the_steady_state_where_a_backward_is_not_twice_a_forward(method, more, B, p):
-    if method == "interlaced" and B != 2.0:
-        pytest.skip("synchronous passes need the grid of thirds")
     for both in (0.1, 0.5, 2.0):
+
         def durations(schedule, both=both):
             n = schedule.chunks
             return Durations(F=1 / n, B=B / n, S=both / 2, T=both / 2, C0=0.02, stats=0.002, big=0.02, CI=0.02, CB=0.02)
@@ -161,8 +193,9 @@ def test_placement_is_refused_for_a_method_that_has_no_passes_to_place():
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("schedule", "method"), [("1f1b", "vocab-2"), ("zb-h1", "vocab-1"), ("v-half", "vocab-2"),
-                                                  ("gpipe", "baseline")])
+@pytest.mark.parametrize(
+    ("schedule", "method"), [("1f1b", "vocab-2"), ("zb-h1", "vocab-1"), ("v-half", "vocab-2"), ("gpipe", "baseline")]
+)
 def test_cells_alive_over_time_peak_at_what_the_program_counts(schedule, method):
     one = program(schedule, method, p=4, m=9)
     timeline = simulate(one, Durations(F=1, B=1, W=1, S=0.2, T=0.2))
@@ -194,10 +227,15 @@ def test_measured_pass_times_predict_measured_iterations():
     assert mean < 0.03 and largest < 0.05
 
 
-@pytest.mark.parametrize(("change", "names"), [
-    (lambda t: t.replace("f_us", "g_us", 1), "no column 'f_us'"), (lambda t: t.splitlines()[0], "no rows"),
-    (lambda t: t.replace("10572 ", "", 1), r"\[7, 8\]"), (lambda t: t.replace("10572", "fast", 1), "row 1"),
-])
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (lambda t: t.replace("f_us", "g_us", 1), "no column 'f_us'"),
+        (lambda t: t.splitlines()[0], "no rows"),
+        (lambda t: t.replace("10572 ", "", 1), r"\[7, 8\]"),
+        (lambda t: t.replace("10572", "fast", 1), "row 1"),
+    ],
+)
 def test_pass_times_that_cannot_be_read_are_refused(change, names):
     with pytest.raises(ValueError, match=names):
         read_pass_times(change((PUBLISHED / "pass_times_8xA100.csv").read_text()))
