@@ -47,6 +47,9 @@ class ModelOptions:
     """Tokens in the vocabulary. Any number: it need not be a multiple of the stages."""
     tie_embeddings: bool = False
     """Use the token embedding as the LM head."""
+    residuals: OptionalStr = None
+    """What a forward leaves for its backward: selective (norms and activation functions are computed again),
+    everything, or full (all of a layer is computed again from its input, and twice where W is a pass of its own)."""
     dtype: OptionalStr = None
     """What passes compute in: float32 or bfloat16. Parameters, losses and sums are float32 either way."""
 

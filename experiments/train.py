@@ -216,6 +216,7 @@ def validation_loss(run: Run, evaluate: Any, params: Any) -> float:
 def describe(run: Run) -> None:
     """Write config.json, all that decides the run, and say what is about to happen."""
     device, layout = jax.devices()[0], dict(run.pipe.mesh.shape)
+    activation = run.pipe.activation_bytes(run.options.pipeline.microbatch_size, run.config.seq)
     record = {
         "options": dataclasses.asdict(run.options),
         "model": dataclasses.asdict(run.config),
@@ -228,6 +229,8 @@ def describe(run: Run) -> None:
             "validation_tokens": len(run.tokens.validation),
             "unigram_entropy": unigram_entropy(run.tokens.validation),
         },
+        "activation_bytes": activation,
+        "activations_in_flight": [int(n) for n in run.pipe.program.in_flight],
         "mesh": layout,
         "device": device.device_kind,
         "processes": jax.process_count(),
@@ -238,7 +241,9 @@ def describe(run: Run) -> None:
         f"training {record['parameters']:,} parameters on {len(run.tokens.train):,} tokens of "
         f"{run.tokens.corpus.documents:,} documents\n{run.options.pipeline.schedule} {run.options.pipeline.method}, "
         f"{layout['pipe']} stages, "
-        f"{layout['data']} data-parallel, on {record['device']} devices, {run.tokens_per_step:,} tokens a step",
+        f"{layout['data']} data-parallel, on {record['device']} devices, {run.tokens_per_step:,} tokens a step\n"
+        f"{sum(activation.values()) / 1e6:,.1f} MB for a microbatch in flight on a device, at most "
+        f"{max(run.pipe.program.in_flight)} at once",
         flush=True,
     )
 

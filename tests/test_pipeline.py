@@ -108,6 +108,19 @@ def test_evaluation_gives_the_training_loss_and_keeps_no_activations():
     assert not {"residual", "kept", "carried"} & set(pipe._evaluation.rings)
 
 
+def test_the_bytes_of_an_activation_are_those_of_its_ring_cells():
+    whole, split = (pipeline(schedules.build(s, "vocab-2", p=2, m=2), plain_model(4)) for s in ("1f1b", "zb-h1"))
+    number = 2 * B * L * 4  # bytes of one number a token in each of a device's two layers
+    # The layer's input, and what the hyperbolic tangent and its derivative leave.
+    assert whole.activation_bytes(B, L) == {"residual": number * (D + 4 * D), "kept": 0, "carried": 0}
+    # W takes the two inputs of its products from F, and their two output gradients from B.
+    assert split.activation_bytes(B, L) == {
+        "residual": number * 2 * D,
+        "kept": number * 3 * D,
+        "carried": number * 3 * D,
+    }
+
+
 def test_a_batch_without_a_valid_token_has_loss_zero_and_no_gradient():
     pipe = pipeline(schedules.build("1f1b", "vocab-2", p=2, m=2))
     batch = batch_of(2)

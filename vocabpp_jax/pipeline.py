@@ -106,6 +106,20 @@ class Pipeline:
     def _evaluation(self) -> Program:
         return lower(evaluation(self.schedule))
 
+    def activation_bytes(self, batch: int, length: int, side: Any = None) -> dict[str, int]:
+        """Bytes that one microbatch in flight costs on a device, counted from the traced block.
+
+        ``residual`` waits from F to B, ``kept`` from F to W, ``carried`` from B to W; ``batch`` is sequences a device.
+        """
+        dtype = jnp.dtype(self.compute_dtype)
+        block = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, dtype), self.model.param_shapes()["blocks"][0])
+        x = jax.ShapeDtypeStruct((batch, length, self.model.width), dtype)
+        passes = linearize(self.model.block, block, x, side or {}, split=self.schedule.splits_backward)
+        return {
+            ring: self.layout.depth * sum(s.size * s.dtype.itemsize for s in getattr(passes, ring))
+            for ring in ("residual", "kept", "carried")
+        }
+
     def _run(self, program: Program, params: Params, batch: Batch, *, observe: bool) -> tuple:
         batch = self._checked(batch)
         specs = self.layout.specs()
