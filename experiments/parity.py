@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ class ParityOptions:
     results: str = "runs/parity.jsonl"
     """With --all: the file that results are added to, and read from when it goes on."""
     only: str = ""
-    """With --all: only cases whose name contains this, for example "v-half vocab-1" or "p=3"."""
+    """With --all: only cases whose name this regular expression finds, for example "^1f1b vocab" or "p=3"."""
     jobs: int = 2
     """With --all: how many cases to run at once."""
     model: ModelOptions = field(
@@ -216,7 +217,7 @@ def run_all(path: Path, only: str, jobs: int, console: Console) -> bool:
     """Runs what the results file lacks; prints the table of all; says whether all of it holds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     done = {r["case"]: r for r in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
-    cases = [options for options in matrix() if only in name_of(options)]
+    cases = [options for options in matrix() if re.search(only, name_of(options))]
     missing = [options for options in cases if name_of(options) not in done]
     started = time.monotonic()
     # Threads do not help a compiler of small programs; processes do.
