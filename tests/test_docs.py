@@ -21,6 +21,8 @@ def test_an_example_runs_in_a_fresh_process(code):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
+    losses = [float(number) for number in re.findall(r"loss (\d+\.\d+)", done.stdout)]
+    assert not losses or losses[-1] < losses[0]
 
 
 def test_the_readme_s_example_has_at_most_twenty_lines():

@@ -156,13 +156,3 @@ def test_help_names_every_option():
     names = "data output model layers hidden heads seq vocab-size tie-embeddings dtype schedule method stages"
     names += " data-parallel microbatches microbatch-size steps lr warmup seed eval-every distributed coordinator"
     assert all(re.search(rf"--{name}\b", said) for name in names.split())
-
-
-def test_the_example_in_the_readme_runs():
-    example = re.search(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)[1]
-    assert len(example.strip().splitlines()) <= 20
-    process = start("-c", example)
-    said, complaints = process.communicate(timeout=240)
-    assert process.returncode == 0, complaints
-    losses = [float(number) for number in re.findall(r"loss (\d+\.\d+)", said)]
-    assert len(losses) == 10 and losses[-1] < losses[0]
