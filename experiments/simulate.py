@@ -170,6 +170,7 @@ def run(options: SimulateOptions, schedule: str, method: str, placed: bool) -> R
 
 def compare(options: SimulateOptions) -> list[Result]:
     """The whole family, fastest first; what cannot be built is said on standard error."""
+    options.cost()  # a wrong model or GPU is wrong for all of them
     results = []
     family = [(schedule, method, False) for schedule in SCHEDULES for method in methods_of(schedule)]
     for schedule, method, placed in family + [("1f1b", method, True) for method in INSERTED]:

@@ -135,12 +135,13 @@ def gpu_names() -> tuple[str, ...]:
 
 
 def load_gpu(name: str) -> GPU:
-    """A GPU by name, or from a file of one's own like those in ``schedules/gpus``.
+    """A GPU by name or the beginning of one, or from a file of one's own like those in ``schedules/gpus``.
 
     Raises:
         ValueError: no such GPU; a file with a field missing or unknown.
     """
-    path = Path(name) if name.endswith(".toml") else GPUS / f"{name.lower()}.toml"
+    known = [gpu for gpu in gpu_names() if name and gpu.startswith(name.lower())]
+    path = Path(name) if name.endswith(".toml") else GPUS / f"{known[0] if len(known) == 1 else name.lower()}.toml"
     if not path.is_file():
         raise ValueError(f"gpu is {name!r}; it must be one of {', '.join(gpu_names())}, or a .toml file like theirs")
     values = tomllib.loads(path.read_text())

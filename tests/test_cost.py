@@ -105,7 +105,7 @@ def test_layers_are_the_schedules_or_an_even_split():
 
 def test_a_gpu_is_a_name_or_a_file(tmp_path):
     assert {"a100-80g", "h100-80g"} <= set(gpu_names())
-    assert load_gpu("H100-80G").peak_flops == 989e12
+    assert load_gpu("H100-80G").peak_flops == load_gpu("h100").peak_flops == 989e12
     mine = tmp_path / "mine.toml"
     text = "\n".join(f"{k} = {v!r}".replace("'", '"') for k, v in vars(A100).items())
     mine.write_text(text)
