@@ -18,7 +18,7 @@ import tyro
 from vocabpp_jax import make_mesh, models, schedules
 from vocabpp_jax.models import GPTConfig
 from vocabpp_jax.schedules import Schedule
-from vocabpp_jax.schedules.layers import head_in_layers, optimal_split, published_split
+from vocabpp_jax.schedules.layers import redistributed
 
 Options = TypeVar("Options")
 Result = TypeVar("Result")
@@ -90,8 +90,14 @@ class PipelineOptions:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         counts = None
         if self.method == "redis":
-            split = {"published": published_split, "optimal": optimal_split}[self.redis_split]
-            counts = split(config.layers, self.stages, head_in_layers(config.hidden, config.seq, config.vocab_size))
+            counts = redistributed(
+                self.redis_split,
+                layers=config.layers,
+                stages=self.stages,
+                hidden=config.hidden,
+                seq_length=config.seq,
+                vocab_size=config.vocab_size,
+            )
         return schedules.build(
             schedule=self.schedule,
             method=self.method,

@@ -24,14 +24,12 @@ from vocabpp_jax.schedules import (
     SCHEDULES,
     build,
     formats,
-    head_in_layers,
     lower,
     methods_of,
-    optimal_split,
-    published_split,
 )
 from vocabpp_jax.schedules.cost import Cost, Sizes, load_gpu
 from vocabpp_jax.schedules.draw import draw, save, title_of
+from vocabpp_jax.schedules.layers import redistributed
 from vocabpp_jax.schedules.measured import MeasuredRun, errors, read_pass_times
 from vocabpp_jax.schedules.place import INSERTED, place
 from vocabpp_jax.schedules.simulate import COMPILED, FREE, Rules, simulate
@@ -148,18 +146,21 @@ class Result:
         }
 
 
-def redistributed(options: SimulateOptions, z: Sizes) -> tuple[int, ...]:
-    """The split of the layers for method redis."""
-    split = {"published": published_split, "optimal": optimal_split}[options.redis_split]
-    return split(z.layers, options.stages, head_in_layers(z.hidden, z.seq, z.vocab_size))
-
-
 def run(options: SimulateOptions, schedule: str, method: str, placed: bool) -> Result:
     """Simulate one schedule with one method."""
     cost, m, rules = options.cost(), options.microbatches or 32, RULES[options.rules or "compiled"]
     if placed and schedule != "1f1b":
         raise ValueError(f"schedule is {schedule!r}; placement is for 1f1b")
-    counts = redistributed(options, cost.sizes) if method == "redis" else None
+    counts, z = None, cost.sizes
+    if method == "redis":
+        counts = redistributed(
+            options.redis_split,
+            layers=z.layers,
+            stages=options.stages,
+            hidden=z.hidden,
+            seq_length=z.seq,
+            vocab_size=z.vocab_size,
+        )
     built = build(schedule, method, p=options.stages, m=m, chunks=options.chunks, layer_counts=counts)
     if placed:
         halves = cost.sizes.layers >= 2 * options.stages

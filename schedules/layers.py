@@ -36,5 +36,15 @@ def optimal_split(layers: int, stages: int, rho: float) -> tuple[int, ...]:
     return min((_with_last(layers, stages, last) for last in range(layers + 1)), key=cost)
 
 
+SPLITS = {"published": published_split, "optimal": optimal_split}
+
+
+def redistributed(
+    rule: str, *, layers: int, stages: int, hidden: int, seq_length: int, vocab_size: int
+) -> tuple[int, ...]:
+    """Layers of every stage for method redis, by a rule of :data:`SPLITS`."""
+    return SPLITS[rule](layers, stages, head_in_layers(hidden, seq_length, vocab_size))
+
+
 def _with_last(layers: int, stages: int, last: int) -> tuple[int, ...]:
     return (layers,) if stages == 1 else (*even_split(layers - last, stages - 1), last)

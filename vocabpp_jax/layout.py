@@ -47,7 +47,7 @@ class Layout:
     @property
     def sharded(self) -> bool:
         """Whether the vocabulary is split over the pipeline."""
-        return any(step.name == "C0" for step in self.schedule.vocabulary.steps)
+        return self.schedule.sharded
 
     @cached_property
     def layer_counts(self) -> tuple[int, ...]:
