@@ -9,6 +9,7 @@ from .orders import from_orders
 from .place import place
 from .program import Instruction, Program, Segment, lower
 from .reorder import reorder
+from .rings import sums_before_T
 from .schedule import Pass, Schedule, Step, Vocabulary
 from .simulate import COMPILED, FREE, Durations, Rules, simulate
 from .timeline import Timeline
@@ -45,4 +46,5 @@ __all__ = [
     "reorder",
     "repeat",
     "simulate",
+    "sums_before_T",
 ]

@@ -2,7 +2,8 @@
 
 A scan runs all instructions of its body in all its intervals, also where they have nothing to do: idle passes cost
 little, idle transfers more; and every further scan has to be compiled. Where one interval needs all that any interval
-needs, one scan is enough. Elsewhere up to three share the intervals so that the whole costs least.
+needs, one scan is enough. Elsewhere up to three share the intervals so that the whole costs least, a steady
+state counted as if it always had the same length: once there is one, more microbatches do not change the program.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 IDLE_TRANSFER = 4  # what an idle transfer of all devices costs, in idle passes
 COMPILED = 16  # intervals in which an idle instruction costs as much as compiling it once more
 SCAN = 128  # what one more scan costs, in idle passes
+STEADY = 64  # what a run of more than p like intervals counts as
 
 
 def cuts(p: int, interval: np.ndarray, identity: np.ndarray, pair: np.ndarray) -> list[tuple[int, int]]:
@@ -27,7 +29,8 @@ def cuts(p: int, interval: np.ndarray, identity: np.ndarray, pair: np.ndarray) -
     starts = np.cumsum([0] + [length for _, length in runs]).tolist()
     if any(need == everything for need, _ in runs):
         return [(0, starts[-1])]
-    return [(starts[a], starts[b]) for a, b in _cheapest([need for need, _ in runs], starts, cost, SCAN * p)]
+    lengths = [STEADY if length > p else length for _, length in runs]
+    return [(starts[a], starts[b]) for a, b in _cheapest([need for need, _ in runs], lengths, cost, SCAN * p)]
 
 
 def _needs(
@@ -48,9 +51,9 @@ def _needs(
     return [int.from_bytes(np.packbits(row, bitorder="little").tobytes(), "little") for row in found], cost
 
 
-def _cheapest(needs: list[int], starts: list[int], cost: Callable[[int], int], scan: int) -> list[tuple[int, int]]:
+def _cheapest(needs: list[int], lengths: list[int], cost: Callable[[int], int], scan: int) -> list[tuple[int, int]]:
     """The division of the runs ``0 .. n-1`` into at most three parts that costs least."""
-    n = len(needs)
+    n, starts = len(needs), np.cumsum([0, *lengths]).tolist()
 
     def costs_from(a: int) -> list[int]:
         """The cost of a part from run ``a`` to before run ``b``, for every ``b`` after it."""

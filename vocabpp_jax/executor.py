@@ -6,7 +6,7 @@ carries what it updates in place, so that gradient accumulators and ring buffers
 passes. Collectives stand outside the loops, at the same place on every device.
 
 Nothing here knows a schedule by name, nor a model: blocks are pure functions, and what the output layer's steps do is
-in :mod:`vocabpp_jax.vocabulary_steps`.
+in :mod:`vocabpp_jax.steps`.
 
 Shapes, per device: B microbatch, L length, D width; rings have their cells in front.
 """
@@ -26,7 +26,7 @@ from .layout import PIPE, Layout
 from .linearize import Linearized
 from .rings import Cells, State, get, put, put_if, when, zeros
 from .schedules import Instruction, Program, Segment
-from .vocabulary_steps import VocabularySteps, flight
+from .steps import VocabularySteps, flight
 
 
 @dataclass(frozen=True)

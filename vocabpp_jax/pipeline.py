@@ -17,7 +17,7 @@ from .layout import PIPE, Layout
 from .linearize import Linearized, linearize
 from .model import Model
 from .schedules import Program, Schedule, check, evaluation, lower
-from .vocabulary_steps import VocabularySteps
+from .steps import VocabularySteps
 
 DATA = "data"
 Params = Any
@@ -83,10 +83,6 @@ class Pipeline:
     def shard(self, canonical: Params) -> Params:
         """Canonical parameters, placed on the mesh in the pipeline's layout."""
         return jax.jit(self.layout.pack, out_shardings=self.shardings)(canonical)
-
-    def gather(self, params: Params) -> Params:
-        """The canonical tree of parameters, or gradients, on every device."""
-        return jax.jit(self.layout.unpack, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(params)
 
     def value_and_grad(self, params: Params, batch: Batch) -> tuple[jax.Array, Params]:
         """The loss, and its float32 gradients sharded as the parameters are. Pure: put it under ``jax.jit``."""

@@ -1,0 +1,69 @@
+"""What each instruction of the vocabulary layers does to a device's state.
+
+The names are those of :mod:`vocabpp_jax.schedules.vocabulary`; the arithmetic is in :mod:`vocabpp_jax.vocab`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..rings import Cells, State, before_later_passes, behind_earlier_passes
+from ..schedules import Instruction
+from ..vocab import Stats
+from .input_steps import InputSteps
+from .layer import flight
+from .output_steps import OutputSteps
+
+F32 = jnp.float32
+
+
+class VocabularySteps(InputSteps, OutputSteps):
+    """The vocabulary layers of one device, for one batch."""
+
+    def initial_state(self, rings: dict[str, int]) -> State:
+        """The output layer's records, zero gradients of the tables and the final function, zero loss."""
+        state: State = {"loss": jnp.zeros((), F32)}
+        if self.trains:
+            grads = jax.tree.map(
+                lambda w: jnp.zeros(w.shape, F32), {k: v for k, v in self.params.items() if k != "blocks"}
+            )
+            state |= {f"grads.embed.{k}": g for k, g in grads.pop("embed").items()}
+            state |= {f"grads.{k}": g for k, g in grads.items()}
+        if not self.layout.sharded:
+            return state
+        _, B, L = self.batch["tokens"].shape
+        wide, dtype = (B * L, self.layout.model.width), self.head.dtype
+        vector = jnp.zeros((rings["P"], B * L), F32)
+        state |= {"X": jnp.zeros((rings["X"], *wide), dtype), "P": {"local": Stats(vector, vector, vector)}}
+        if self.trains:
+            # The three-barrier reference keeps the logits themselves until it knows their maximum.
+            kind = F32 if "S1" in self.names else dtype
+            state["P"] |= {"factor": vector, "softmax": jnp.zeros((rings["P"], B * L, self.head.shape[0]), kind)}
+            state["A"] = jnp.zeros(wide, dtype)
+        return state | {flight(name): value for name, value in self._flights(wide, dtype).items()}
+
+    def _flights(self, wide: tuple[int, int], dtype: jnp.dtype) -> dict[str, Any]:
+        """What every collective leaves, before the first has run."""
+        vector, matrix = jnp.zeros(wide[:1], F32), jnp.zeros(wide, dtype)
+        gathered = jnp.zeros((self.layout.schedule.p, 3, *wide[:1]), F32)
+        made = {"CI": matrix, "C0": matrix, "CB": matrix, "big": matrix, "max": vector, "stats": gathered}
+        return {name: made[name] for name in made if name in self.names}
+
+    def execute(self, instruction: Instruction, cells: Cells, state: State) -> State:
+        """One instruction of the vocabulary layers."""
+        op, name = instruction.op, instruction.name
+        step = getattr(self, f"{op}_{name}", None)
+        if step is None:
+            raise ValueError(f"the schedule has a step {op} {name!r} that the executor does not know")
+        with jax.named_scope(name):
+            match op:
+                case "start":
+                    operand, communicate = step(state, cells)
+                    return before_later_passes(state, operand) | {flight(name): communicate(operand)}
+                case "done":
+                    landed = behind_earlier_passes(state, state[flight(name)])
+                    return state | step(state, cells, landed)
+            return step(state, cells)

@@ -1,0 +1,72 @@
+"""The steps of the input layer: IF, IB and their collectives CI and CB."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from .. import vocab
+from ..rings import Cells, State, get, put, put_if, when
+from .layer import Start, VocabularyLayer, flight, sum_over_shards
+
+
+class InputSteps(VocabularyLayer):
+    """What each step of the input layer does to a device's state."""
+
+    def run_IF(self, state: State, cells: Cells) -> State:
+        """IF: this shard's part of the embedded tokens and positions, or all of it where it is not sharded."""
+        ids = get(self.batch["tokens"], jnp.maximum(cells["microbatch"], 0))
+        table = self.params["embed"]["tokens"]
+
+        def embedded() -> jax.Array:
+            x = vocab.lookup(table, ids, self._first_row(table)) * jnp.asarray(
+                self.layout.model.embed_scale, table.dtype
+            )
+            if (positions := self.params["embed"].get("positions")) is not None:
+                x += vocab.lookup(positions, jnp.arange(ids.shape[1]), self._first_row(positions))
+            return x
+
+        if self.layout.sharded:
+            return state | {"part": embedded()}
+        # The unsharded tables are whole on one device only; elsewhere a lookup would be of zeros.
+        return when(
+            cells["microbatch"] >= 0,
+            state,
+            ("inbox",),
+            lambda s: s | {"inbox": put(s["inbox"], cells["deliver"], embedded())},
+        )
+
+    def start_CI(self, state: State, cells: Cells) -> Start:
+        return state["part"].reshape(-1, self.layout.model.width), sum_over_shards
+
+    def done_CI(self, state: State, cells: Cells, x: jax.Array) -> State:
+        inbox = state["inbox"]
+        return {"inbox": put_if(inbox, cells["deliver"], x.reshape(inbox.shape[1:]))}
+
+    def start_CB(self, state: State, cells: Cells) -> Start:
+        return self._stream(state, cells), self._broadcast_from(0)
+
+    def done_CB(self, state: State, cells: Cells, g: jax.Array) -> State:
+        return {flight("CB"): g}
+
+    def run_IB(self, state: State, cells: Cells) -> State:
+        """IB: scatter-adds the first stage's input gradient into this shard's rows."""
+        i = cells["microbatch"]
+
+        def scattered(s: State, g: jax.Array) -> State:
+            ids = get(self.batch["tokens"], jnp.maximum(i, 0))
+            g = jnp.where(i >= 0, g.reshape(*ids.shape, -1), 0)
+            grads = {}
+            for name, table in self.params["embed"].items():
+                at, scale = (
+                    (ids, self.layout.model.embed_scale) if name == "tokens" else (jnp.arange(ids.shape[1]), 1.0)
+                )
+                addend = g.astype(jnp.float32) * scale if name == "tokens" else g.astype(jnp.float32).sum(0)
+                key = f"grads.embed.{name}"
+                grads[key] = vocab.scatter(s[key], at, self._first_row(table), addend)
+            return s | grads
+
+        if self.layout.sharded:
+            return scattered(state, state[flight("CB")])
+        names = tuple(f"grads.embed.{name}" for name in self.params["embed"])
+        return when(i >= 0, state, names, lambda s: scattered(s, get(s["inbox"], cells["inbox"])))

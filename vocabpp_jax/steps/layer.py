@@ -1,0 +1,74 @@
+"""What the steps of both vocabulary layers share: one device's tables, its batch, and how it broadcasts.
+
+Shapes, per device: B microbatch, L length, N = B·L tokens, D width, R rows of the local shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..layout import PIPE, Layout
+from ..rings import Cells, State, get
+
+Collective = Callable[[jax.Array], jax.Array]
+Start = tuple[jax.Array, Collective]  # what a collective takes, and the collective
+
+
+def flight(name: str) -> str:
+    """The state's entry for a collective that is under way."""
+    return f"flight.{name}"
+
+
+@dataclass(frozen=True)
+class VocabularyLayer:
+    """One device's part of the vocabulary layers, for one batch.
+
+    A step ``run X`` is a method ``run_X(state, cells)`` that returns the state after it. A collective is two:
+    ``start_X`` returns its operand and what communicates it, ``done_X`` takes what arrived and returns what changes.
+
+    Attributes:
+        layout: the model, the schedule, and where the tables are.
+        params: this device's ``embed``, ``final`` and, where it is not the embedding, ``head``, in the compute dtype.
+        batch: ``tokens`` and ``labels`` ``[m, B, L]``; ``weight`` ``[m, B, L]`` float32, the mask over the global
+            count of valid tokens.
+        native_broadcast: whether the backend has a broadcast.
+    """
+
+    layout: Layout
+    params: Any
+    batch: dict[str, jax.Array]
+    native_broadcast: bool
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is a backward."""
+        return self.layout.schedule.trains
+
+    @property
+    def names(self) -> set[str]:
+        """The steps that occur."""
+        return {step.name for step in self.layout.schedule.vocabulary.steps}
+
+    def _first_row(self, table: jax.Array) -> jax.Array | int:
+        return lax.axis_index(PIPE) * table.shape[0] if self.layout.sharded else 0
+
+    def _stream(self, state: State, cells: Cells) -> jax.Array:
+        """What waits in the inbox ``[N, D]``: meaningful on the device that a broadcast comes from."""
+        return get(state["inbox"], jnp.maximum(cells["inbox"], 0)).reshape(-1, self.layout.model.width)
+
+    def _broadcast_from(self, stage: int) -> Collective:
+        """One stage's array on all devices: natively, or by a masked sum where the backend has no broadcast."""
+        source = self.layout.schedule.placement[stage]
+        if self.native_broadcast:
+            return lambda x: lax.pbroadcast(x, (PIPE,), source)
+        return lambda x: lax.psum(jnp.where(lax.axis_index(PIPE) == source, x, jnp.zeros_like(x)), PIPE)
+
+
+sum_over_shards: Collective = partial(lax.psum, axis_name=PIPE)
