@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from .events import AFTER, BEFORE, PASSES, TRANSFERS
 from .rings import sums_before_T
-from .schedule import Schedule, Step
+from .schedule import AFTER, PASSES, TRANSFERS, Schedule, Step
 
 KINDS = ("F", "B", "W")
 
@@ -204,11 +203,11 @@ class _Places:
     def of(self, name: str, device: int) -> np.ndarray:
         """The place of a step, for every microbatch."""
         step, order = self.steps[name]
-        return (self.slots(name, device) * 4 + (AFTER if step.after else BEFORE)) * self.n + order
+        return (self.slots(name, device) * (AFTER + 1) + step.place) * self.n + order
 
     def of_passes(self, last: np.ndarray, rank: int) -> np.ndarray:
         """The place of passes, or of what happens behind them."""
-        return (last * 4 + rank) * self.n
+        return (last * (AFTER + 1) + rank) * self.n
 
 
 def _dependencies(schedule: Schedule) -> Iterator[tuple[str, str, bool]]:

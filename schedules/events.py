@@ -2,8 +2,8 @@
 
 An event is what one device does at one place for one microbatch: a pass, one end of a transfer, or a step of the
 vocabulary layers. Places are ordered inside a slot: steps that stand before the passes; the passes whose last slot it
-is (a pass of two slots stands in its second, so that no transfer of the first waits for it); transfers of what those
-passes made; steps that stand after them.
+is (a pass of two slots stands in its second, so that no transfer of the first waits for it); landings of collectives;
+transfers of what those passes made; steps that stand after them.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .schedule import Schedule
-
-BEFORE, PASSES, TRANSFERS, AFTER = range(4)
+from .schedule import PASSES, TRANSFERS, Schedule
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ def _step_events(schedule: Schedule, words: tuple[str, ...]) -> list[tuple]:
         columns = (
             devices,
             at + np.array(shifts),
-            AFTER if step.after else BEFORE,
+            step.place,
             order,
             words.index(step.op),
             words.index(step.name),

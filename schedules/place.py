@@ -26,7 +26,7 @@ import numpy as np
 
 from .build import build
 from .program import lower
-from .schedule import Op, Pass, Schedule, Step, Vocabulary
+from .schedule import AFTER, BEFORE, LANDINGS, Op, Pass, Schedule, Step, Vocabulary
 from .simulate import COMPILED, Durations, Rules, simulate
 
 INSERTED = {"interlaced": 0, "vocab-2": 1, "vocab-1": 2}
@@ -179,11 +179,11 @@ class _Steps:
         self.end = at.slot(0.0)  # of the last stage's F; an interval opens in the slot after it
         self.first_F = at.slot(-(p - 1) * at.F - at.F * (at.parts - 1) / at.parts)
 
-    def everywhere(self, op: Op, name: str, slot: int, after: bool = True) -> Step:
-        return Step(op, name, (slot,) * self.p, after)
+    def everywhere(self, op: Op, name: str, slot: int, place: int = AFTER) -> Step:
+        return Step(op, name, (slot,) * self.p, place)
 
-    def on_last(self, name: str, slot: int, after: bool = True) -> Step:
-        return Step("run", name, (*(None,) * (self.p - 1), slot), after)
+    def on_last(self, name: str, slot: int, place: int = AFTER) -> Step:
+        return Step("run", name, (*(None,) * (self.p - 1), slot), place)
 
     def closes(self, slot: int) -> int:
         """The last slot of the interval that a slot is in."""
@@ -201,32 +201,32 @@ class _Steps:
         opens_IF = end + 1 + (self.first_F - K - end - 1) // K * K
         if method == "vocab-2":
             # T hides the sum from the last stage, which has nothing else to do between them.
-            done, after = min((last_B, False), (self.closes(T), True))
+            done, place = min((last_B, BEFORE), (self.closes(T), LANDINGS))
             opening = [
-                self.everywhere("start", "big", T, False),
-                self.everywhere("start", "C0", end + 1, False),
-                self.everywhere("run", "T", T, False),
+                self.everywhere("start", "big", T, BEFORE),
+                self.everywhere("start", "C0", end + 1, BEFORE),
+                self.everywhere("run", "T", T, BEFORE),
             ]
         else:
-            done, after = min(last_B - 1, self.closes(T)), True
+            done, place = min(last_B - 1, self.closes(T)), LANDINGS
             opening = [
-                self.everywhere("start", "C0", end + 1, False),
-                self.everywhere("run", "T", T, False),
-                self.everywhere("start", "big", T, False),
+                self.everywhere("start", "C0", end + 1, BEFORE),
+                self.everywhere("run", "T", T, BEFORE),
+                self.everywhere("start", "big", T, BEFORE),
             ]
         return [
             *opening,
-            self.everywhere("run", "IF", opens_IF, False),
-            self.everywhere("start", "CI", opens_IF, False),
-            self.everywhere("start", "CB", opens_IB, False),
-            self.everywhere("done", "big", done, after),
-            self.on_last("G", done, after),
+            self.everywhere("run", "IF", opens_IF, BEFORE),
+            self.everywhere("start", "CI", opens_IF, BEFORE),
+            self.everywhere("start", "CB", opens_IB, BEFORE),
+            self.everywhere("done", "big", done, place),
+            self.on_last("G", done, BEFORE if place == BEFORE else AFTER),
             self.everywhere("done", "C0", S),
             self.everywhere("run", "S", S),
             self.everywhere("start", "stats", S),
             self.everywhere("done", "stats", T - 1),
-            self.everywhere("done", "CI", opens_IF + K - 1),
-            self.everywhere("done", "CB", opens_IB + K - 1),
+            self.everywhere("done", "CI", opens_IF + K - 1, LANDINGS),
+            self.everywhere("done", "CB", opens_IB + K - 1, LANDINGS),
             self.everywhere("run", "IB", opens_IB + K - 1),
         ]
 
@@ -248,10 +248,10 @@ class _Steps:
         return [
             *(self.everywhere(op, name, end) for op, name in together),
             self.on_last("G", end),
-            self.everywhere("run", "IF", opens_IF, False),
-            self.everywhere("start", "CI", opens_IF, False),
-            self.everywhere("start", "CB", opens_IB, False),
-            self.everywhere("done", "CI", opens_IF + K - 2),
-            self.everywhere("done", "CB", opens_IB + K - 2),
+            self.everywhere("run", "IF", opens_IF, BEFORE),
+            self.everywhere("start", "CI", opens_IF, BEFORE),
+            self.everywhere("start", "CB", opens_IB, BEFORE),
+            self.everywhere("done", "CI", opens_IF + K - 2, LANDINGS),
+            self.everywhere("done", "CB", opens_IB + K - 2, LANDINGS),
             self.everywhere("run", "IB", opens_IB + K - 2),
         ]

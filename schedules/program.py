@@ -14,9 +14,9 @@ from functools import cached_property
 
 import numpy as np
 
-from .events import TRANSFERS, Events, events_of
+from .events import Events, events_of
 from .rings import Cells, allocate
-from .schedule import Schedule
+from .schedule import AFTER, BEFORE, TRANSFERS, Schedule
 from .segments import cuts
 
 
@@ -96,7 +96,7 @@ class _Lines:
         K, p = schedule.interval, schedule.p
         # C0 opens the interval, so that no broadcast is cut by the end of a scan step.
         opens = next(
-            (s.at[0] for s in schedule.vocabulary.steps if (s.op, s.name, s.after) == ("start", "C0", False)), 0
+            (s.at[0] for s in schedule.vocabulary.steps if (s.op, s.name, s.place) == ("start", "C0", BEFORE)), 0
         )
         base = opens + (events.slot.min() - opens) // K * K
         self.interval, self.slot = np.divmod(events.slot - base, K)
@@ -106,7 +106,7 @@ class _Lines:
         chunks = np.array([schedule.chunk(s) for s in range(schedule.stages)] + [0])
         parts = (
             (self.slot, K),
-            (events.rank, 4),
+            (events.rank, AFTER + 1),
             (events.order, len(schedule.vocabulary.steps) + 1),
             (np.where(moved, ~kept, events.op), len(events.words)),
             (np.where(moved, 0, events.name), len(events.words)),

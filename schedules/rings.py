@@ -119,7 +119,7 @@ def _read(schedule: Schedule, events: Events) -> Values:
 def sums_before_T(schedule: Schedule) -> bool:
     """Whether the sum of input gradients starts before T, from what S left (Algorithm 2), and so needs S's record."""
     place = {
-        (s.op, s.name): (max(t for t in s.at if t is not None), s.after, n)
+        (s.op, s.name): (max(t for t in s.at if t is not None), s.place, n)
         for n, s in enumerate(schedule.vocabulary.steps)
     }
     T, big = place.get(("run", "T")), place.get(("start", "big"))

@@ -32,20 +32,25 @@ class Pass(NamedTuple):
         return f"{self.stage}{self.kind}{self.microbatch}"
 
 
+# Where in its slot an event stands. What a collective brings lands before the slot's transfers leave: one thing is
+# under way between two devices at a time.
+BEFORE, PASSES, LANDINGS, TRANSFERS, AFTER = range(5)
+
+
 @dataclass(frozen=True)
 class Step:
     """One step of the vocabulary layers for microbatch 0; microbatch i has it :attr:`Vocabulary.shifts` ``[i]`` later.
 
     ``run`` steps are passes (S, T, IF, ...), one slot position a device, or None on a device that has no part in it.
     ``start`` and ``done`` are the two ends of a collective, at the same place on every device. A step stands in its
-    slot before the passes that end there, or (``after``) behind them and behind the slot's transfers. It may have
-    ``shifts`` of its own, as the input layer's steps have where warm-up and cool-down are reordered.
+    slot at a ``place``: before the passes that end there, between them and the slot's transfers, or behind both. It may
+    have ``shifts`` of its own, as the input layer's steps have where warm-up and cool-down are reordered.
     """
 
     op: Op
     name: str
     at: tuple[int | None, ...]
-    after: bool = True
+    place: int = AFTER
     shifts: tuple[int, ...] | None = None
 
 

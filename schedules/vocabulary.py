@@ -11,7 +11,7 @@ Between the last stage's F and its B the output layer needs time: one interval f
     H      the whole output layer on one device, where it is not sharded
 
 An interval of the lowered program opens at the slot in which C0 runs. A collective starts before a slot's passes and
-is done behind them or behind those of a later slot of the same interval: a scan step does not cut it, and in as many
+lands behind them or behind those of a later slot of the same interval: a scan step does not cut it, and in as many
 slots as the longest pass takes every device has a pass to hide it with. S stands in one slot on all devices, and so
 does T. A device that is in the middle of a pass there runs them before it.
 """
@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from .blocks import Block
-from .schedule import Op, Step, Vocabulary
+from .schedule import AFTER, BEFORE, LANDINGS, Op, Step, Vocabulary
 
 BARRIERS = {"baseline": 0, "redis": 0, "interlaced": 0, "vocab-2": 1, "vocab-1": 2, "vocab-naive": 3}
 METHODS = tuple(BARRIERS)
@@ -61,18 +61,18 @@ def insert(block: Block, method: str, m: int, inserted: int | None = None) -> tu
     return block, Vocabulary(method, tuple(steps), shifts, count)
 
 
-def _on(block: Block, device: int, name: str, slot: int, after: bool = True) -> Step:
-    return Step("run", name, tuple(slot if d == device else None for d in range(block.p)), after)
+def _on(block: Block, device: int, name: str, slot: int) -> Step:
+    return Step("run", name, tuple(slot if d == device else None for d in range(block.p)))
 
 
-def _everywhere(block: Block, op: Op, name: str, slot: int, after: bool = True) -> Step:
-    return Step(op, name, (slot,) * block.p, after)
+def _everywhere(block: Block, op: Op, name: str, slot: int, place: int = AFTER) -> Step:
+    return Step(op, name, (slot,) * block.p, place)
 
 
 def _ends(block: Block, name: str, first: int, slots: int) -> tuple[Step, Step]:
     """A collective from before the passes of slot ``first``, over ``slots`` of them or to the end of the interval."""
     last = min(first + slots - 1, _closes(block, first))
-    return _everywhere(block, "start", name, first, after=False), _everywhere(block, "done", name, last)
+    return _everywhere(block, "start", name, first, BEFORE), _everywhere(block, "done", name, last, LANDINGS)
 
 
 def _closes(block: Block, slot: int) -> int:
@@ -90,7 +90,7 @@ def _output_steps(block: Block, method: str) -> list[Step]:
     after_T = after_S + 1
 
     def run(name: str, slot: int) -> Step:
-        return _everywhere(block, "run", name, slot, after=False)
+        return _everywhere(block, "run", name, slot, BEFORE)
 
     C0, C0_done = _ends(block, "C0", end + 1, w)
     if method == "vocab-naive":
@@ -140,7 +140,7 @@ def _input_steps(block: Block) -> list[Step]:
     start = block.F[0] - 1 - input_delay(block.interval, block.F[0] - 1 - opens, -1)
     slots = sum_slots(block.interval)
     steps = [
-        _everywhere(block, "run", "IF", start - slots + 1, after=False),
+        _everywhere(block, "run", "IF", start - slots + 1, BEFORE),
         *_ends(block, "CI", start - slots + 1, slots),
     ]
     if block.B:
@@ -178,12 +178,12 @@ def unsharded(
     Takes, for every microbatch, the slots in which the first stage's F, the last stage's F and the first stage's B end.
     """
 
-    def step(name: str, stage: int, slots: Sequence[int], after: bool) -> Step:
+    def step(name: str, stage: int, slots: Sequence[int], place: int) -> Step:
         at = tuple(int(slots[0]) if d == placement[stage] else None for d in range(max(placement) + 1))
-        return Step("run", name, at, after, tuple(int(t) - int(slots[0]) for t in slots))
+        return Step("run", name, at, place, tuple(int(t) - int(slots[0]) for t in slots))
 
-    steps = (step("IF", 0, first_F, False), step("H", -1, last_F, True))
-    return (*steps, step("IB", 0, first_B, True)) if len(first_B) else steps
+    steps = (step("IF", 0, first_F, BEFORE), step("H", -1, last_F, AFTER))
+    return (*steps, step("IB", 0, first_B, AFTER)) if len(first_B) else steps
 
 
 def _synchronous(block: Block) -> Iterator[Step]:

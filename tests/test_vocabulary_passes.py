@@ -3,6 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vocabpp_jax.schedules import SCHEDULES, build, evaluation, lower, methods_of
+from vocabpp_jax.schedules.schedule import BEFORE, LANDINGS
 from vocabpp_jax.schedules.vocabulary import BARRIERS, SHARDED
 
 CASES = [(s, method) for s in SCHEDULES for method in methods_of(s) if method in SHARDED]
@@ -36,7 +37,7 @@ def test_no_interval_cuts_a_collective_and_a_slot_of_passes_hides_it(schedule, m
     opens = ends(built, "C0")[0].at[0]
     for name in collectives(built):
         start, done = ends(built, name)
-        assert not start.after and done.after and start.at[0] <= done.at[0]
+        assert start.place == BEFORE and done.place == LANDINGS and start.at[0] <= done.at[0]
         assert (start.at[0] - opens) // built.interval == (done.at[0] - opens) // built.interval
 
 
@@ -59,7 +60,7 @@ def test_a_device_in_the_middle_of_a_backward_has_a_pass_to_hide_large_sums_with
 def test_algorithm_2_sums_before_T_and_algorithm_1_after_it(schedule, method, T_first):
     for p in (1, 2, 3, 5, 8):
         steps = build(schedule, method, p=p, m=p + 2).vocabulary.steps
-        place = {(s.op, s.name): (s.at[0], s.after, n) for n, s in enumerate(steps)}
+        place = {(s.op, s.name): (s.at[0], s.place, n) for n, s in enumerate(steps)}
         assert (place["run", "T"] < place["start", "big"]) == T_first
 
 

@@ -24,7 +24,7 @@ from jax import lax
 
 from .layout import PIPE, Layout
 from .linearize import Linearized
-from .rings import Cells, State, get, put, put_if, when, zeros
+from .rings import Cells, State, behind_earlier_passes, get, put, put_if, when, zeros
 from .schedules import Instruction, Program, Segment
 from .steps import VocabularySteps, flight
 
@@ -103,7 +103,8 @@ class Executor:
         match instruction.op, instruction.name:
             case "permute", _:
                 with jax.named_scope("transfer"):
-                    arrived = lax.ppermute(state["out"], PIPE, instruction.pairs)
+                    leaving = behind_earlier_passes(state, state["out"])
+                    arrived = lax.ppermute(leaving, PIPE, instruction.pairs)
                 return state | {"inbox": put_if(state["inbox"], cells["deliver"], arrived)}
             case "keep", _:
                 return state | {"inbox": put_if(state["inbox"], cells["deliver"], state["out"])}

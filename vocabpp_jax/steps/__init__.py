@@ -19,6 +19,10 @@ from .output_steps import OutputSteps
 
 F32 = jnp.float32
 
+# Sums whose landing comes before any pass that replaces what they are made of. It keeps those passes behind; to read
+# the operand for that, as for the others, would keep it alive beside the sum that the backend makes in its place.
+LANDS_FIRST = ("big",)
+
 
 class VocabularySteps(InputSteps, OutputSteps):
     """The vocabulary layers of one device, for one batch."""
@@ -62,8 +66,10 @@ class VocabularySteps(InputSteps, OutputSteps):
             match op:
                 case "start":
                     operand, communicate = step(state, cells)
-                    return before_later_passes(state, operand) | {flight(name): communicate(operand)}
+                    if name not in LANDS_FIRST:
+                        state = before_later_passes(state, operand)
+                    return state | {flight(name): communicate(operand)}
                 case "done":
                     landed = behind_earlier_passes(state, state[flight(name)])
-                    return state | step(state, cells, landed)
+                    return before_later_passes(state, landed) | step(state, cells, landed)
             return step(state, cells)
