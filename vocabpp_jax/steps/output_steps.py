@@ -138,7 +138,8 @@ class OutputSteps(VocabularyLayer):
         return part, sum_over_shards
 
     def done_big(self, state: State, cells: Cells, g: jax.Array) -> State:
-        return {flight("big"): g}
+        # The parts are spent. Forgotten, they are summed in place.
+        return {flight("big"): g, "A": g}
 
     def run_G(self, state: State, cells: Cells) -> State:
         """G: the final function's backward, into the last stage's inbox."""
