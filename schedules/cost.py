@@ -8,8 +8,10 @@ section 2); seconds count the causal half. An estimate for planning; for a run's
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -95,6 +97,8 @@ class GPU:
     inter_bandwidth: float
     intra_latency: float
     inter_latency: float
+    target: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
+    """What a compiler must know of it: a GpuTargetConfigProto as a table."""
 
     def matmul(self, flops: float, smallest: float) -> float:
         """Seconds of matrix products with these FLOPs and this smallest dimension."""
@@ -145,11 +149,11 @@ def load_gpu(name: str) -> GPU:
     if not path.is_file():
         raise ValueError(f"gpu is {name!r}; it must be one of {', '.join(gpu_names())}, or a .toml file like theirs")
     values = tomllib.loads(path.read_text())
-    wanted = {f.name for f in fields(GPU)}
-    if difference := wanted ^ set(values):
-        field = sorted(difference)[0]
+    known = {f.name for f in fields(GPU)}
+    needed = {f.name for f in fields(GPU) if f.default_factory is MISSING}
+    if wrong := sorted((needed - set(values)) | (set(values) - known)):
         raise ValueError(
-            f"{path} {'lacks' if field in wanted else 'has the unknown field'} {field!r}; "
+            f"{path} {'lacks' if wrong[0] in known else 'has the unknown field'} {wrong[0]!r}; "
             f"the fields are {', '.join(f.name for f in fields(GPU))}"
         )
     return GPU(**values)

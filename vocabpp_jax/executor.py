@@ -24,7 +24,7 @@ from jax import lax
 
 from .layout import PIPE, Layout
 from .linearize import Linearized
-from .rings import Cells, State, behind_earlier_passes, get, put, put_if, when, zeros
+from .rings import Cells, State, after, behind_earlier_passes, get, put, put_if, when, zeros
 from .schedules import Instruction, Program, Segment
 from .steps import VocabularySteps, flight
 
@@ -110,15 +110,23 @@ class Executor:
                 return state | {"inbox": put_if(state["inbox"], cells["deliver"], state["out"])}
             case "run", "F":
                 names = ("out", *self._stored("residual", "kept"), *self._counters())
-                return when(cells["microbatch"] >= 0, state, names, lambda s: self.forward(s, cells, c))
+                return self._pass(instruction, cells, state, names, self.forward)
             case "run", "B":
                 frees = () if self.program.schedule.splits_backward else self._counters()
                 names = ("out", f"grads.blocks.{c}", *self._stored("carried"), *frees)
-                return when(cells["microbatch"] >= 0, state, names, lambda s: self.backward(s, cells, c))
+                return self._pass(instruction, cells, state, names, self.backward)
             case "run", "W":
                 names = (f"grads.blocks.{c}", *self._counters())
-                return when(cells["microbatch"] >= 0, state, names, lambda s: self.weights(s, cells, c))
+                return self._pass(instruction, cells, state, names, self.weights)
         return self.steps.execute(instruction, cells, state)
+
+    def _pass(
+        self, instruction: Instruction, cells: Cells, state: State, names: tuple[str, ...], run: Callable
+    ) -> State:
+        """A stage's pass where it is this device's turn, named as profiles and compiled code will show it."""
+        c = instruction.chunk
+        with jax.named_scope(f"{instruction.name}{c}"):
+            return when(cells["microbatch"] >= 0, state, names, lambda s: run(s, cells, c))
 
     # --- passes ------------------------------------------------------------------------------------------------------
 
@@ -135,10 +143,8 @@ class Executor:
                     s = s | {ring: _replaced(s[ring], j, put(s[ring][j], cells[ring], values))}
             return s
 
-        with jax.named_scope(f"F{c}"):
-            state = self._each_layer(
-                state, c, range(self.layout.depth), layer, ("out", *self._stored("residual", "kept"))
-            )
+        names = ("out", *self._stored("residual", "kept"))
+        state = self._each_layer(state, c, range(self.layout.depth), layer, names)
         return self._occupy(state, cells, True)
 
     def backward(self, state: State, cells: Cells, c: int) -> State:
@@ -147,18 +153,18 @@ class Executor:
         side, grads = self.side_of(cells), f"grads.blocks.{c}"
 
         def layer(s: State, j: int) -> State:
-            residual = get(s["residual"][j], cells["residual"])
-            kept = get(s["kept"][j], cells["kept"]) if "kept" in s else ()
+            # One layer's residuals at a time: the next is read when this one's gradients are made.
+            made = (s["out"], s[grads][j + 1] if j + 1 < self.layout.depth else ())
+            residual = get(s["residual"][j], after(cells["residual"], made))
+            kept = get(s["kept"][j], after(cells["kept"], made)) if "kept" in s else ()
             dparams, dx, carried = self.block.backward(self.params["blocks"][c][j], side, residual, kept, s["out"])
             s = s | {"out": dx, grads: _replaced(s[grads], j, _accumulated(s[grads][j], dparams))}
             if "carried" in s:
                 s = s | {"carried": _replaced(s["carried"], j, put(s["carried"][j], cells["carried"], carried))}
             return s
 
-        with jax.named_scope(f"B{c}"):
-            state = self._each_layer(
-                state, c, range(self.layout.depth)[::-1], layer, ("out", grads, *self._stored("carried"))
-            )
+        names = ("out", grads, *self._stored("carried"))
+        state = self._each_layer(state, c, range(self.layout.depth)[::-1], layer, names)
         return state if self.program.schedule.splits_backward else self._occupy(state, cells, False)
 
     def weights(self, state: State, cells: Cells, c: int) -> State:
@@ -166,16 +172,16 @@ class Executor:
         side, grads = self.side_of(cells), f"grads.blocks.{c}"
 
         def layer(s: State, j: int) -> State:
+            made = s[grads][j - 1] if j else s[grads][j]
             dparams = self.block.weights(
                 self.params["blocks"][c][j],
                 side,
-                get(s["kept"][j], cells["kept"]),
-                get(s["carried"][j], cells["carried"]),
+                get(s["kept"][j], after(cells["kept"], made)),
+                get(s["carried"][j], after(cells["carried"], made)),
             )
             return s | {grads: _replaced(s[grads], j, _accumulated(s[grads][j], dparams))}
 
-        with jax.named_scope(f"W{c}"):
-            state = self._each_layer(state, c, range(self.layout.depth), layer, (grads,))
+        state = self._each_layer(state, c, range(self.layout.depth), layer, (grads,))
         return self._occupy(state, cells, False)
 
     def side_of(self, cells: Cells) -> Any:

@@ -116,6 +116,24 @@ class Pipeline:
             for ring in ("residual", "kept", "carried")
         }
 
+    def buffer_bytes(self, batch: int, length: int) -> dict[str, int]:
+        """Bytes of every buffer that a device's program carries: rings, gradients, what is under way.
+
+        ``batch`` is sequences a device.
+        """
+        shape = (self.schedule.m, batch * self.mesh.shape[DATA], length)
+        tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+        batches = {"tokens": tokens, "labels": tokens, "mask": jax.ShapeDtypeStruct(shape, jnp.float32), "side": {}}
+        buffers = jax.shard_map(
+            lambda params, batch: self._executor(self.program, False, params, batch).initial_state(),
+            mesh=self.mesh,
+            in_specs=(self.layout.specs(), jax.tree.map(lambda _: _PER_MICROBATCH, batches)),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+        found = jax.eval_shape(buffers, self.layout.shapes(), batches)
+        return {name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for name, tree in found.items()}
+
     def _run(self, program: Program, params: Params, batch: Batch, *, observe: bool) -> tuple:
         batch = self._checked(batch)
         specs = self.layout.specs()
@@ -153,6 +171,14 @@ class Pipeline:
 
     def _on_device(self, program: Program, observe: bool, params: Params, batch: Batch) -> tuple:
         """One device's whole iteration."""
+        state = self._executor(program, observe, params, batch)()
+        loss = state["loss"] if self.layout.sharded else jax.lax.psum(state["loss"], PIPE)
+        counters = {k: state[k].reshape(1, 1) for k in ("in_flight", "clobbered")} if observe else {}
+        grads = self._gradients(state, params) if program.schedule.trains else {}
+        return jax.lax.psum(loss, DATA), grads, counters
+
+    def _executor(self, program: Program, observe: bool, params: Params, batch: Batch) -> Executor:
+        """What one device runs, from its part of the parameters and of the batch."""
         dtype = jnp.dtype(self.compute_dtype)
         cast = jax.tree.map(lambda w: w.astype(dtype), params)
         blocks = jax.tree.map(lambda w: w.reshape(w.shape[1:]), cast["blocks"])
@@ -170,7 +196,7 @@ class Pipeline:
         )
         _, B, L = batch["tokens"].shape
         x = jax.ShapeDtypeStruct((B, L, self.model.width), dtype)
-        executor = Executor(
+        return Executor(
             program,
             vocabulary.layout,
             self._linearized(program, x, blocks, batch["side"]),
@@ -180,11 +206,6 @@ class Pipeline:
             x,
             observe,
         )
-        state = executor()
-        loss = state["loss"] if self.layout.sharded else jax.lax.psum(state["loss"], PIPE)
-        counters = {k: state[k].reshape(1, 1) for k in ("in_flight", "clobbered")} if observe else {}
-        grads = self._gradients(state, params) if program.schedule.trains else {}
-        return jax.lax.psum(loss, DATA), grads, counters
 
     def _linearized(self, program: Program, x: jax.ShapeDtypeStruct, blocks: Params, side: Any) -> Linearized:
         shape = lambda t: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), t)  # noqa: E731

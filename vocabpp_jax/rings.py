@@ -52,6 +52,17 @@ def behind_earlier_passes(state: State, value: jax.Array) -> jax.Array:
     return jnp.where(state["clock"] >= 0, value, jnp.zeros_like(value))
 
 
+def after(cell: jax.Array, values: Any) -> jax.Array:
+    """``cell``, not to be read before all matrices of ``values`` are there.
+
+    It keeps the compiler from fetching early what would then lie about. Where a value is NaN another cell may be read,
+    into what is NaN already.
+    """
+    firsts = [v.reshape(-1)[0] for v in jax.tree.leaves(values) if v.ndim > 1]
+    there = jnp.all(jnp.stack([first == first for first in firsts]))
+    return jnp.where(there, cell, 0)
+
+
 def get(ring: Any, cell: jax.Array) -> Any:
     """One cell of a ring."""
     return jax.tree.map(lambda r: r[0] if r.shape[0] == 1 else lax.dynamic_index_in_dim(r, cell, keepdims=False), ring)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from .flags import compiler_options
 from .pipeline import Batch, Pipeline
 
 Metrics = dict[str, jax.Array]
@@ -57,11 +58,13 @@ def make_step(
     pipe: Pipeline,
     optimizer: optax.GradientTransformation,
     clip: float | None = 1.0,
+    without_flags: tuple[str, ...] = (),
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """``(state, batch) -> state, metrics``, compiled, the old state's buffers donated to the new.
 
     Args:
         clip: the largest global norm of the gradient; a longer one is shortened to it. None for no clipping.
+        without_flags: names of :data:`~vocabpp_jax.flags.FLAGS`, which GPUs get, to leave out.
 
     Metrics are scalars, the same on every device: ``loss`` (mean over valid tokens), ``grad_norm`` before clipping.
     """
@@ -77,7 +80,12 @@ def make_step(
         return State(state.step + 1, params, moments), {"loss": loss, "grad_norm": norm}
 
     everywhere = NamedSharding(pipe.mesh, PartitionSpec())
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings(pipe, optimizer), everywhere))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(shardings(pipe, optimizer), everywhere),
+        compiler_options=compiler_options(pipe.mesh, without_flags),
+    )
 
 
 def make_evaluation(pipe: Pipeline) -> Callable[[Any, Batch], jax.Array]:

@@ -1,0 +1,236 @@
+"""Compile the full train step for GPUs that are not there, and report what it will take: memory, copies, overlap.
+
+    python experiments/memory.py --gpu a100-80g --model 4B --stages 8 --vocab-size 256000 --plot memory.png
+
+The step is what train.py runs: float32 parameters, gradients and Adam moments, donated; passes in bfloat16; flash
+attention; what is kept for the backward as --residuals says. Needs jax's GPU packages (pip install
+'vocabpp-jax[cuda12]'), but no GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the plug-in that compiles would else look for its GPU
+
+import matplotlib.pyplot as plt
+from rich.console import Console
+from rich.table import Table
+
+from options import ModelOptions, OptionalStr, PipelineOptions, fail, or_fail, parse
+from vocabpp_jax import Pipeline, compiled, make_mesh, models
+from vocabpp_jax.optimizer import adamw
+from vocabpp_jax.schedules.cost import GPU, load_gpu
+
+GIB = 2**30
+LARGE = 2**20  # bytes from which a copy in the loop counts
+RINGS = ("residual", "kept", "carried")
+COLORS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#bbbbbb")
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """What is compiled, for what, and where the report goes."""
+
+    gpu: str = "a100-80g"
+    """GPU: a100-80g, h100-80g, or a .toml file like those in schedules/gpus, with a table [target]."""
+    json: OptionalStr = None
+    """File for the report as JSON, - for standard output."""
+    plot: OptionalStr = None
+    """File for a picture of the memory (.png, .svg, .pdf)."""
+    hlo: OptionalStr = None
+    """File for the compiled program's text."""
+    without: tuple[str, ...] = ()
+    """XLA flags of those that train.py sets on GPUs to leave out, to see what they do."""
+    model: ModelOptions = field(default_factory=lambda: ModelOptions(model="4B"))
+    pipeline: PipelineOptions = field(
+        default_factory=lambda: PipelineOptions(stages=8, microbatches=128, microbatch_size=1, data_parallel=1)
+    )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of one train step. Bytes are of one device; collectives are those of the steady state."""
+
+    gpu: str
+    memory_bytes: int
+    peak_bytes: int
+    parts: dict[str, int]
+    used_bytes: tuple[int, ...]
+    loop_copy_bytes: int
+    copies: list[compiled.Copy]
+    collectives: list[compiled.Collective]
+    compile_seconds: float
+    instructions: int
+    assumed: dict[str, str]
+    settings: dict[str, Any]
+
+    @property
+    def imbalance(self) -> float:
+        """How much more the fullest device uses than the emptiest, as a part of the peak."""
+        return (max(self.used_bytes) - min(self.used_bytes)) / self.peak_bytes
+
+    def as_json(self) -> dict[str, Any]:
+        """The report with its tuples as objects."""
+        record = dataclasses.asdict(self) | {"imbalance": self.imbalance}
+        record["copies"] = [copy._asdict() for copy in self.copies]
+        record["collectives"] = [collective._asdict() for collective in self.collectives]
+        return record
+
+
+def on_gpu(options: ModelOptions) -> models.GPTConfig:
+    """The model as a GPU would run it: with flash attention where its dtype allows it."""
+    config = options.config()
+    return dataclasses.replace(config, attention="cudnn") if config.dtype == "bfloat16" else config
+
+
+def prepare(model: ModelOptions, pipeline: PipelineOptions, gpu: GPU) -> Pipeline:
+    """The pipeline on GPUs that are not there. Raises ValueError for what cannot be built."""
+    config = on_gpu(model)
+    schedule = pipeline.build(config)
+    data = pipeline.data_parallel or 1
+    if data < 1:
+        raise ValueError(f"data_parallel is {data}; it must be at least 1")
+    mesh = make_mesh(pipeline.stages, data, compiled.devices(gpu, pipeline.stages * data))
+    return Pipeline(models.gpt(config), schedule, mesh, compute_dtype=config.dtype)
+
+
+def report(options: MemoryOptions) -> tuple[Report, str]:
+    """Compiles and reads the result; also the compiled program's text."""
+    gpu, model, pipeline = load_gpu(options.gpu), options.model, options.pipeline
+    pipe = prepare(model, pipeline, gpu)
+    optimizer = adamw(1e-4, 1000, 100, decay_mask=lambda _: pipe.layout.matrices())
+    length, size = model.config().seq, pipeline.microbatch_size
+    program, seconds = compiled.compile_step(
+        pipe, optimizer, microbatch_size=size, length=length, without=options.without
+    )
+    text = program.as_text()
+    steady = compiled.loops(text)[0]
+    copies = steady.copies(LARGE)
+    state, buffers = compiled.state_bytes(pipe, optimizer), pipe.buffer_bytes(size, length)
+    weights = 0 if pipe.compute_dtype == "float32" else state.parameters // 2
+    parts = {
+        "parameters": state.parameters,
+        "optimizer": state.optimizer,
+        "gradients": state.gradients,
+        "weights in bfloat16": weights,
+        "activations in flight": sum(buffers.get(ring, 0) for ring in RINGS),
+        "other buffers": sum(n for name, n in buffers.items() if name not in RINGS and not name.startswith("grads.")),
+    }
+    peak = program.memory_analysis().peak_memory_in_bytes
+    parts["everything else"] = peak - sum(parts.values())
+    a_parameter = (state.parameters + state.optimizer + state.gradients + weights) / (state.parameters / 4)
+    return (
+        Report(
+            gpu=gpu.name,
+            memory_bytes=int(gpu.memory_bytes),
+            peak_bytes=peak,
+            parts=parts,
+            used_bytes=compiled.used_bytes(pipe, size, length, a_parameter),
+            loop_copy_bytes=sum(copy.bytes for copy in copies),
+            copies=copies,
+            collectives=steady.collectives,
+            compile_seconds=seconds,
+            instructions=compiled.instruction_count(text),
+            assumed={
+                "state": "float32 parameters, gradients and two Adam moments; donated",
+                "passes": pipe.compute_dtype,
+                "attention": on_gpu(model).attention,
+                "residuals": on_gpu(model).residuals,
+                "flags": " ".join(
+                    f"{name}={flag.value}" for name, flag in compiled.FLAGS.items() if name not in options.without
+                ),
+            },
+            settings=dataclasses.asdict(model) | dataclasses.asdict(pipeline) | {"seq": length},
+        ),
+        text,
+    )
+
+
+# --- for people ------------------------------------------------------------------------------------------------------
+
+
+def show(found: Report, console: Console) -> None:
+    """Tables of the memory and of the collectives, and what was assumed."""
+    memory = Table("part", "GiB a device", title=f"compiled for {found.gpu}")
+    for name, size in found.parts.items():
+        memory.add_row(name, f"{size / GIB:.2f}")
+    memory.add_section()
+    memory.add_row("peak", f"{found.peak_bytes / GIB:.2f}", style="bold")
+    memory.add_row("of", f"{found.memory_bytes / GIB:.2f}")
+    console.print(memory)
+    traffic = Table("collective", "step", "MiB", "passes between start and end", title="in the steady state")
+    for c in found.collectives:
+        traffic.add_row(c.kind, c.step, f"{c.bytes / LARGE:.2f}", " ".join(c.passes_between) or "none")
+    console.print(traffic)
+    for copy in found.copies:
+        console.print(
+            f"copied in every interval: {copy.shape.split('{')[0]}, {copy.bytes / LARGE:.0f} MiB, {copy.scope}"
+        )
+    if not found.copies:
+        console.print("no copy of 1 MiB or more in the steady state")
+    console.print(
+        f"devices differ by {found.imbalance:.1%} of the peak in what they use; "
+        f"{found.instructions:,} instructions, compiled in {found.compile_seconds:.0f} s\nassumed: "
+        + "; ".join(f"{name}: {value}" for name, value in found.assumed.items())
+    )
+
+
+def draw(reports: dict[str, Report], path: Path, published: dict[str, float] | None = None) -> None:
+    """Stacked bars, one a report: what the peak is made of, and the GPU's memory as a line."""
+    fig, ax = plt.subplots(figsize=(2.2 + 1.1 * len(reports), 4.5), layout="constrained")
+    bottom = [0.0] * len(reports)
+    for color, part in zip(COLORS, next(iter(reports.values())).parts, strict=True):
+        heights = [r.parts[part] / GIB for r in reports.values()]
+        ax.bar(list(reports), heights, 0.6, bottom=bottom, label=part, color=color)
+        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+    for x, total in enumerate(bottom):
+        ax.text(x, total, f"{total:.1f}", ha="center", va="bottom")
+    if published:
+        ax.plot(list(published), list(published.values()), "k_", markersize=30, label="published")
+    limit = next(iter(reports.values())).memory_bytes / GIB
+    if max(bottom) > 0.6 * limit:
+        ax.axhline(limit, color="black", linestyle=":", label="the GPU's memory")
+    ax.set_ylabel("GiB a device, compiled")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.margins(y=0.12)
+    handles, labels = ax.get_legend_handles_labels()
+    ax.legend(handles[::-1], labels[::-1], frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+def write(option: str, path: str, text: str) -> None:
+    """A file, or one sentence on why not."""
+    try:
+        Path(path).write_text(text)
+    except OSError as problem:
+        fail(f"{option} is {path}; it cannot be written: {problem.strerror}")
+
+
+def main() -> None:
+    options = parse(MemoryOptions, __doc__)
+    if options.plot and Path(options.plot).suffix not in (".png", ".svg", ".pdf"):
+        fail(f"plot is {options.plot}; its name must end in .png, .svg or .pdf")
+    found, text = or_fail(lambda: report(options))
+    show(found, Console(stderr=options.json == "-"))
+    if options.json == "-":
+        json.dump(found.as_json(), sys.stdout, indent=2)
+        print()
+    elif options.json:
+        write("json", options.json, json.dumps(found.as_json(), indent=2) + "\n")
+    if options.hlo:
+        write("hlo", options.hlo, text)
+    if options.plot:
+        title = f"{options.model.model}\n{options.pipeline.schedule}\n{options.pipeline.method}"
+        draw({title: found}, Path(options.plot))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Reading a compiled program: its loops, the copies they make, and what each collective in them hides behind.
+
+Works on the text of scheduled HLO, in which the order of the lines is the order of execution.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\((.*)$")
+_CALLED = re.compile(r"(?:body|condition|calls|to_apply)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+_ARRAY = re.compile(r"(pred|token|[a-z]+\d+\w*)\[([\d,]*)\]")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "all-to-all",
+    "reduce-scatter",
+    "collective-permute",
+    "collective-broadcast",
+)
+
+
+class Line(NamedTuple):
+    """One instruction: its name, the shape it makes, its opcode, and all that follows."""
+
+    name: str
+    shape: str
+    op: str
+    rest: str
+
+    @property
+    def scope(self) -> tuple[str, ...]:
+        """The named scopes it comes from, outermost first."""
+        found = _OP_NAME.search(self.rest)
+        return tuple(found[1].split("/")) if found else ()
+
+    @property
+    def operand(self) -> str:
+        """The name of the first operand."""
+        return self.rest.split(",")[0].split(")")[0].split("%")[-1]
+
+
+class Copy(NamedTuple):
+    """An array that is copied: its shape, bytes, the computation and the named scopes it is in."""
+
+    shape: str
+    bytes: int
+    computation: str
+    scope: str
+
+
+class Collective(NamedTuple):
+    """A collective: what kind, for which step of the program, its bytes, and the passes between its start and end."""
+
+    kind: str
+    step: str
+    bytes: int
+    passes_between: tuple[str, ...]
+
+
+def shape_bytes(shape: str) -> int:
+    """Bytes of an array shape such as ``bf16[8,128]{1,0}``; of a tuple, of all its arrays together."""
+    total = 0
+    for kind, dims in _ARRAY.findall(shape):
+        size = 1
+        for n in filter(None, dims.split(",")):
+            size *= int(n)
+        bits = 8 if kind in ("pred", "token") else int(re.search(r"\d+", kind)[0])
+        total += size * bits // 8
+    return total
+
+
+def instruction_count(text: str) -> int:
+    """Instructions of all computations of a program."""
+    return sum(1 for line in text.splitlines() if _INSTRUCTION.match(line))
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A scan of the program: its body, how often it runs, and all computations of the program."""
+
+    body: str
+    trips: int
+    computations: dict[str, list[Line]]
+
+    @cached_property
+    def reached(self) -> tuple[str, ...]:
+        """The body and every computation that it calls, directly or not."""
+        found, waiting = [], [self.body]
+        while waiting:
+            name = waiting.pop()
+            if name not in found:
+                found.append(name)
+                waiting += [c for line in self.computations.get(name, ()) for c in _called(line)]
+        return tuple(found)
+
+    def copies(self, at_least: int) -> list[Copy]:
+        """Copies of arrays of so many bytes or more, anywhere in the loop."""
+        return [
+            Copy(line.shape.split("{")[0], size, name, "/".join(line.scope))
+            for name in self.reached
+            for line in self.computations.get(name, ())
+            if line.op in ("copy", "copy-start") and (size := shape_bytes(_first_array(line.shape))) >= at_least
+        ]
+
+    @cached_property
+    def collectives(self) -> list[Collective]:
+        """The collectives of the body, in the order of their ends."""
+        passes: list[str] = []
+        starts: dict[str, tuple[Line, int]] = {}
+        found = []
+        for line in self.computations[self.body]:
+            if line.op == "while":
+                passes.append(line.scope[-2] if len(line.scope) > 1 else line.name)
+            elif line.op.endswith("-start"):
+                starts[line.name] = line, len(passes)
+            elif line.op.endswith("-done") and line.operand in starts:
+                start, before = starts.pop(line.operand)
+                if (kind := start.op.removesuffix("-start")) in _COLLECTIVES:
+                    found.append(Collective(kind, _step(start), shape_bytes(line.shape), tuple(passes[before:])))
+            elif line.op in _COLLECTIVES:
+                found.append(Collective(line.op, _step(line), shape_bytes(line.shape), ()))
+        return found
+
+
+def loops(text: str) -> list[Loop]:
+    """The scans of a program that communicate, longest first: of a pipeline, the steady state and its ends."""
+    computations = dict(_computations(text))
+    found = []
+    for lines in computations.values():
+        for line in lines:
+            trips = _TRIPS.search(line.rest)
+            if line.op != "while" or not trips:
+                continue
+            body = re.search(r"body=%?([\w.\-]+)", line.rest)[1]
+            if any(x.op.removesuffix("-start") in _COLLECTIVES for x in computations.get(body, ())):
+                found.append(Loop(body, int(trips[1]), computations))
+    return sorted(found, key=lambda loop: -loop.trips)
+
+
+def _computations(text: str) -> Iterator[tuple[str, list[Line]]]:
+    name, lines = None, []
+    for row in text.splitlines():
+        if head := _COMPUTATION.match(row):
+            name, lines = head[2], []
+        elif row.startswith("}") and name:
+            yield name, lines
+            name = None
+        elif name and (found := _INSTRUCTION.match(row)):
+            lines.append(Line(found[2], found[3], found[4], found[5]))
+
+
+def _called(line: Line) -> Iterator[str]:
+    for one, several in _CALLED.findall(line.rest):
+        yield from [one] if one else [name.strip().lstrip("%") for name in several.split(",")]
+
+
+def _first_array(shape: str) -> str:
+    found = _ARRAY.search(shape)
+    return found[0] if found else ""
+
+
+def _step(line: Line) -> str:
+    """The scope that a collective's primitive stands in: C0, stats, transfer, ..."""
+    return line.scope[-2] if len(line.scope) > 1 else line.name

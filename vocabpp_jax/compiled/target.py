@@ -1,0 +1,88 @@
+"""Compiling a train step for GPUs that are not there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ..pipeline import DATA, Pipeline
+from ..schedules.cost import GPU
+from ..train import State, make_step, shardings
+
+
+class UnsupportedTarget(ValueError):
+    """This machine cannot compile for the GPU that was asked for."""
+
+
+def devices(gpu: GPU, count: int) -> list[jax.Device]:
+    """Descriptions of ``count`` GPUs in full nodes, to make a mesh of. No GPU is needed, but jax's GPU packages are.
+
+    Raises:
+        UnsupportedTarget: those packages are not installed, or the GPU's file does not describe it to a compiler.
+        ValueError: more than one node, and the last not full.
+    """
+    nodes, rest = divmod(count, gpu.gpus_per_node)
+    if nodes and rest and count > gpu.gpus_per_node:
+        raise ValueError(f"{count} devices do not fill nodes of {gpu.gpus_per_node}; use a multiple")
+    if not gpu.target:
+        raise UnsupportedTarget(f"gpu is {gpu.name}; its file has no table [target], so nothing can be compiled for it")
+    layout = f"1x{nodes}x{gpu.gpus_per_node}" if nodes else f"1x1x{count}"
+    try:
+        found = topologies.get_topology_desc(
+            gpu.name.lower(), "cuda", target_config=_text(gpu.target), topology=layout
+        ).devices
+    except (NotImplementedError, RuntimeError) as problem:
+        raise UnsupportedTarget(
+            f"compiling for {gpu.name} needs jax's GPU packages: pip install 'vocabpp-jax[cuda12]' "
+            f"({str(problem).splitlines()[0]})"
+        ) from None
+    return list(found)
+
+
+def compile_step(
+    pipe: Pipeline,
+    optimizer: optax.GradientTransformation,
+    *,
+    microbatch_size: int,
+    length: int,
+    without: tuple[str, ...] = (),
+) -> tuple[jax.stages.Compiled, float]:
+    """The whole train step, compiled for the pipeline's mesh, and the seconds that tracing and compiling took.
+
+    State donated, float32 parameters, gradients and moments; ``microbatch_size`` sequences of ``length`` a device.
+    ``without`` names flags of :data:`~vocabpp_jax.flags.FLAGS` to leave out.
+    """
+    started = time.monotonic()
+    params = pipe.layout.shapes()
+    shapes = State(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
+    state = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        shardings(pipe, optimizer),
+    )
+    tokens = jax.ShapeDtypeStruct(
+        (pipe.schedule.m, microbatch_size * pipe.mesh.shape[DATA], length),
+        jnp.int32,
+        sharding=NamedSharding(pipe.mesh, PartitionSpec(None, DATA)),
+    )
+    step = make_step(pipe, optimizer, without_flags=without)
+    compiled = step.lower(state, {"tokens": tokens, "labels": tokens}).compile()
+    return compiled, time.monotonic() - started
+
+
+def _text(table: Mapping[str, Any]) -> str:
+    """A table as a protocol buffer in text form."""
+
+    def field(name: str, value: Any) -> str:
+        if isinstance(value, Mapping):
+            return f"{name} {{ {_text(value)} }}"
+        return f'{name}: "{value}"' if isinstance(value, str) else f"{name}: {value}"
+
+    return " ".join(field(name, value) for name, value in table.items())

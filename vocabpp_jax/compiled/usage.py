@@ -1,0 +1,72 @@
+"""What of a device's memory is the training state's, and how much of what is allocated each device uses."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+
+from ..pipeline import Pipeline
+from ..train import shardings
+
+
+class StateBytes(NamedTuple):
+    """Bytes on every device of the float32 parameters, of the optimizer's state, and of the gradients."""
+
+    parameters: int
+    optimizer: int
+    gradients: int
+
+
+def state_bytes(pipe: Pipeline, optimizer: optax.GradientTransformation) -> StateBytes:
+    """What a device allocates for the state of training."""
+    params = pipe.layout.shapes()
+    placed = shardings(pipe, optimizer)
+    parameters = _bytes(params, placed.params)
+    return StateBytes(
+        parameters, _bytes(jax.eval_shape(optimizer.init, params), placed.optimizer), _bytes(params, placed.params)
+    )
+
+
+def used_parameters(pipe: Pipeline) -> tuple[int, ...]:
+    """Parameters that each device has a use for; one program gives all devices as many as the fullest needs."""
+    layout, p = pipe.layout, pipe.schedule.p
+    shapes = layout.shapes()
+    counts = np.zeros(p, int)
+    for chunk, layers in enumerate(layout.layer_of):
+        for j, of_device in enumerate(layers):
+            size = sum(x.size for x in jax.tree.leaves(shapes["blocks"][chunk][j])) // p
+            counts += size * np.array([n is not None for n in of_device])
+    counts += sum(x.size for x in jax.tree.leaves(shapes["final"]))
+    tables = shapes["embed"] | ({"head": shapes["head"]} if "head" in shapes else {})
+    first, last = pipe.schedule.placement[0], pipe.schedule.placement[-1]
+    for name, table in tables.items():
+        if layout.sharded:
+            counts += table.size // p
+            continue
+        holders = {"tokens": {first} | ({last} if layout.head_is_embedding else set()), "head": {last}}
+        for device in holders.get(name, {first}):
+            counts[device] += table.size // p
+    return tuple(counts.tolist())
+
+
+def used_bytes(pipe: Pipeline, batch: int, length: int, bytes_a_parameter: float) -> tuple[int, ...]:
+    """Bytes that each device puts something into: state of its own parameters, ring cells that it fills.
+
+    ``batch`` is sequences a device; ``bytes_a_parameter`` counts weights, gradient, moments and the compute copy.
+    """
+    buffers, program = pipe.buffer_bytes(batch, length), pipe.program
+    total = np.array(used_parameters(pipe)) * bytes_a_parameter
+    for ring, cells in program.rings.items():
+        total += np.array(program.peaks[ring]) * (buffers.get(ring, 0) / cells)
+    return tuple(int(n) for n in total)
+
+
+def _bytes(shapes: Any, placed: Any) -> int:
+    def on_a_device(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> int:
+        return int(np.prod(sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(on_a_device, shapes, placed)))
