@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def prepare(model: ModelOptions, pipeline: PipelineOptions, gpu: GPU) -> Pipelin
     """The pipeline on GPUs that are not there. Raises ValueError for what cannot be built."""
     config = on_gpu(model)
     schedule = pipeline.build(config)
-    data = pipeline.data_parallel or 1
+    data = 1 if pipeline.data_parallel is None else pipeline.data_parallel
     if data < 1:
         raise ValueError(f"data_parallel is {data}; it must be at least 1")
     mesh = make_mesh(pipeline.stages, data, compiled.devices(gpu, pipeline.stages * data))
@@ -214,8 +215,8 @@ def write(option: str, path: str, text: str) -> None:
         fail(f"{option} is {path}; it cannot be written: {problem.strerror}")
 
 
-def main() -> None:
-    options = parse(MemoryOptions, __doc__)
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(MemoryOptions, __doc__, arguments)
     if options.plot and Path(options.plot).suffix not in (".png", ".svg", ".pdf"):
         fail(f"plot is {options.plot}; its name must end in .png, .svg or .pdf")
     found, text = or_fail(lambda: report(options))

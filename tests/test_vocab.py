@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vocabpp_jax import vocab
-from vocabpp_jax.vocab import Shard, Stats
+from vocabpp_jax.vocab import Shard, Stats, output_layer
 
 N, D = 7, 5
 
@@ -91,3 +91,18 @@ def test_statistics_and_losses_are_float32_in_bfloat16_compute():
         vocab.logits(w.astype(jnp.bfloat16), x.astype(jnp.bfloat16), Shard(0, 11)), labels, Shard(0, 11), jnp.bfloat16
     )
     assert soft.dtype == jnp.bfloat16 and all(s.dtype == jnp.float32 for s in stats)
+
+
+def test_a_whole_table_gives_the_same_in_blocks_of_tokens(monkeypatch):
+    rng = np.random.default_rng(3)
+    x, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((12, 8), (31, 8)))
+    labels, weight = rng.integers(0, 31, 12), rng.random(12).astype(np.float32)
+
+    def run():
+        return vocab.unsharded(x, w, labels, weight, Shard(0, 31), jnp.float32)
+
+    whole = run()
+    monkeypatch.setattr(output_layer, "BLOCK", 3 * 31)
+    np.testing.assert_allclose(run()[0], whole[0], rtol=1e-6)
+    np.testing.assert_allclose(run()[1], whole[1], atol=1e-7)
+    assert "scan" in str(jax.make_jaxpr(run)()) and whole[1].shape == (12, 31)

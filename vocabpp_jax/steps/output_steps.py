@@ -159,12 +159,10 @@ class OutputSteps(VocabularyLayer):
                 self._labels(cells),
                 self._weight(cells),
             )
-            y = vocab.logits(self.head, hidden, self.shard)
-            p, stats = vocab.local_softmax(y, labels, self.shard, self.head.dtype)
-            state = state | {"loss": state["loss"] + jnp.sum(weight * vocab.losses(stats))}
+            loss, dy = vocab.unsharded(hidden, self.head, labels, weight, self.shard, self.head.dtype)
+            state = state | {"loss": state["loss"] + loss}
             if not self.trains:
                 return state
-            dy = vocab.logit_gradient(p, jnp.ones_like(weight), weight, labels, self.shard)
             state = state | {self.head_gradient: vocab.weight_gradient(state[self.head_gradient], dy, hidden)}
             return self._final_vjp(state, cells, x, vocab.input_gradient(dy, self.head))
 

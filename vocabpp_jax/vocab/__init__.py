@@ -14,6 +14,7 @@ from .output_layer import (
     partial_input_gradient,
     target_logits,
     unscaled_input_gradient,
+    unsharded,
     weight_gradient,
 )
 
@@ -32,5 +33,6 @@ __all__ = [
     "scatter",
     "target_logits",
     "unscaled_input_gradient",
+    "unsharded",
     "weight_gradient",
 ]

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 F32 = jnp.float32
+BLOCK = 2**26
 
 
 class Shard(NamedTuple):
@@ -86,6 +87,28 @@ def logit_gradient(p: jax.Array, scale: jax.Array, weight: jax.Array, labels: ja
     """``(softmax - G) · weight [N, R]`` in P's dtype."""
     hot = _one_hot_mask(labels, shard, p.shape[1])
     return ((p * scale[:, None] - hot) * weight[:, None]).astype(p.dtype)
+
+
+def unsharded(
+    x: jax.Array, w: jax.Array, labels: jax.Array, weight: jax.Array, shard: Shard, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """The weighted sum of losses, and ``(softmax - G) · weight [N, R]`` in ``dtype``, of a table that is whole.
+
+    Tokens go through in blocks whose float32 logits are at most :data:`BLOCK` elements, so that beside the result only
+    one block's lie about.
+    """
+
+    def block(of: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x, labels, weight = of
+        p, stats = local_softmax(logits(w, x, shard), labels, shard, dtype)
+        return jnp.sum(weight * losses(stats)), logit_gradient(p, jnp.ones_like(weight), weight, labels, shard)
+
+    n, rows = len(x), w.shape[0]
+    blocks = next(k for k in range(1, n + 1) if n % k == 0 and (n // k * rows <= BLOCK or k == n))
+    if blocks == 1:
+        return block((x, labels, weight))
+    loss, dy = lax.map(block, jax.tree.map(lambda a: a.reshape(blocks, n // blocks, *a.shape[1:]), (x, labels, weight)))
+    return loss.sum(), dy.reshape(n, rows)
 
 
 def weight_gradient(accumulated: jax.Array, dy: jax.Array, x: jax.Array) -> jax.Array:
