@@ -159,6 +159,18 @@ class Group:
         self._processes, self._logs = [], []
 
 
+class Here:
+    """This process as one rank of a group that something else has started, for example srun: it answers its own
+    requests, and so does every other rank, in the same order. Whoever started the ranks ends them where one hangs."""
+
+    def __init__(self, handlers: dict[str, Callable[..., Any]]):
+        self.handlers = handlers
+
+    def ask(self, what: str, limit_s: float, **arguments: Any) -> list[Any]:
+        """This rank's answer."""
+        return [self.handlers[what](**arguments)]
+
+
 def serve(handlers: dict[str, Callable[..., Any]]) -> None:
     """A rank's side: answers requests until the group ends. A ValueError refuses; any other error ends the rank."""
     replies = os.fdopen(os.dup(1), "w")

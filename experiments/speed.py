@@ -29,7 +29,7 @@ import jax
 
 import speed_stage
 from options import ClusterOptions, ModelOptions, OptionalStr, PipelineOptions, fail, or_fail, parse
-from processes import Group, GroupFailed, free_port
+from processes import Group, GroupFailed, Here, free_port
 from speed_report import IDEAL, insert_table, rows_of, write_report
 from vocabpp_jax.models import model_flops
 from vocabpp_jax.schedules import METHODS, SCHEDULES, methods_of
@@ -113,24 +113,11 @@ class SpeedOptions:
         return {v: 60 * self.minutes * f / sum(flops.values()) for v, f in flops.items()}
 
 
-class Here:
-    """This process as the whole group, where something else has started the others: same requests, same order."""
-
-    ranks = 1
-
-    def __init__(self) -> None:
-        self.handlers = speed_stage.handlers()
-
-    def ask(self, what: str, limit_s: float, **arguments: Any) -> list[Any]:
-        """This rank's answer. Whatever started the ranks has to end them where one hangs."""
-        return [self.handlers[what](**arguments)]
-
-
 @contextmanager
 def stages(options: SpeedOptions, limit_s: float) -> Iterator[tuple[Any, dict]]:
     """A group whose ranks have found each other, and what it runs on."""
     if options.in_cluster:
-        group = Here()
+        group = Here(speed_stage.handlers())
         yield group, group.ask("describe", limit_s)[0]
         return
     script, p = Path(__file__).with_name("speed_stage.py"), options.pipeline.stages

@@ -59,6 +59,24 @@ class PassTimes:
             "pass_ms": {f.name: _thousandfold(getattr(found, f.name)) for f in fields(found)},
         }
 
+    def account(self, pipe: Pipeline, params: Any, batch: Any, timed: Callable) -> dict[str, float]:
+        """Milliseconds a step by the kind of pass, where all devices take turns on one core: then the time of a pass
+        on several is the sum of theirs."""
+        found = self.durations(pipe, params, batch, timed)
+        outside = self._excerpt(pipe, params, batch, timed, (), None)
+        total: dict[str, float] = {"outside passes": outside}
+        per_microbatch = {f.name: getattr(found, f.name) for f in fields(found) if f.name != "transfer"}
+        for kind, times in per_microbatch.items():
+            # Stages with as many layers were timed together.
+            parts = {times} if not isinstance(times, tuple) else set(times)
+            total[kind] = pipe.schedule.m * sum(parts)
+        for segment in pipe.program.segments:
+            for i in segment.body:
+                if i.op == "permute":
+                    took = max(found.transfer[a][b] for a, b in i.pairs)
+                    total["transfers"] = total.get("transfers", 0.0) + segment.intervals * took
+        return {kind: 1e3 * seconds for kind, seconds in total.items()}
+
     def durations(self, pipe: Pipeline, params: Any, batch: Any, timed: Callable) -> Durations:
         """The time of every pass and collective that the pipeline's program has."""
         schedule, layout = pipe.schedule, pipe.layout
@@ -76,7 +94,7 @@ class PassTimes:
             if kind in kinds:
                 times[kind] = self._stages(pipe, whole["run", kind], seconds)
         shared = (schedule.splits_backward, layout.sharded, "S1" in kinds, _early(pipe))
-        for kind in kinds - {"F", "B", "W", "IF"}:
+        for kind in sorted(kinds - {"F", "B", "W", "IF"}):  # in the same order on every rank
             i = whole["run", kind]
             devices = np.flatnonzero((i.tables["microbatch"] >= 0).any(axis=0))
             took = seconds([i], tuple(devices.tolist()), (kind, shared))
@@ -104,7 +122,7 @@ class PassTimes:
         """The time of a pass for every stage: measured once for every number of layers that a stage has."""
         layout, found = pipe.layout, {}
         for c, stages in enumerate(layout.stage_of):
-            for count in {layout.layer_counts[s] for s in stages} - set(found):
+            for count in sorted({layout.layer_counts[s] for s in stages} - set(found)):
                 devices = tuple(d for d, s in enumerate(stages) if layout.layer_counts[s] == count)
                 key = (instruction.name, count, layout.depth, len(devices), pipe.schedule.splits_backward)
                 found[count] = seconds([replace(instruction, chunk=c)], devices, key)

@@ -54,6 +54,11 @@ class Stage:
         ClusterOptions(coordinator=coordinator, processes=ranks, process_id=rank).join(ranks)
         return self.describe() | {"seconds": time.monotonic() - began}
 
+    def simulate(self, devices: int) -> dict[str, Any]:
+        """Be alone, and simulate devices where there are only CPUs."""
+        ClusterOptions().join(devices)
+        return self.describe()
+
     def describe(self) -> dict[str, Any]:
         """The devices, and the version of what runs on them."""
         return {
@@ -114,6 +119,11 @@ class Stage:
         ready = self.ready[name]
         return self.pass_times.predict(ready.contender.pipe, ready.params, ready.batch, slowest)
 
+    def account(self, name: str) -> dict[str, float]:
+        """Where the time of a step goes when all devices share a core: ms a step, by the kind of pass."""
+        ready = self.ready[name]
+        return self.pass_times.account(ready.contender.pipe, ready.params, ready.batch, slowest)
+
     def losses(self, folder: str, model: dict, pipeline: dict, lr: float, steps: int) -> list[float]:
         """Train from the weights and on the batches in a folder; the loss of every step."""
         contender, config = build(model, pipeline)
@@ -159,7 +169,8 @@ def slowest(run: Any) -> float:
 def handlers() -> dict[str, Any]:
     """The requests that this rank answers."""
     stage = Stage()
-    return {name: getattr(stage, name) for name in ("join", "describe", "prepare", "time", "passes", "losses")}
+    names = ("join", "simulate", "describe", "prepare", "time", "passes", "account", "losses")
+    return {name: getattr(stage, name) for name in names}
 
 
 if __name__ == "__main__":
