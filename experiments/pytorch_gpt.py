@@ -51,7 +51,9 @@ class Block(nn.Module):
 
     def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
         B, L, D = x_BLD.shape
-        qkv_3BHLK = self.qkv(self.attention_norm(x_BLD)).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        qkv_3BHLK = (
+            self.qkv(self.attention_norm(x_BLD)).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        )
         a_BHLK = functional.scaled_dot_product_attention(*qkv_3BHLK, is_causal=True)
         x_BLD = x_BLD + self.out(a_BHLK.transpose(1, 2).reshape(B, L, D))
         return x_BLD + self.down(functional.gelu(self.up(self.mlp_norm(x_BLD)), approximate="tanh"))

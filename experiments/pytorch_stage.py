@@ -17,7 +17,7 @@ import exchange
 import processes
 from pytorch_gpt import Shape, Stage, pipeline, token_loss
 
-ALONE = "even-share"
+ALONE = "even-share"  # as in speed_report.py, which needs jax
 
 
 @dataclass
@@ -42,7 +42,9 @@ class Rank:
         rank, ranks = int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", ranks))
         dist.init_process_group("nccl" if self.gpus else "gloo", rank=rank, world_size=ranks, **where)
         name = torch.cuda.get_device_name(self.device) if self.gpus else "cpu"
-        return {"device": name, "devices": ranks, "torch": torch.__version__}
+        dist.barrier()
+        calmed = {} if self.gpus else {"calmed": processes.calm_transport()}
+        return {"device": name, "devices": ranks, "torch": torch.__version__} | calmed
 
     def prepare(self, name: str, schedule: str, shape: dict, folder: str, microbatches: int) -> dict[str, float]:
         """Load the weights and the first batch for one schedule, or for ``even-share``: every rank alone with the
@@ -101,16 +103,16 @@ class Rank:
     def _flat(self, array: Any) -> torch.Tensor:
         return torch.from_numpy(array).flatten(0, 1).long().to(self.device)
 
-    def time(self, name: str) -> float:
-        """Seconds of one step on the slowest rank, all beginning together."""
+    def time(self, name: str) -> tuple[float, float]:
+        """One step, all ranks beginning together: seconds on the slowest, and seconds of this rank's processor."""
         dist.barrier()
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), time.process_time()
         self.steps[name]()
         if self.gpus:
             torch.cuda.synchronize()
         took = torch.tensor([time.perf_counter() - began], device=self.device)
         dist.all_reduce(took, dist.ReduceOp.MAX)
-        return float(took)
+        return float(took), time.process_time() - busy
 
     def losses(self, schedule: str, shape: dict, folder: str, microbatches: int, lr: float, steps: int) -> list[float]:
         """Train from the weights and on the batches in a folder; the loss of every step."""

@@ -18,7 +18,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,26 +153,35 @@ def measure(options: SpeedOptions, vocab_size: int, limit_s: float) -> dict[str,
                 say(f"left out: {name}: {problem}")
                 result["left_out"][name] = str(problem)
                 continue
-            result["contenders"][name] = {"compile": ready[0], "seconds": []}
+            result["contenders"][name] = {"compile": ready[0], "seconds": [], "cpu_s": []}
         say(f"V={vocab_size}: compiled {len(result['contenders'])} programs, {left():.0f} s left")
         for number in range(options.repeats + 1):
             began = time.monotonic()
             for name, of in result["contenders"].items():
-                took = max(group.ask("time", left(), name=name))
+                took = group.ask("time", left(), name=name)
                 if number:  # the first round touches memory for the first time
-                    of["seconds"].append(took)
+                    of["seconds"].append(max(seconds for seconds, _ in took))
+                    of["cpu_s"].append(sum(cpu for _, cpu in took))
             spent = time.monotonic() - began
             say(f"V={vocab_size}: {f'round {number}' if number else 'warm-up'}, {spent:.1f} s, {left():.0f} s left")
             # The passes take about as long as a round.
             if number and left() < spent * (1.2 if options.no_passes else 2.5) and isinstance(group, Group):
                 break
-        for name in cases if not options.no_passes else ():
-            if name in result["contenders"]:
-                result["contenders"][name]["prediction"] = group.ask("passes", left(), name=name)[0]
-                predicted = result["contenders"][name]["prediction"]["predicted_ms"]
-                took = 1e3 * median(result["contenders"][name]["seconds"])
-                say(f"V={vocab_size}: {name}: predicted {predicted:.0f} ms, measured {took:.0f} ms")
+        if not options.no_passes:
+            try:
+                predict(group, result, [name for name in cases if name in result["contenders"]], left)
+            except GroupFailed as problem:  # what has been timed stays
+                result["failed"] = str(problem)
     return result
+
+
+def predict(group: Any, result: dict[str, Any], names: list[str], left: Callable[[], float]) -> None:
+    """Time the passes of ours, and note what the simulator makes of them."""
+    for name in names:
+        of = result["contenders"][name]
+        of["prediction"] = group.ask("passes", left(), name=name)[0]
+        predicted, took = of["prediction"]["predicted_ms"], 1e3 * median(of["seconds"])
+        say(f"V={result['vocab_size']}: {name}: predicted {predicted:.0f} ms, measured {took:.0f} ms")
 
 
 def say(line: str) -> None:
@@ -193,7 +202,8 @@ def kept_or_measured(options: SpeedOptions, vocab_size: int, limit_s: float) -> 
             raise ValueError(
                 f"output is {options.output!r}, which holds other measurements; give another folder or remove it"
             )
-        return found
+        if "failed" not in found:
+            return found
     found = measure(options, vocab_size, limit_s) | {"request": request}
     if options.writes:
         unfinished = file.with_suffix(".part")
@@ -221,6 +231,10 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(1) from None
     if options.writes:
         report(options, rows_of(results, options.at(2).config().seq, options.pipeline))
+    failures = [f"V={r['vocab_size']}: {r['failed']}" for r in results if "failed" in r]
+    if failures:
+        say("error: not all could be predicted; the same command tries again\n" + "\n".join(failures))
+        raise SystemExit(1)
 
 
 def report(options: SpeedOptions, found: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ COLUMNS = (
     "most_ms",
     "predicted_ms",
     "outside_ms",
+    "cpu_ratio",
     "compile_s",
 )
 
@@ -51,6 +52,7 @@ def rows_of(results: list[dict], seq: int, pipeline: PipelineOptions) -> dict[st
                 "least_ms": min(ms),
                 "most_ms": max(ms),
                 "repeats": len(ms),
+                "cpu_ratio": median(of["cpu_s"]) / median(result["contenders"][IDEAL]["cpu_s"]),
                 **of["compile"],
             }
             if "prediction" in of:
@@ -66,10 +68,11 @@ def table_of(found: dict[str, Any]) -> str:
     lines = [
         f"{devices['devices']} × {devices['device']}, one process each, jax {devices['jax']}; "
         f"{found['tokens_per_step']:,} tokens a step, loss and gradients. "
-        "Measured: the median and, in brackets, least and most. Ideal: the same work divided evenly, nobody waiting.",
+        "Measured: the median and, in brackets, least and most. Ideal: the same work divided evenly, nobody waiting. "
+        "Work: processor time, the ideal's being 1; what is above it is the program's own and not waiting.",
         "",
-        "| vocabulary | schedule | method | tokens/s | of ideal | predicted | step, ms | predicted, ms | error |",
-        "|---:|---|---|---:|---:|---:|---:|---:|---:|",
+        "| vocabulary | schedule | method | tokens/s | of ideal | predicted | ms | predicted ms | error | work |",
+        "|---:|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     every = found["ideal"] + found["rows"] + found["comparators"]
     for row in sorted(every, key=lambda r: (r["vocab_size"], r["measured_ms"])):
@@ -81,7 +84,8 @@ def table_of(found: dict[str, Any]) -> str:
         lines.append(
             f"| {row['vocab_size']:,} | {schedule} | {row['method']} | {row['tokens_per_second']:,.0f} | "
             f"{row['ratio_to_ideal']:.3f} | {predicted[0]} | {row['measured_ms']:.0f} "
-            f"({row['least_ms']:.0f} to {row['most_ms']:.0f}) | {predicted[1]} | {predicted[2]} |"
+            f"({row['least_ms']:.0f} to {row['most_ms']:.0f}) | {predicted[1]} | {predicted[2]} | "
+            f"{row['cpu_ratio']:.3f} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -52,7 +52,9 @@ class Stage:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         rank = int(os.environ["RANK"])
         ClusterOptions(coordinator=coordinator, processes=ranks, process_id=rank).join(ranks)
-        return self.describe() | {"seconds": time.monotonic() - began}
+        found = self.describe() | {"seconds": time.monotonic() - began}
+        multihost_utils.sync_global_devices("joined")
+        return found | ({"calmed": processes.calm_transport()} if jax.default_backend() == "cpu" else {})
 
     def simulate(self, devices: int) -> dict[str, Any]:
         """Be alone, and simulate devices where there are only CPUs."""
@@ -109,10 +111,12 @@ class Stage:
         batch = jax.jit(tokens, out_shardings=NamedSharding(mesh, contender.batch_spec))(jax.random.key(1))
         return self.params[key], batch
 
-    def time(self, name: str) -> float:
-        """Seconds of one step on the slowest rank, all beginning together."""
+    def time(self, name: str) -> tuple[float, float]:
+        """One step, all ranks beginning together: seconds on the slowest, and seconds of this rank's processor."""
         ready = self.ready[name]
-        return slowest(lambda: ready.step(ready.params, ready.batch))
+        began = time.process_time()
+        took = slowest(lambda: ready.step(ready.params, ready.batch))
+        return took, time.process_time() - began
 
     def passes(self, name: str) -> dict[str, float]:
         """The measured times of a pipeline's passes, and the step that the simulator makes of them, in ms."""

@@ -6,7 +6,7 @@ Shapes: m microbatches, B sequences in each, L length, D model width, V vocabula
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
