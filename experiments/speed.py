@@ -28,11 +28,14 @@ from typing import Any
 import jax
 
 import speed_stage
+from comparators import COMPARATORS
 from options import ClusterOptions, ModelOptions, OptionalStr, PipelineOptions, fail, or_fail, parse
 from processes import Group, GroupFailed, Here, free_port
 from speed_report import IDEAL, insert_table, rows_of, write_report
 from vocabpp_jax.models import model_flops
 from vocabpp_jax.schedules import METHODS, SCHEDULES, methods_of
+
+Left = Callable[[], float]  # seconds that a vocabulary still has
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,10 @@ class SpeedOptions:
             for value in getattr(self, name):
                 if value not in known:
                     raise ValueError(f"{name} has {value!r}; they are {', '.join(known)}, or all")
+        for name in self.comparators:
+            if name not in COMPARATORS or name == IDEAL:
+                others = ", ".join(other for other in COMPARATORS if other != IDEAL)
+                raise ValueError(f"comparators has {name!r}; they are {others}")
         given = self.pipeline
         if (given.schedule, given.method) != (PipelineOptions.schedule, PipelineOptions.method):
             raise ValueError("schedule and method are for one pipeline; here they are schedules and methods")
@@ -135,47 +142,55 @@ def measure(options: SpeedOptions, vocab_size: int, limit_s: float) -> dict[str,
     """Everything for one vocabulary, all in turns. Ends in time: with fewer rounds, or as GroupFailed."""
     end = time.monotonic() + limit_s
     left = lambda: max(1.0, end - time.monotonic())  # noqa: E731
-    model, cases = dataclasses.asdict(options.at(vocab_size)), options.cases()
     result: dict[str, Any] = {"vocab_size": vocab_size, "contenders": {}, "left_out": {}}
     with stages(options, left()) as (group, devices):
         result |= {"devices": devices}
-        for name in (IDEAL, *cases, *options.comparators):
-            comparator = None if name in cases else name
-            schedule, method = cases.get(name, ("1f1b", "vocab-2"))
-            pipeline = dataclasses.asdict(
-                dataclasses.replace(options.pipeline, schedule=schedule, method=method, data_parallel=1)
-            )
-            try:
-                ready = group.ask("prepare", left(), name=name, model=model, pipeline=pipeline, comparator=comparator)
-            except ValueError as problem:
-                if name == IDEAL:
-                    raise
-                say(f"left out: {name}: {problem}")
-                result["left_out"][name] = str(problem)
-                continue
-            result["contenders"][name] = {"compile": ready[0], "seconds": [], "cpu_s": []}
+        prepare(options, group, result, left)
         say(f"V={vocab_size}: compiled {len(result['contenders'])} programs, {left():.0f} s left")
-        for number in range(options.repeats + 1):
-            began = time.monotonic()
-            for name, of in result["contenders"].items():
-                took = group.ask("time", left(), name=name)
-                if number:  # the first round touches memory for the first time
-                    of["seconds"].append(max(seconds for seconds, _ in took))
-                    of["cpu_s"].append(sum(cpu for _, cpu in took))
-            spent = time.monotonic() - began
-            say(f"V={vocab_size}: {f'round {number}' if number else 'warm-up'}, {spent:.1f} s, {left():.0f} s left")
-            # The passes take about as long as a round.
-            if number and left() < spent * (1.2 if options.no_passes else 2.5) and isinstance(group, Group):
-                break
+        time_all(options, group, result, left)
         if not options.no_passes:
             try:
-                predict(group, result, [name for name in cases if name in result["contenders"]], left)
+                predict(group, result, [name for name in options.cases() if name in result["contenders"]], left)
             except GroupFailed as problem:  # what has been timed stays
                 result["failed"] = str(problem)
     return result
 
 
-def predict(group: Any, result: dict[str, Any], names: list[str], left: Callable[[], float]) -> None:
+def prepare(options: SpeedOptions, group: Any, result: dict[str, Any], left: Left) -> None:
+    """Have everything built and compiled, or noted among what is left out."""
+    model, cases = dataclasses.asdict(options.at(result["vocab_size"])), options.cases()
+    for name in (IDEAL, *cases, *options.comparators):
+        schedule, method = cases.get(name, ("1f1b", "vocab-2"))
+        pipeline = dataclasses.replace(options.pipeline, schedule=schedule, method=method, data_parallel=1)
+        arguments = {"model": model, "pipeline": dataclasses.asdict(pipeline)}
+        try:
+            ready = group.ask("prepare", left(), name=name, comparator=None if name in cases else name, **arguments)
+        except ValueError as problem:
+            if name == IDEAL:
+                raise
+            say(f"left out: {name}: {problem}")
+            result["left_out"][name] = str(problem)
+            continue
+        result["contenders"][name] = {"compile": ready[0], "seconds": [], "cpu_s": []}
+
+
+def time_all(options: SpeedOptions, group: Any, result: dict[str, Any], left: Left) -> None:
+    """Rounds in which each has its turn, as many as there is time for, behind one that touches the memory."""
+    for number in range(options.repeats + 1):
+        began = time.monotonic()
+        for name, of in result["contenders"].items():
+            took = group.ask("time", left(), name=name)
+            if number:
+                of["seconds"].append(max(seconds for seconds, _ in took))
+                of["cpu_s"].append(sum(cpu for _, cpu in took))
+        spent = time.monotonic() - began
+        say(f"V={result['vocab_size']}: round {number} of {options.repeats}, {spent:.1f} s, {left():.0f} s left")
+        # The passes take about as long as a round. Where nothing else watches the ranks, none may decide on its own.
+        if number and left() < spent * (1.2 if options.no_passes else 2.5) and isinstance(group, Group):
+            break
+
+
+def predict(group: Any, result: dict[str, Any], names: list[str], left: Left) -> None:
     """Time the passes of ours, and note what the simulator makes of them."""
     for name in names:
         of = result["contenders"][name]

@@ -5,6 +5,7 @@ import pytest
 
 import compare_pytorch
 import exchange
+from compare_report import ratios_of
 from megatron_logs import read_log
 
 ARGUMENTS = """------------------------ arguments ------------------------
