@@ -1,7 +1,7 @@
 import jax
 import pytest
 
-from speed_passes import PassTimes, again, synchronous
+from speed_passes import Excerpt, PassTimes, again, synchronous
 from vocabpp_jax import Pipeline, make_mesh, models, schedules
 from vocabpp_jax.schedules import Durations, simulate
 
@@ -35,6 +35,16 @@ def test_passes_are_timed_with_the_real_ones_and_add_up_to_a_step():
     assert found.H[0] == 0 < found.H[1] and found.IF[1] == 0 < found.IF[0]
     account = times.account(pipe, params, batch(), timed)
     assert account["F"] == pytest.approx(1e3 * 4 * sum(found.F))
+
+
+@pytest.mark.parametrize(("kind", "products"), [("F", 6), ("S", 2)])
+def test_the_compiler_leaves_a_pass_whole_that_nothing_reads(kind, products):
+    pipe = pipeline("vocab-2", counts=(2, 1))
+    body = [i for s in pipe.program.segments for i in s.body if (i.op, i.name) == ("run", kind)][:1]
+    excerpt = Excerpt(pipe.model, pipe.schedule, pipe.mesh, whole=pipe.program, body=tuple(body), intervals=1)
+    shapes = jax.eval_shape(batch)
+    compiled = jax.jit(excerpt.value_and_grad).lower(pipe.layout.shapes(), shapes).compile()
+    assert compiled.as_text().count(" dot(") >= products
 
 
 def test_an_instruction_runs_again_in_every_interval_on_the_devices_named():
