@@ -67,6 +67,8 @@ class CompareOptions:
     """File for the result as JSON, - for standard output."""
     docs: OptionalStr = None
     """Markdown page whose table of this comparison is to be replaced."""
+    folder: OptionalStr = None
+    """Keep the weights and batches here, for pytorch_baseline.py; otherwise they go when the run is over."""
     gpus: bool = False
     """Give each stage a GPU of this machine instead of a core."""
     share_cores: bool = False
@@ -130,11 +132,16 @@ def both(options: CompareOptions, end: float) -> Iterator[Both]:
     here, p = Path(__file__).parent, options.pipeline.stages
     with contextlib.ExitStack() as stack:
         groups = []
-        for script in ("speed_stage.py", "pytorch_stage.py"):
+        for script in ("speed_stage.py", "pytorch_baseline.py"):
             group = stack.enter_context(Group(here / script, p, options.gpus, options.share_cores))
             group.ask("join", max(1.0, end - time.monotonic()), coordinator=f"127.0.0.1:{free_port()}", ranks=p)
             groups.append(group)
         yield Both(options, *groups, end)
+
+
+def folder_of(options: CompareOptions) -> contextlib.AbstractContextManager[str]:
+    """Where weights and batches go."""
+    return contextlib.nullcontext(options.folder) if options.folder else tempfile.TemporaryDirectory()
 
 
 def export(options: CompareOptions, vocab_size: int, steps: int, folder: Path) -> None:
@@ -152,7 +159,7 @@ def export(options: CompareOptions, vocab_size: int, steps: int, folder: Path) -
 def compare_losses(options: CompareOptions, end: float) -> dict[str, Any]:
     """Every run's losses, and the largest difference from our first one's."""
     vocab_size = options.model.config().vocab_size
-    with tempfile.TemporaryDirectory() as folder, both(options, end) as groups:
+    with folder_of(options) as folder, both(options, end) as groups:
         export(options, vocab_size, options.steps, Path(folder))
         losses, train = {}, {"lr": options.lr, "steps": options.steps}
         for name in options.ours:
@@ -192,7 +199,7 @@ def compare_speed(options: CompareOptions, end: float) -> dict[str, Any]:
 
 def time_all(options: CompareOptions, vocab_size: int, end: float) -> dict[str, list[float]]:
     """Seconds of every step of both frameworks, in turns, for one vocabulary."""
-    with tempfile.TemporaryDirectory() as folder, both(options, end) as groups:
+    with folder_of(options) as folder, both(options, end) as groups:
         export(options, vocab_size, 1, Path(folder))
         asked: dict[str, Group] = {}
         for name in (ALONE, *options.ours):

@@ -1,20 +1,30 @@
-"""One rank of the PyTorch pipeline that is timed: what ``speed_stage.py`` is for ours."""
+"""One rank of the same GPT on PyTorch's pipelines, with the weights and batches that ``compare_pytorch.py`` wrote.
+
+    python experiments/compare_pytorch.py --folder runs/exchange ...
+    torchrun --nproc-per-node 8 experiments/pytorch_baseline.py --folder runs/exchange --schedules 1f1b v-zb ...
+
+``compare_pytorch.py`` starts the ranks of a single machine itself, and asks them what ``speed_stage.py`` is asked. By
+hand, under torchrun, the model and the pipeline must be said as they were to ``compare_pytorch.py``.
+"""
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
 import exchange
 import processes
+from options import ModelOptions, PipelineOptions, fail, or_fail, parse
 from pytorch_gpt import Shape, Stage, pipeline, token_loss
 
 ALONE = "even-share"  # as in speed_report.py, which needs jax
@@ -142,5 +152,47 @@ def handlers() -> dict[str, Any]:
     return {name: getattr(rank, name) for name in ("join", "prepare", "time", "losses")}
 
 
+@dataclass(frozen=True)
+class BaselineOptions:
+    """What torchrun's ranks do."""
+
+    folder: str
+    """Where compare_pytorch.py has written weights and batches."""
+    what: Literal["losses", "speed"] = "speed"
+    """Train and print every step's loss, or time steps."""
+    schedules: tuple[str, ...] = ("1f1b",)
+    """PyTorch's schedules: 1f1b, gpipe, interleaved-1f1b, v-zb, or even-share for every rank alone."""
+    repeats: int = 3
+    """With speed: steps that are timed."""
+    steps: int = 50
+    """With losses: optimizer steps."""
+    lr: float = 1e-3
+    """With losses: the learning rate."""
+    model: ModelOptions = field(default_factory=ModelOptions)
+    pipeline: PipelineOptions = field(default_factory=PipelineOptions)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = or_fail(lambda: parse(BaselineOptions, __doc__, arguments))
+    if "RANK" not in os.environ:
+        fail("RANK is not set; start this with torchrun, or start compare_pytorch.py")
+    config, m = or_fail(options.model.config), options.pipeline.microbatches
+    rank = Rank()
+    print(json.dumps(rank.join()), file=sys.stderr)
+    shape = {name: getattr(config, name) for name in ("layers", "hidden", "heads", "vocab_size")}
+    for schedule in options.schedules:
+        given = {"schedule": schedule, "shape": shape, "folder": options.folder, "microbatches": m}
+        if options.what == "losses":
+            told: Any = or_fail(lambda g=given: rank.losses(**g, lr=options.lr, steps=options.steps))
+        else:
+            or_fail(lambda g=given: rank.prepare(name=g["schedule"], **g))
+            rank.time(schedule)
+            told = [rank.time(schedule)[0] for _ in range(options.repeats)]
+        if dist.get_rank() == 0:
+            unit = "losses" if options.what == "losses" else "seconds"
+            print(json.dumps({"schedule": schedule, unit: told}), flush=True)
+    dist.destroy_process_group()
+
+
 if __name__ == "__main__":
-    processes.serve(handlers())
+    main() if len(sys.argv) > 1 else processes.serve(handlers())
