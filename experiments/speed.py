@@ -1,7 +1,7 @@
 """Measure every method and schedule side by side on real processors: a process a stage, each with its own core or GPU.
 
     python experiments/speed.py --output runs/speed --docs docs/speed.md
-    python experiments/speed.py --schedules all --methods baseline vocab-2 --vocab-sizes 40960 --comparators
+    python experiments/speed.py --schedules all --methods baseline vocab-2 --vocab-sizes 40960 --layers 4
 
 For each vocabulary it starts one group of processes, compiles everything, and times all in turns, so that whatever
 slows the machine down slows all of them. The ideal is the same work divided evenly with nobody waiting: every device
@@ -48,9 +48,9 @@ class SpeedOptions:
     """Pipeline schedules, or all."""
     vocab_sizes: tuple[int, ...] = (10240, 20480, 40960)
     """The sweep: sizes of the vocabulary."""
-    comparators: tuple[str, ...] = ("spmd-pipeline", "data-parallel", "fsdp")
-    """Other ways to use the same devices: a pipeline by autodiff with the head outside it, copies of the model,
-    and parameters split over the devices."""
+    comparators: tuple[str, ...] = ()
+    """Other ways to use the same devices: spmd-pipeline, a pipeline by autodiff with the head outside it;
+    data-parallel, copies of the model; fsdp, parameters split over the devices."""
     repeats: int = 3
     """Rounds in which each is timed once; fewer where the time does not suffice."""
     minutes: float = 20.0
@@ -62,7 +62,8 @@ class SpeedOptions:
     json: OptionalStr = None
     """File for the rows as JSON, - for standard output."""
     docs: OptionalStr = None
-    """Markdown page whose table of these measurements is to be replaced."""
+    """Markdown page whose table of these measurements is to be replaced; it has one more for those with
+    comparators."""
     gpus: bool = False
     """Give each stage a GPU of this machine instead of a core."""
     share_cores: bool = False
@@ -262,7 +263,7 @@ def report(options: SpeedOptions, found: dict[str, Any]) -> None:
     elif options.json:
         Path(options.json).write_text(text + "\n")
     if options.docs:
-        or_fail(lambda: insert_table(Path(options.docs), "speed", table))
+        or_fail(lambda: insert_table(Path(options.docs), "speed-others" if options.comparators else "speed", table))
 
 
 if __name__ == "__main__":

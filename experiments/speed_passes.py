@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vocabpp_jax import Pipeline
-from vocabpp_jax.schedules import Durations, Instruction, Program, Segment, simulate
+from vocabpp_jax.schedules import COMPILED, Durations, Instruction, Program, Rules, Segment, simulate
 
 RINGS = {"deliver": "inbox"}  # the tables that are not named after the ring they index
 _SUBTRACTED = {"CI": ("C0", "IF"), "big": ("G",), "CB": ("IB",)}
@@ -53,17 +53,23 @@ class PassTimes:
 
     def predict(self, pipe: Pipeline, params: Any, batch: Any, timed: Callable[[Callable], float]) -> dict[str, Any]:
         """The simulated step, in ms: the passes, and beside them what a step without any costs."""
-        found = self.durations(pipe, params, batch, timed)
+        measured = found = self.durations(pipe, params, batch, timed)
         outside = self._excerpt(pipe, params, batch, timed, (), None)
-        program = pipe.program
+        program, rules, copying = pipe.program, COMPILED, 0.0
+        blocking = simulate(program, found).makespan
         if pipe.mesh.devices.flat[0].platform == "cpu":
-            program = synchronous(program)  # the core that computes is the one that copies
-        timeline = simulate(program, found)
+            # What a core is to do next waits for its data alone. But the core that computes is also the one that
+            # copies, so that no pass hides a collective's work.
+            copying, found = without_collectives(program, found)
+            rules = Rules("asynchronous")
+        timeline = simulate(program, found, rules)
         return {
-            "predicted_ms": 1e3 * (timeline.makespan + outside),
+            "predicted_ms": 1e3 * (timeline.makespan + copying + outside),
+            "predicted_blocking_ms": 1e3 * (blocking + outside),
             "outside_ms": 1e3 * outside,
+            "collectives_ms": 1e3 * copying,
             "busy_ms": (1e3 * timeline.busy).tolist(),
-            "pass_ms": {f.name: _thousandfold(getattr(found, f.name)) for f in fields(found)},
+            "pass_ms": {f.name: _thousandfold(getattr(measured, f.name)) for f in fields(measured)},
         }
 
     def account(self, pipe: Pipeline, params: Any, batch: Any, timed: Callable) -> dict[str, float]:
@@ -187,20 +193,16 @@ def again(pipe: Pipeline, instruction: Instruction, intervals: int, devices: tup
     return replace(instruction, tables=tables)
 
 
-def synchronous(program: Program) -> Program:
-    """The same program with every collective done where it starts: for devices that do not compute beside it."""
-
-    def body(segment: Segment) -> tuple[Instruction, ...]:
-        lines = list(segment.body)
-        for start in [i for i in lines if i.op == "start"]:
-            after = lines[lines.index(start) + 1 :]
-            done = next((i for i in after if (i.op, i.name) == ("done", start.name)), None)
-            if done is not None:
-                lines.remove(done)
-                lines.insert(lines.index(start) + 1, done)
-        return tuple(lines)
-
-    return replace(program, segments=tuple(replace(s, body=body(s)) for s in program.segments))
+def without_collectives(program: Program, durations: Durations) -> tuple[float, Durations]:
+    """The time of all collectives of a step together, and the durations with none for them."""
+    names = {i.name for s in program.segments for i in s.body if i.op == "start"}
+    total = sum(
+        segment.intervals * getattr(durations, i.name)
+        for segment in program.segments
+        for i in segment.body
+        if i.op == "start"
+    )
+    return total, replace(durations, **dict.fromkeys(names, 0.0))
 
 
 def _early(pipe: Pipeline) -> bool:

@@ -10,7 +10,7 @@ SMALL = "--model gpt-tiny --layers 2 --hidden 8 --heads 2 --seq 4 --microbatches
 
 def test_a_sweep_measures_and_predicts_in_processes_of_its_own_and_goes_on_where_it_stopped(tmp_path, capsys):
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- speed -->\n<!-- /speed -->\nafter\n")
+    page.write_text("before\n<!-- speed-others -->\n<!-- /speed-others -->\nafter\n")
     command = [*SMALL, "--output", str(tmp_path / "out"), "--json", str(tmp_path / "x.json"), "--docs", str(page)]
     command += ["--methods", "vocab-2", "--comparators", "data-parallel", "--repeats", "1"]
     speed.main([*command, "--vocab-sizes", "19"])
