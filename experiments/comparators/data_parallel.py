@@ -1,0 +1,105 @@
+"""The same devices used as copies of the whole model, each with its share of the microbatches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vocabpp_jax.layout import PIPE
+from vocabpp_jax.model import Params
+
+from .contender import Batch, OnPipe, accumulated
+
+
+@dataclass(frozen=True)
+class Separate(OnPipe):
+    """Every device computes its share of the microbatches on its own and tells nobody: the same work divided evenly,
+    no waiting. Its time is the ideal. What it returns is one loss and one gradient a device, whose sums are right."""
+
+    batch_spec = PartitionSpec(PIPE)
+
+    def pack(self, canonical: Params) -> Params:
+        return canonical
+
+    def specs(self) -> Params:
+        return jax.tree.map(lambda _: PartitionSpec(), self.model.param_shapes())
+
+    def value_and_grad(self, params: Params, batch: Batch) -> tuple[jax.Array, Params]:
+        def on_device(params: Params, batch: Batch) -> tuple[jax.Array, Params]:
+            out = accumulated(self.model, params, batch, batch["tokens"].size * self.p, self.compute_dtype)
+            return self.reduced(out)
+
+        run = jax.shard_map(
+            on_device,
+            mesh=self.mesh,
+            in_specs=(PartitionSpec(), self.batch_spec),
+            out_specs=self.out_spec,
+            check_vma=False,
+        )
+        return run(params, batch)
+
+    @property
+    def out_spec(self) -> PartitionSpec:
+        return PartitionSpec(PIPE)
+
+    def reduced(self, out: tuple[jax.Array, Params]) -> tuple[jax.Array, Params]:
+        """What a device hands out."""
+        return jax.tree.map(lambda x: x[None], out)
+
+    def unpack(self, packed: Params) -> Params:
+        return jax.tree.map(lambda x: x.sum(0), packed)
+
+
+@dataclass(frozen=True)
+class DataParallel(Separate):
+    """Copies of the model whose gradients are summed once a step."""
+
+    @property
+    def out_spec(self) -> PartitionSpec:
+        return PartitionSpec()
+
+    def reduced(self, out: tuple[jax.Array, Params]) -> tuple[jax.Array, Params]:
+        return jax.lax.psum(out, PIPE)
+
+    def unpack(self, packed: Params) -> Params:
+        return packed
+
+
+@dataclass(frozen=True)
+class FullySharded(OnPipe):
+    """Fully sharded data parallelism: every parameter and its gradient split over the devices, gathered where it is
+    used, in every microbatch. The compiler places the collectives."""
+
+    batch_spec = PartitionSpec(PIPE)
+
+    def pack(self, canonical: Params) -> Params:
+        return canonical
+
+    def specs(self) -> Params:
+        def split(leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
+            axes = [n for n, size in enumerate(leaf.shape) if size % self.p == 0]
+            if not axes:
+                return PartitionSpec()
+            widest = max(axes, key=lambda n: leaf.shape[n])
+            return PartitionSpec(*(PIPE if n == widest else None for n in range(leaf.ndim)))
+
+        return jax.tree.map(split, self.model.param_shapes())
+
+    def value_and_grad(self, params: Params, batch: Batch) -> tuple[jax.Array, Params]:
+        # As many sequences a microbatch as there are devices, so that each has one microbatch's worth.
+        batch = jax.tree.map(self._one_a_device, batch)
+        loss, grads = accumulated(self.model, params, batch, batch["tokens"].size, self.compute_dtype)
+        return loss, jax.tree.map(
+            lambda g, spec: jax.lax.with_sharding_constraint(g, NamedSharding(self.mesh, spec)), grads, self.specs()
+        )
+
+    def _one_a_device(self, x: jax.Array) -> jax.Array:
+        m, B, L = x.shape
+        x = jnp.moveaxis(x.reshape(self.p, m // self.p, B, L), 0, 1).reshape(m // self.p, self.p * B, L)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(None, PIPE)))
+
+    def unpack(self, packed: Params) -> Params:
+        return packed

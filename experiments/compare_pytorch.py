@@ -1,0 +1,264 @@
+"""PyTorch's pipelines and ours side by side: losses step by step, and throughput.
+
+    python experiments/compare_pytorch.py --what losses
+    python experiments/compare_pytorch.py --what speed --docs docs/speed.md
+    python experiments/compare_pytorch.py --what logs --logs megatron.log
+
+Both sides begin with the same weights and see the same batches, a process a stage, each with its own core or GPU.
+``losses`` trains with Adam on both sides and holds every step's losses against each other; it exits with status 1 where
+they differ by more than the tolerance. ``speed`` times them in turns, and each framework's plain accumulation step on
+one device while the others stand still: the kernel ratio. The schedule ratio is that of our own pipelines. ``logs``
+puts runs of Megatron-LM or VocabularyParallelism into the same table; --logs works with the others too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+import exchange
+from compare_report import losses_table, ratios_of, speed_table
+from megatron_logs import read_log
+from options import ModelOptions, OptionalStr, PipelineOptions, or_fail, parse
+from processes import Group, GroupFailed, free_port
+from speed_report import IDEAL as ALONE
+from speed_report import insert_table
+from speed_stage import name_of
+from vocabpp_jax import models
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What is compared, for how long, and where it goes."""
+
+    what: Literal["losses", "speed", "logs"] = "losses"
+    """Losses step by step, throughput, or only the logs of other runs."""
+    schedules: tuple[str, ...] = ("1f1b",)
+    """PyTorch's schedules: 1f1b, gpipe, interleaved-1f1b, v-zb."""
+    ours: tuple[str, ...] = ("1f1b vocab-2", "1f1b baseline")
+    """Ours, as schedule and method in one word each."""
+    vocab_sizes: tuple[int, ...] = (8192, 32768)
+    """With speed: sizes of the vocabulary. The losses are those of the model's own."""
+    steps: int = 50
+    """With losses: optimizer steps."""
+    lr: float = 1e-3
+    """With losses: the learning rate."""
+    tolerance: float = 1e-4
+    """With losses: the largest difference in nats a token."""
+    repeats: int = 3
+    """With speed: rounds in which each is timed once."""
+    minutes: float = 20.0
+    """The most time that the whole run takes."""
+    logs: tuple[str, ...] = ()
+    """Logs of Megatron-LM or VocabularyParallelism."""
+    json: OptionalStr = None
+    """File for the result as JSON, - for standard output."""
+    docs: OptionalStr = None
+    """Markdown page whose table of this comparison is to be replaced."""
+    folder: OptionalStr = None
+    """Keep the weights and batches here, for pytorch_baseline.py; otherwise they go when the run is over."""
+    gpus: bool = False
+    """Give each stage a GPU of this machine instead of a core."""
+    share_cores: bool = False
+    """Go on where there are fewer cores than stages. Such times say nothing."""
+    model: ModelOptions = field(
+        default_factory=lambda: ModelOptions(model="gpt-mini", layers=4, hidden=768, heads=12, seq=512)
+    )
+    pipeline: PipelineOptions = field(
+        default_factory=lambda: PipelineOptions(stages=2, microbatches=12, microbatch_size=1)
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "lr", "repeats", "minutes", "tolerance"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in self.ours:
+            if len(name.split()) != 2:
+                raise ValueError(f'ours has {name!r}; write schedule and method, for example "1f1b vocab-2"')
+        if self.model.config().tie_embeddings:
+            raise ValueError("tie_embeddings is set; torch.distributed.pipelining cannot tie two stages' weights")
+        if self.model.config().dtype != "float32":
+            raise ValueError(f"dtype is {self.model.dtype!r}; the two are compared in float32")
+
+
+@dataclass(frozen=True)
+class Both:
+    """The two groups and what they run; everything ends when the time does."""
+
+    options: CompareOptions
+    ours: Group
+    theirs: Group
+    end: float
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left."""
+        return max(1.0, self.end - time.monotonic())
+
+    def arguments(self, vocab_size: int, schedule: str, method: str) -> dict[str, Any]:
+        """What our ranks need to know."""
+        options = self.options
+        pipeline = dataclasses.replace(options.pipeline, schedule=schedule, method=method, data_parallel=1)
+        model = dataclasses.replace(options.model, vocab_size=vocab_size)
+        return {"model": dataclasses.asdict(model), "pipeline": dataclasses.asdict(pipeline)}
+
+    def torch_arguments(self, vocab_size: int, schedule: str, folder: str) -> dict[str, Any]:
+        """What PyTorch's ranks need to know."""
+        config = self.options.model.config()
+        shape = {"layers": config.layers, "hidden": config.hidden, "heads": config.heads, "vocab_size": vocab_size}
+        return {
+            "schedule": schedule,
+            "shape": shape,
+            "folder": folder,
+            "microbatches": self.options.pipeline.microbatches,
+        }
+
+
+@contextlib.contextmanager
+def both(options: CompareOptions, end: float) -> Iterator[Both]:
+    """A group of each framework. One waits while the other computes."""
+    here, p = Path(__file__).parent, options.pipeline.stages
+    with contextlib.ExitStack() as stack:
+        groups = []
+        for script in ("speed_stage.py", "pytorch_baseline.py"):
+            group = stack.enter_context(Group(here / script, p, options.gpus, options.share_cores))
+            group.ask("join", max(1.0, end - time.monotonic()), coordinator=f"127.0.0.1:{free_port()}", ranks=p)
+            groups.append(group)
+        yield Both(options, *groups, end)
+
+
+def folder_of(options: CompareOptions) -> contextlib.AbstractContextManager[str]:
+    """Where weights and batches go."""
+    return contextlib.nullcontext(options.folder) if options.folder else tempfile.TemporaryDirectory()
+
+
+def export(options: CompareOptions, vocab_size: int, steps: int, folder: Path) -> None:
+    """Write initial weights and batches for both."""
+    config = dataclasses.replace(options.model.config(), vocab_size=vocab_size)
+    weights = jax.jit(models.gpt(config).init)(jax.random.key(0))
+    named = {name_of(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(weights)}
+    pipeline = options.pipeline
+    batches = exchange.make_batches(
+        steps, pipeline.microbatches, pipeline.microbatch_size, config.seq, config.vocab_size
+    )
+    exchange.write(folder, named, batches)
+
+
+def compare_losses(options: CompareOptions, end: float) -> dict[str, Any]:
+    """Every run's losses, and the largest difference from our first one's."""
+    vocab_size = options.model.config().vocab_size
+    with folder_of(options) as folder, both(options, end) as groups:
+        export(options, vocab_size, options.steps, Path(folder))
+        losses, train = {}, {"lr": options.lr, "steps": options.steps}
+        for name in options.ours:
+            arguments = groups.arguments(vocab_size, *name.split())
+            losses[f"ours {name}"] = groups.ours.ask("losses", groups.left, folder=folder, **arguments, **train)[0]
+            say(f"ours {name}: {losses[f'ours {name}'][-1]:.6f} after {options.steps} steps")
+        for name in options.schedules:
+            arguments = groups.torch_arguments(vocab_size, name, folder)
+            losses[f"torch {name}"] = groups.theirs.ask("losses", groups.left, **arguments, **train)[0]
+            say(f"torch {name}: {losses[f'torch {name}'][-1]:.6f} after {options.steps} steps")
+    first = np.array(losses[f"ours {options.ours[0]}"])
+    difference = {name: float(np.max(np.abs(np.array(of) - first))) for name, of in losses.items()}
+    return {"losses": losses, "largest_difference": difference, "holds": max(difference.values()) <= options.tolerance}
+
+
+def compare_speed(options: CompareOptions, end: float) -> dict[str, Any]:
+    """Rows of every contender at every vocabulary, and the ratios."""
+    rows, ratios = [], []
+    for number, vocab_size in enumerate(options.vocab_sizes):
+        part = time.monotonic() + (end - time.monotonic()) / (len(options.vocab_sizes) - number)
+        seconds = time_all(options, vocab_size, part)
+        tokens = options.pipeline.microbatches * options.pipeline.microbatch_size * options.model.config().seq
+        for name, of in seconds.items():
+            framework, _, rest = name.partition(" ")
+            rows.append(
+                {
+                    "framework": framework,
+                    "what": "one device" if rest == ALONE else rest,
+                    "vocab_size": vocab_size,
+                    "measured_ms": 1e3 * median(of),
+                    "tokens_per_second": tokens / median(of) / (options.pipeline.stages if rest == ALONE else 1),
+                }
+            )
+        ratios += ratios_of(options.ours, vocab_size, {name: median(of) for name, of in seconds.items()})
+    return {"rows": rows, "ratios": ratios}
+
+
+def time_all(options: CompareOptions, vocab_size: int, end: float) -> dict[str, list[float]]:
+    """Seconds of every step of both frameworks, in turns, for one vocabulary."""
+    with folder_of(options) as folder, both(options, end) as groups:
+        export(options, vocab_size, 1, Path(folder))
+        asked: dict[str, Group] = {}
+        for name in (ALONE, *options.ours):
+            parts = ("1f1b", "vocab-2") if name == ALONE else name.split()
+            arguments = groups.arguments(vocab_size, *parts) | {"comparator": ALONE if name == ALONE else None}
+            groups.ours.ask("prepare", groups.left, name=name, **arguments)
+            asked[f"ours {name}"] = groups.ours
+        for name in (ALONE, *options.schedules):
+            groups.theirs.ask("prepare", groups.left, name=name, **groups.torch_arguments(vocab_size, name, folder))
+            asked[f"torch {name}"] = groups.theirs
+        seconds: dict[str, list[float]] = {name: [] for name in asked}
+        for number in range(options.repeats + 1):
+            began = time.monotonic()
+            for name, group in asked.items():
+                took = max(s for s, _ in group.ask("time", groups.left, name=name.partition(" ")[2]))
+                if number:  # the first round touches memory for the first time
+                    seconds[name].append(took)
+            spent = time.monotonic() - began
+            say(f"V={vocab_size}: round {number}, {spent:.1f} s, {groups.left:.0f} s left")
+            if number and groups.left < 1.3 * spent:
+                break
+        return seconds
+
+
+def say(line: str) -> None:
+    """Progress, on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = or_fail(lambda: parse(CompareOptions, __doc__, arguments))
+    runs = or_fail(lambda: [read_log(path) for path in options.logs])
+    jax.config.update("jax_platforms", "cpu")  # this process only exports; the devices are the ranks'
+    say(f"{options.what}: {options.minutes:g} minutes at the most")
+    end = time.monotonic() + 60 * options.minutes
+    result: dict[str, Any] = {"rows": [], "ratios": [], "logs": [dataclasses.asdict(run) for run in runs]}
+    try:
+        if options.what == "losses":
+            result |= or_fail(lambda: compare_losses(options, end))
+        elif options.what == "speed":
+            result |= or_fail(lambda: compare_speed(options, end))
+    except GroupFailed as problem:
+        say(f"error: {problem}")
+        raise SystemExit(1) from None
+    tables = [losses_table(result)] if "losses" in result else []
+    if result["rows"] or runs:
+        tables.append(speed_table(result["rows"], result["ratios"], runs))
+    print("\n".join(tables), file=sys.stderr if options.json == "-" else sys.stdout)
+    text = json.dumps(result, indent=1)
+    if options.json == "-":
+        print(text)
+    elif options.json:
+        Path(options.json).write_text(text + "\n")
+    if options.docs:
+        or_fail(lambda: insert_table(Path(options.docs), f"pytorch-{options.what}", "\n".join(tables)))
+    if not result.get("holds", True):
+        say(f"the losses differ by more than {options.tolerance:g}")
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

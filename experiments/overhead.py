@@ -1,0 +1,137 @@
+"""What the executor costs over a plain jitted gradient-accumulation step of the same model on the same core.
+
+    python experiments/overhead.py --docs docs/speed.md
+
+One process on one core simulates 1, 2, 4 and 8 devices. They take turns on the core, so nothing is lost in waiting and
+a schedule's bubble costs nothing: what a pipeline takes longer than the plain step is the executor's own. All are
+timed in turns. With --account every pass is timed too, and the step's time is told pass by pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from options import ModelOptions, OptionalStr, PipelineOptions, or_fail, parse
+from processes import Group, GroupFailed
+from speed_report import IDEAL, insert_table
+
+PLAIN = "plain step"
+
+
+@dataclass(frozen=True)
+class OverheadOptions:
+    """What is measured, for how long, and where it goes."""
+
+    devices: tuple[int, ...] = (1, 2, 4, 8)
+    """Numbers of simulated devices."""
+    methods: tuple[str, ...] = ("vocab-2",)
+    """Vocabulary methods, under the pipeline's schedule."""
+    repeats: int = 3
+    """Rounds in which each is timed once."""
+    minutes: float = 8.0
+    """The most time that the whole run takes."""
+    account: bool = False
+    """Time every pass, and tell where a step's time goes."""
+    json: OptionalStr = None
+    """File for the result as JSON, - for standard output."""
+    docs: OptionalStr = None
+    """Markdown page whose table of these measurements is to be replaced."""
+    model: ModelOptions = field(
+        default_factory=lambda: ModelOptions(model="gpt-mini", layers=8, hidden=512, heads=8, seq=256, vocab_size=8192)
+    )
+    pipeline: PipelineOptions = field(default_factory=lambda: PipelineOptions(microbatches=16, microbatch_size=1))
+
+    def __post_init__(self) -> None:
+        if not self.devices or min(self.devices) < 1:
+            raise ValueError(f"devices is {self.devices}; give one number or more, each at least 1")
+        if self.pipeline.stages != PipelineOptions.stages or self.pipeline.method != PipelineOptions.method:
+            raise ValueError("stages and method are for one pipeline; here they are devices and methods")
+
+
+def measure(options: OverheadOptions) -> dict[str, Any]:
+    """Rows of the plain step and of every pipeline."""
+    end = time.monotonic() + 60 * options.minutes
+    left = lambda: max(1.0, end - time.monotonic())  # noqa: E731
+    model = dataclasses.asdict(options.model)
+    cases = {PLAIN: (1, "vocab-2")} | {f"{m}, p={p}": (p, m) for m in options.methods for p in options.devices}
+    rows: dict[str, dict[str, Any]] = {}
+    with Group(Path(__file__).with_name("speed_stage.py"), ranks=1) as group:
+        device = group.ask("simulate", left(), devices=max(options.devices))[0]
+        for name, (p, method) in cases.items():
+            pipeline = dataclasses.replace(options.pipeline, stages=p, method=method, data_parallel=1)
+            comparator = IDEAL if name == PLAIN else None
+            arguments = {"model": model, "pipeline": dataclasses.asdict(pipeline), "comparator": comparator}
+            rows[name] = {"devices": p, "method": method, "seconds": [], "cpu_s": []}
+            rows[name] |= group.ask("prepare", left(), name=name, **arguments)[0]
+            print(f"{name}: compiled, {left():.0f} s left", file=sys.stderr, flush=True)
+        for number in range(options.repeats + 1):
+            began = time.monotonic()
+            for name in cases:
+                took, cpu = group.ask("time", left(), name=name)[0]
+                if number:  # the first round touches memory for the first time
+                    rows[name]["seconds"].append(took)
+                    rows[name]["cpu_s"].append(cpu)
+            spent = time.monotonic() - began
+            print(f"round {number}: {spent:.1f} s, {left():.0f} s left", file=sys.stderr, flush=True)
+            if number and left() < 1.3 * spent:
+                break
+        for name in list(cases)[1:] if options.account else ():
+            rows[name]["account_ms"] = group.ask("account", left(), name=name)[0]
+    for row in rows.values():
+        for name, of in (("overhead", "seconds"), ("cpu_overhead", "cpu_s")):
+            row[name] = median(row[of]) / median(rows[PLAIN][of]) - 1
+    return {"device": device, "rows": rows}
+
+
+def table_of(options: OverheadOptions, result: dict[str, Any]) -> str:
+    """Markdown: the step times, and where asked for the passes."""
+    config, m = options.model.config(), options.pipeline.microbatches
+    lines = [
+        f"One core ({result['device']['device']}), jax {result['device']['jax']}; {options.pipeline.schedule}, m={m}, "
+        f"{config.layers} layers, h={config.hidden}, s={config.seq}, V={config.vocab_size:,}. Measured: medians.",
+        "",
+        "| | step, ms | over the plain step | in processor time | compile, s |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, row in result["rows"].items():
+        ms = 1e3 * median(row["seconds"])
+        lines.append(
+            f"| {name} | {ms:.0f} | {row['overhead']:+.1%} | {row['cpu_overhead']:+.1%} | {row['compile_s']:.1f} |"
+        )
+    for name, row in result["rows"].items():
+        if "account_ms" in row:
+            parts = row["account_ms"]
+            whole = 1e3 * median(row["seconds"])
+            told = ", ".join(f"{k} {v:.0f}" for k, v in sorted(parts.items(), key=lambda i: -i[1]) if v >= 0.5)
+            lines += ["", f"{name}, ms a step: {told}; together {sum(parts.values()):.0f} of {whole:.0f}."]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = or_fail(lambda: parse(OverheadOptions, __doc__, arguments))
+    print(f"{options.minutes:g} minutes at the most", file=sys.stderr, flush=True)
+    try:
+        result = or_fail(lambda: measure(options))
+    except GroupFailed as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        raise SystemExit(1) from None
+    table = table_of(options, result)
+    print(table, file=sys.stderr if options.json == "-" else sys.stdout)
+    text = json.dumps(result, indent=1)
+    if options.json == "-":
+        print(text)
+    elif options.json:
+        Path(options.json).write_text(text + "\n")
+    if options.docs:
+        or_fail(lambda: insert_table(Path(options.docs), "overhead", table))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""Measure every method and schedule side by side on real processors: a process a stage, each with its own core or GPU.
+
+    python experiments/speed.py --output runs/speed --docs docs/speed.md
+    python experiments/speed.py --schedules all --methods baseline vocab-2 --vocab-sizes 40960 --layers 4
+
+For each vocabulary it starts one group of processes, compiles everything, and times all in turns, so that whatever
+slows the machine down slows all of them. The ideal is the same work divided evenly with nobody waiting: every device
+runs its share of the microbatches through the whole model on its own, all at the same time. It also times every pass
+and lets the simulator predict the step. A step is loss and gradients; the optimizer is left out.
+
+A vocabulary that has been measured is kept in the output folder, and a run that was stopped goes on behind it. On a
+cluster start it once a GPU, with --distributed or a coordinator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+
+import speed_stage
+from comparators import COMPARATORS
+from options import ClusterOptions, ModelOptions, OptionalStr, PipelineOptions, fail, or_fail, parse
+from processes import Group, GroupFailed, Here, free_port
+from speed_report import IDEAL, insert_table, rows_of, write_report
+from vocabpp_jax.models import model_flops
+from vocabpp_jax.schedules import METHODS, SCHEDULES, methods_of
+
+Left = Callable[[], float]  # seconds that a vocabulary still has
+
+
+@dataclass(frozen=True)
+class SpeedOptions:
+    """What is measured, for how long, and where it goes."""
+
+    methods: tuple[str, ...] = ("baseline", "redis", "vocab-1", "vocab-2", "interlaced")
+    """Vocabulary methods, or all. What a schedule does not know is left out."""
+    schedules: tuple[str, ...] = ("1f1b",)
+    """Pipeline schedules, or all."""
+    vocab_sizes: tuple[int, ...] = (10240, 20480, 40960)
+    """The sweep: sizes of the vocabulary."""
+    comparators: tuple[str, ...] = ()
+    """Other ways to use the same devices: spmd-pipeline, a pipeline by autodiff with the head outside it;
+    data-parallel, copies of the model; fsdp, parameters split over the devices."""
+    repeats: int = 3
+    """Rounds in which each is timed once; fewer where the time does not suffice."""
+    minutes: float = 20.0
+    """The most time that the whole run takes. Each vocabulary gets a part of it by its FLOPs."""
+    no_passes: bool = False
+    """Do not time the passes; then nothing is predicted."""
+    output: str = "runs/speed"
+    """Folder for speed.csv, speed.md, speed.png, and a file with everything measured for each vocabulary."""
+    json: OptionalStr = None
+    """File for the rows as JSON, - for standard output."""
+    docs: OptionalStr = None
+    """Markdown page whose table of these measurements is to be replaced; it has one more for those with
+    comparators."""
+    gpus: bool = False
+    """Give each stage a GPU of this machine instead of a core."""
+    share_cores: bool = False
+    """Go on where there are fewer cores than stages. Such times say nothing about the schedules."""
+    model: ModelOptions = field(
+        default_factory=lambda: ModelOptions(model="gpt-mini", layers=2, hidden=768, heads=12, seq=512)
+    )
+    pipeline: PipelineOptions = field(
+        default_factory=lambda: PipelineOptions(stages=2, microbatches=32, microbatch_size=1)
+    )
+    cluster: ClusterOptions = field(default_factory=ClusterOptions)
+
+    def __post_init__(self) -> None:
+        for name in ("methods", "schedules"):
+            known = METHODS if name == "methods" else SCHEDULES
+            if getattr(self, name) == ("all",):
+                object.__setattr__(self, name, known)
+            for value in getattr(self, name):
+                if value not in known:
+                    raise ValueError(f"{name} has {value!r}; they are {', '.join(known)}, or all")
+        for name in self.comparators:
+            if name not in COMPARATORS or name == IDEAL:
+                others = ", ".join(other for other in COMPARATORS if other != IDEAL)
+                raise ValueError(f"comparators has {name!r}; they are {others}")
+        given = self.pipeline
+        if (given.schedule, given.method) != (PipelineOptions.schedule, PipelineOptions.method):
+            raise ValueError("schedule and method are for one pipeline; here they are schedules and methods")
+        if self.model.vocab_size is not None:
+            raise ValueError(f"vocab_size is {self.model.vocab_size}; here it is vocab_sizes, and may be one")
+        for name in ("repeats", "minutes"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+
+    @property
+    def in_cluster(self) -> bool:
+        """Whether this process is one of the stages."""
+        return self.cluster.distributed or self.cluster.coordinator is not None
+
+    @property
+    def writes(self) -> bool:
+        """Whether it is the one that reports."""
+        return not self.in_cluster or jax.process_index() == 0
+
+    def cases(self) -> dict[str, tuple[str, str]]:
+        """Schedule and method of everything of ours."""
+        return {f"{s} {m}": (s, m) for s in self.schedules for m in self.methods if m in methods_of(s)}
+
+    def at(self, vocab_size: int) -> ModelOptions:
+        """The model with one vocabulary."""
+        return dataclasses.replace(self.model, vocab_size=vocab_size)
+
+    def shares(self) -> dict[int, float]:
+        """Seconds for each vocabulary."""
+        flops = {v: model_flops(self.at(v).config()) for v in self.vocab_sizes}
+        return {v: 60 * self.minutes * f / sum(flops.values()) for v, f in flops.items()}
+
+
+@contextmanager
+def stages(options: SpeedOptions, limit_s: float) -> Iterator[tuple[Any, dict]]:
+    """A group whose ranks have found each other, and what it runs on."""
+    if options.in_cluster:
+        group = Here(speed_stage.handlers())
+        yield group, group.ask("describe", limit_s)[0]
+        return
+    script, p = Path(__file__).with_name("speed_stage.py"), options.pipeline.stages
+    with Group(script, p, options.gpus, options.share_cores) as group:
+        yield group, join(group, limit_s)
+
+
+def join(group: Group, limit_s: float) -> dict[str, Any]:
+    """Make the ranks of a group find each other."""
+    coordinator = f"127.0.0.1:{free_port()}"
+    return group.ask("join", limit_s, coordinator=coordinator, ranks=group.ranks)[0]
+
+
+def measure(options: SpeedOptions, vocab_size: int, limit_s: float) -> dict[str, Any]:
+    """Everything for one vocabulary, all in turns. Ends in time: with fewer rounds, or as GroupFailed."""
+    end = time.monotonic() + limit_s
+    left = lambda: max(1.0, end - time.monotonic())  # noqa: E731
+    result: dict[str, Any] = {"vocab_size": vocab_size, "contenders": {}, "left_out": {}}
+    with stages(options, left()) as (group, devices):
+        result |= {"devices": devices}
+        prepare(options, group, result, left)
+        say(f"V={vocab_size}: compiled {len(result['contenders'])} programs, {left():.0f} s left")
+        time_all(options, group, result, left)
+        if not options.no_passes:
+            try:
+                predict(group, result, [name for name in options.cases() if name in result["contenders"]], left)
+            except GroupFailed as problem:  # what has been timed stays
+                result["failed"] = str(problem)
+    return result
+
+
+def prepare(options: SpeedOptions, group: Any, result: dict[str, Any], left: Left) -> None:
+    """Have everything built and compiled, or noted among what is left out."""
+    model, cases = dataclasses.asdict(options.at(result["vocab_size"])), options.cases()
+    for name in (IDEAL, *cases, *options.comparators):
+        schedule, method = cases.get(name, ("1f1b", "vocab-2"))
+        pipeline = dataclasses.replace(options.pipeline, schedule=schedule, method=method, data_parallel=1)
+        arguments = {"model": model, "pipeline": dataclasses.asdict(pipeline)}
+        try:
+            ready = group.ask("prepare", left(), name=name, comparator=None if name in cases else name, **arguments)
+        except ValueError as problem:
+            if name == IDEAL:
+                raise
+            say(f"left out: {name}: {problem}")
+            result["left_out"][name] = str(problem)
+            continue
+        result["contenders"][name] = {"compile": ready[0], "seconds": [], "cpu_s": []}
+
+
+def time_all(options: SpeedOptions, group: Any, result: dict[str, Any], left: Left) -> None:
+    """Rounds in which each has its turn, as many as there is time for, behind one that touches the memory."""
+    for number in range(options.repeats + 1):
+        began = time.monotonic()
+        for name, of in result["contenders"].items():
+            took = group.ask("time", left(), name=name)
+            if number:
+                of["seconds"].append(max(seconds for seconds, _ in took))
+                of["cpu_s"].append(sum(cpu for _, cpu in took))
+        spent = time.monotonic() - began
+        say(f"V={result['vocab_size']}: round {number} of {options.repeats}, {spent:.1f} s, {left():.0f} s left")
+        # The passes take about as long as a round. Where nothing else watches the ranks, none may decide on its own.
+        if number and left() < spent * (1.2 if options.no_passes else 2.5) and isinstance(group, Group):
+            break
+
+
+def predict(group: Any, result: dict[str, Any], names: list[str], left: Left) -> None:
+    """Time the passes of ours, and note what the simulator makes of them."""
+    for name in names:
+        of = result["contenders"][name]
+        of["prediction"] = group.ask("passes", left(), name=name)[0]
+        predicted, took = of["prediction"]["predicted_ms"], 1e3 * median(of["seconds"])
+        say(f"V={result['vocab_size']}: {name}: predicted {predicted:.0f} ms, measured {took:.0f} ms")
+
+
+def say(line: str) -> None:
+    """Progress, on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def kept_or_measured(options: SpeedOptions, vocab_size: int, limit_s: float) -> dict[str, Any]:
+    """What the output folder holds of a vocabulary, or else what is measured now and put there."""
+    file = Path(options.output) / f"measured-{vocab_size}.json"
+    request = dataclasses.asdict(options)
+    for name in ("minutes", "output", "json", "docs", "vocab_sizes", "cluster"):
+        del request[name]
+    request = json.loads(json.dumps(request))
+    if file.exists():
+        found = json.loads(file.read_text())
+        if found["request"] != request:
+            raise ValueError(
+                f"output is {options.output!r}, which holds other measurements; give another folder or remove it"
+            )
+        if "failed" not in found:
+            return found
+    found = measure(options, vocab_size, limit_s) | {"request": request}
+    if options.writes:
+        unfinished = file.with_suffix(".part")
+        unfinished.write_text(json.dumps(found, indent=1) + "\n")
+        unfinished.replace(file)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = or_fail(lambda: parse(SpeedOptions, __doc__, arguments))
+    shares = or_fail(options.shares)
+    if options.in_cluster:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        or_fail(lambda: options.cluster.join(options.pipeline.stages))
+    folder = Path(options.output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        fail(f"output is {options.output!r}, which cannot be written: {problem.strerror}")
+    say(f"{len(options.cases())} pipelines with {len(shares)} vocabularies, {options.minutes:g} minutes at the most")
+    try:
+        results = [or_fail(lambda v=v, s=s: kept_or_measured(options, v, s)) for v, s in shares.items()]
+    except GroupFailed as problem:
+        say(f"error: {problem}")
+        raise SystemExit(1) from None
+    if options.writes:
+        report(options, rows_of(results, options.at(2).config().seq, options.pipeline))
+    failures = [f"V={r['vocab_size']}: {r['failed']}" for r in results if "failed" in r]
+    if failures:
+        say("error: not all could be predicted; the same command tries again\n" + "\n".join(failures))
+        raise SystemExit(1)
+
+
+def report(options: SpeedOptions, found: dict[str, Any]) -> None:
+    """Write everything that was asked for."""
+    table = write_report(Path(options.output), found)
+    print(table, file=sys.stderr if options.json == "-" else sys.stdout)
+    text = json.dumps(found, indent=1)
+    if options.json == "-":
+        print(text)
+    elif options.json:
+        Path(options.json).write_text(text + "\n")
+    if options.docs:
+        or_fail(lambda: insert_table(Path(options.docs), "speed-others" if options.comparators else "speed", table))
+
+
+if __name__ == "__main__":
+    main()

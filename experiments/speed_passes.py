@@ -1,0 +1,214 @@
+"""The real time of every pass, and the step time that the simulator makes of it.
+
+A pass is timed as the executor runs it: a program of that one instruction, interval after interval, on all devices
+that run it, against a program of none. Sums that are not stored anywhere are timed with the pass that reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vocabpp_jax import Pipeline
+from vocabpp_jax.schedules import COMPILED, Durations, Instruction, Program, Rules, Segment, simulate
+
+RINGS = {"deliver": "inbox"}  # the tables that are not named after the ring they index
+_SUBTRACTED = {"CI": ("C0", "IF"), "big": ("G",), "CB": ("IB",)}
+
+
+@dataclass(frozen=True)
+class Excerpt(Pipeline):
+    """A pipeline that runs some of a program's instructions, again and again."""
+
+    whole: Program | None = None
+    body: tuple[Instruction, ...] = ()
+    intervals: int = 0
+
+    @property
+    def program(self) -> Program:
+        segments = (Segment(0, self.intervals, self.body),) if self.body else ()
+        return replace(self.whole, segments=segments)
+
+    def _gradients(self, state: dict[str, Any], params: Any) -> Any:
+        """The gradients, with all of the state alive to the end: what nothing read, the compiler would not compute."""
+        grads = super()._gradients(state, params)
+        read = [x.reshape(-1)[0] for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        invalid = jnp.isnan(sum(x.astype(jnp.float32) for x in read)).astype(jnp.float32)
+        return grads | {"final": jax.tree.map(lambda g: g + invalid, grads["final"])}
+
+
+@dataclass
+class PassTimes:
+    """Measures passes once for all schedules that share them. Times are seconds."""
+
+    intervals: int = 12
+    repeats: int = 3
+    known: dict[Any, float] = field(default_factory=dict)
+
+    def predict(self, pipe: Pipeline, params: Any, batch: Any, timed: Callable[[Callable], float]) -> dict[str, Any]:
+        """The simulated step, in ms: the passes, and beside them what a step without any costs."""
+        measured = found = self.durations(pipe, params, batch, timed)
+        outside = self._excerpt(pipe, params, batch, timed, (), None)
+        program, rules, copying = pipe.program, COMPILED, 0.0
+        blocking = simulate(program, found).makespan
+        if pipe.mesh.devices.flat[0].platform == "cpu":
+            # What a core is to do next waits for its data alone. But the core that computes is also the one that
+            # copies, so that no pass hides a collective's work.
+            copying, found = without_collectives(program, found)
+            rules = Rules("asynchronous")
+        timeline = simulate(program, found, rules)
+        return {
+            "predicted_ms": 1e3 * (timeline.makespan + copying + outside),
+            "predicted_blocking_ms": 1e3 * (blocking + outside),
+            "outside_ms": 1e3 * outside,
+            "collectives_ms": 1e3 * copying,
+            "busy_ms": (1e3 * timeline.busy).tolist(),
+            "pass_ms": {f.name: _thousandfold(getattr(measured, f.name)) for f in fields(measured)},
+        }
+
+    def account(self, pipe: Pipeline, params: Any, batch: Any, timed: Callable) -> dict[str, float]:
+        """Milliseconds a step by the kind of pass, where all devices take turns on one core: then the time of a pass
+        on several is the sum of theirs."""
+        found = self.durations(pipe, params, batch, timed)
+        outside = self._excerpt(pipe, params, batch, timed, (), None)
+        total: dict[str, float] = {"outside passes": outside}
+        per_microbatch = {f.name: getattr(found, f.name) for f in fields(found) if f.name != "transfer"}
+        for kind, times in per_microbatch.items():
+            # Stages with as many layers were timed together.
+            parts = {times} if not isinstance(times, tuple) else set(times)
+            total[kind] = pipe.schedule.m * sum(parts)
+        for segment in pipe.program.segments:
+            for i in segment.body:
+                if i.op == "permute":
+                    took = max(found.transfer[a][b] for a, b in i.pairs)
+                    total["transfers"] = total.get("transfers", 0.0) + segment.intervals * took
+        return {kind: 1e3 * seconds for kind, seconds in total.items()}
+
+    def durations(self, pipe: Pipeline, params: Any, batch: Any, timed: Callable) -> Durations:
+        """The time of every pass and collective that the pipeline's program has."""
+        schedule, layout = pipe.schedule, pipe.layout
+        whole: dict[tuple[str, str], Instruction] = {}
+        for segment in pipe.program.segments:
+            for i in segment.body:
+                whole.setdefault((i.op, i.name if i.op != "permute" else str(i.pairs)), i)
+
+        def seconds(body: list[Instruction], devices: tuple[int, ...] | None = None, key: Any = None) -> float:
+            return self._pass(pipe, params, batch, timed, tuple(body), devices, key)
+
+        times: dict[str, Any] = {"B": 0.0, "transfer": 0.0}
+        kinds = {name for op, name in whole if op == "run"}
+        for kind in ("F", "B", "W"):
+            if kind in kinds:
+                times[kind] = self._stages(pipe, whole["run", kind], seconds)
+        shared = (schedule.splits_backward, layout.sharded, "S1" in kinds, _early(pipe))
+        for kind in sorted(kinds - {"F", "B", "W", "IF"}):  # in the same order on every rank
+            i = whole["run", kind]
+            devices = np.flatnonzero((i.tables["microbatch"] >= 0).any(axis=0))
+            took = seconds([i], tuple(devices.tolist()), (kind, shared))
+            times[kind] = tuple(took if d in devices else 0.0 for d in range(schedule.p))
+        for name in sorted({name for op, name in whole if op == "start"}, key=lambda n: (n in _SUBTRACTED, n)):
+            reads = {"CI": "IF", "big": "G", "CB": "IB"}.get(name)
+            ends = [whole["start", name], whole["done", name]]
+            if name == "CI":  # the lookup lands nowhere but in its sum
+                both = seconds([whole["run", "IF"], *ends], None, (name, shared))
+                times["CI"] = min(both, times["C0"])
+                times["IF"] = (both - times["CI"],) * schedule.p
+            elif reads:
+                took = seconds([*ends, whole["run", reads]], None, (name, shared))
+                times[name] = max(0.0, took - max(times[reads]))
+            else:
+                times[name] = seconds(ends, None, (name, shared))
+        if "IF" in kinds and "CI" not in times:
+            first = schedule.placement[0]
+            took = seconds([whole["run", "IF"]], (first,), ("IF", shared))
+            times["IF"] = tuple(took if d == first else 0.0 for d in range(schedule.p))
+        times["transfer"] = self._transfers(schedule.p, whole, seconds)
+        return Durations(**times)
+
+    def _stages(self, pipe: Pipeline, instruction: Instruction, seconds: Callable) -> tuple[float, ...]:
+        """The time of a pass for every stage: measured once for every number of layers that a stage has."""
+        layout, found = pipe.layout, {}
+        for c, stages in enumerate(layout.stage_of):
+            for count in sorted({layout.layer_counts[s] for s in stages} - set(found)):
+                devices = tuple(d for d, s in enumerate(stages) if layout.layer_counts[s] == count)
+                key = (instruction.name, count, layout.depth, len(devices), pipe.schedule.splits_backward)
+                found[count] = seconds([replace(instruction, chunk=c)], devices, key)
+        return tuple(found[count] for count in layout.layer_counts)
+
+    def _transfers(self, p: int, whole: dict, seconds: Callable) -> tuple[tuple[float, ...], ...]:
+        """The time of a transfer from every device to every other: of those that cross together, together."""
+        matrix = np.zeros((p, p))
+        for (op, _), i in whole.items():
+            if op == "permute":
+                took = seconds([i], None, ("permute", i.pairs))
+                for source, target in i.pairs:
+                    matrix[source, target] = max(matrix[source, target], took)
+        return tuple(map(tuple, matrix.tolist()))
+
+    def _pass(self, pipe, params, batch, timed, body, devices, key) -> float:
+        """Seconds of one pass of a body, on some devices or on all."""
+        key = (key, pipe.model.vocab_size, batch["tokens"].shape[1:])
+        if key not in self.known:
+            nothing = self._excerpt(pipe, params, batch, timed, (), None)
+            some = self._excerpt(pipe, params, batch, timed, body, devices)
+            self.known[key] = max(0.0, (some - nothing) / self.intervals)
+        return self.known[key]
+
+    def _excerpt(self, pipe, params, batch, timed, body, devices) -> float:
+        """Seconds of a whole step that runs only a body."""
+        key = ("nothing", pipe.layout, pipe.schedule.method, pipe.schedule.name)
+        if not body and key in self.known:
+            return self.known[key]
+        body = tuple(again(pipe, i, self.intervals, devices) for i in body)
+        excerpt = Excerpt(
+            pipe.model,
+            pipe.schedule,
+            pipe.mesh,
+            pipe.compute_dtype,
+            whole=pipe.program,
+            body=body,
+            intervals=self.intervals,
+        )
+        step = jax.jit(excerpt.value_and_grad).lower(params, batch).compile()
+        jax.block_until_ready(step(params, batch))
+        took = median(timed(lambda: step(params, batch)) for _ in range(self.repeats))
+        if not body:
+            self.known[key] = took
+        return took
+
+
+def again(pipe: Pipeline, instruction: Instruction, intervals: int, devices: tuple[int, ...] | None) -> Instruction:
+    """An instruction that runs in every interval on the devices given, with the next cell of its rings each time."""
+    here = np.isin(np.arange(pipe.schedule.p), range(pipe.schedule.p) if devices is None else devices)
+    tables = {}
+    for name in instruction.tables:
+        cells = pipe.schedule.m if name == "microbatch" else pipe.program.rings[RINGS.get(name, name)]
+        tables[name] = np.where(here, (np.arange(intervals) % cells)[:, None], -1).astype(np.int32)
+    return replace(instruction, tables=tables)
+
+
+def without_collectives(program: Program, durations: Durations) -> tuple[float, Durations]:
+    """The time of all collectives of a step together, and the durations with none for them."""
+    names = {i.name for s in program.segments for i in s.body if i.op == "start"}
+    total = sum(
+        segment.intervals * getattr(durations, i.name)
+        for segment in program.segments
+        for i in segment.body
+        if i.op == "start"
+    )
+    return total, replace(durations, **dict.fromkeys(names, 0.0))
+
+
+def _early(pipe: Pipeline) -> bool:
+    """Whether S computes the input gradient: T is another pass then."""
+    return pipe.schedule.method == "vocab-2"
+
+
+def _thousandfold(times: Any) -> Any:
+    return [_thousandfold(t) for t in times] if isinstance(times, tuple) else 1e3 * times
