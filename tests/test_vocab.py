@@ -93,16 +93,14 @@ def test_statistics_and_losses_are_float32_in_bfloat16_compute():
     assert soft.dtype == jnp.bfloat16 and all(s.dtype == jnp.float32 for s in stats)
 
 
-def test_a_whole_table_gives_the_same_in_blocks_of_tokens(monkeypatch):
-    rng = np.random.default_rng(3)
-    x, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((12, 8), (31, 8)))
-    labels, weight = rng.integers(0, 31, 12), rng.random(12).astype(np.float32)
-
-    def run():
-        return vocab.unsharded(x, w, labels, weight, Shard(0, 31), jnp.float32)
-
-    whole = run()
-    monkeypatch.setattr(output_layer, "BLOCK", 3 * 31)
-    np.testing.assert_allclose(run()[0], whole[0], rtol=1e-6)
-    np.testing.assert_allclose(run()[1], whole[1], atol=1e-7)
-    assert "scan" in str(jax.make_jaxpr(run)()) and whole[1].shape == (12, 31)
+@pytest.mark.parametrize(("logits", "gradients"), [(2**26, 2**28), (3 * 31, 6 * 31), (1, 1)])
+def test_a_whole_table_gives_the_plain_loss_and_gradients_in_blocks_of_any_size(monkeypatch, logits, gradients):
+    w, x, labels, weight = problem(31)
+    monkeypatch.setattr(output_layer, "LOGITS", logits)
+    monkeypatch.setattr(output_layer, "GRADIENTS", gradients)
+    loss, dw, dx = vocab.unsharded(x, w, labels, weight, Shard(0, 31), jnp.ones_like(w))
+    want, want_dw, want_dx = reference(w, x, labels, weight)
+    np.testing.assert_allclose(loss, want, rtol=1e-6)
+    np.testing.assert_allclose(dw - 1, want_dw, atol=1e-6)
+    np.testing.assert_allclose(dx, want_dx, atol=1e-6)
+    np.testing.assert_allclose(vocab.unsharded_loss(x, w, labels, weight, Shard(0, 31)), want, rtol=1e-6)

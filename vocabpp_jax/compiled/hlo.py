@@ -106,9 +106,20 @@ class Loop:
         return [
             Copy(line.shape.split("{")[0], size, name, "/".join(line.scope))
             for name in self.reached
-            for line in self.computations.get(name, ())
+            for line in self._copied(name)
             if line.op in ("copy", "copy-start") and (size := shape_bytes(_first_array(line.shape))) >= at_least
         ]
+
+    @cached_property
+    def _kernels(self) -> frozenset[str]:
+        fusions = (line for lines in self.computations.values() for line in lines if line.op == "fusion")
+        return frozenset(name for line in fusions for name in _called(line))
+
+    def _copied(self, name: str) -> list[Line]:
+        """A computation's lines, none where it is a kernel that does more than copy: there a copy is no array."""
+        lines = self.computations.get(name, [])
+        does = {line.op for line in lines} - {"parameter", "bitcast", "copy", "tuple"}
+        return [] if name in self._kernels and does else lines
 
     @cached_property
     def collectives(self) -> list[Collective]:

@@ -159,12 +159,14 @@ class OutputSteps(VocabularyLayer):
                 self._labels(cells),
                 self._weight(cells),
             )
-            loss, dy = vocab.unsharded(hidden, self.head, labels, weight, self.shard, self.head.dtype)
-            state = state | {"loss": state["loss"] + loss}
             if not self.trains:
-                return state
-            state = state | {self.head_gradient: vocab.weight_gradient(state[self.head_gradient], dy, hidden)}
-            return self._final_vjp(state, cells, x, vocab.input_gradient(dy, self.head))
+                return state | {
+                    "loss": state["loss"] + vocab.unsharded_loss(hidden, self.head, labels, weight, self.shard)
+                }
+            total = state[self.head_gradient]
+            loss, total, dx = vocab.unsharded(hidden, self.head, labels, weight, self.shard, total)
+            state = state | {"loss": state["loss"] + loss, self.head_gradient: total}
+            return self._final_vjp(state, cells, x, dx)
 
         names = ("loss", "inbox", "grads.final", self.head_gradient) if self.trains else ("loss",)
         return when(cells["microbatch"] >= 0, state, names, passed)

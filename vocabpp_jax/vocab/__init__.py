@@ -15,6 +15,7 @@ from .output_layer import (
     target_logits,
     unscaled_input_gradient,
     unsharded,
+    unsharded_loss,
     weight_gradient,
 )
 
@@ -34,5 +35,6 @@ __all__ = [
     "target_logits",
     "unscaled_input_gradient",
     "unsharded",
+    "unsharded_loss",
     "weight_gradient",
 ]

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 F32 = jnp.float32
-BLOCK = 2**26
+LOGITS, GRADIENTS = 2**26, 2**28  # elements of an unsharded output layer that are worked on at once
 
 
 class Shard(NamedTuple):
@@ -90,25 +90,44 @@ def logit_gradient(p: jax.Array, scale: jax.Array, weight: jax.Array, labels: ja
 
 
 def unsharded(
-    x: jax.Array, w: jax.Array, labels: jax.Array, weight: jax.Array, shard: Shard, dtype: jnp.dtype
-) -> tuple[jax.Array, jax.Array]:
-    """The weighted sum of losses, and ``(softmax - G) · weight [N, R]`` in ``dtype``, of a table that is whole.
+    x: jax.Array, w: jax.Array, labels: jax.Array, weight: jax.Array, shard: Shard, total: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The output layer of a table that is whole: weighted sum of losses, ``total`` with ∇W added, and ∇X ``[N, D]``.
 
-    Tokens go through in blocks whose float32 logits are at most :data:`BLOCK` elements, so that beside the result only
-    one block's lie about.
+    Tokens go through in blocks, so that beside the result no more lies about than :data:`LOGITS` float32 logits and
+    :data:`GRADIENTS` elements of their gradient.
     """
 
-    def block(of: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        x, labels, weight = of
-        p, stats = local_softmax(logits(w, x, shard), labels, shard, dtype)
+    def of_logits(part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        x, labels, weight = part
+        p, stats = local_softmax(logits(w, x, shard), labels, shard, w.dtype)
         return jnp.sum(weight * losses(stats)), logit_gradient(p, jnp.ones_like(weight), weight, labels, shard)
 
-    n, rows = len(x), w.shape[0]
-    blocks = next(k for k in range(1, n + 1) if n % k == 0 and (n // k * rows <= BLOCK or k == n))
-    if blocks == 1:
-        return block((x, labels, weight))
-    loss, dy = lax.map(block, jax.tree.map(lambda a: a.reshape(blocks, n // blocks, *a.shape[1:]), (x, labels, weight)))
-    return loss.sum(), dy.reshape(n, rows)
+    def of_gradients(carry: tuple, part: tuple[jax.Array, ...]) -> tuple[tuple, jax.Array]:
+        loss, dy = lax.map(of_logits, _blocks(part, w.shape[0], LOGITS))
+        dy = dy.reshape(-1, w.shape[0])
+        return (carry[0] + loss.sum(), weight_gradient(carry[1], dy, part[0])), input_gradient(dy, w)
+
+    blocks = _blocks((x, labels, weight), w.shape[0], GRADIENTS)
+    (loss, total), dx = lax.scan(of_gradients, (jnp.zeros((), F32), total), blocks)
+    return loss, total, dx.reshape(x.shape)
+
+
+def unsharded_loss(x: jax.Array, w: jax.Array, labels: jax.Array, weight: jax.Array, shard: Shard) -> jax.Array:
+    """The weighted sum of losses alone, in the same blocks."""
+
+    def of_logits(part: tuple[jax.Array, ...]) -> jax.Array:
+        x, labels, weight = part
+        return jnp.sum(weight * losses(local_softmax(logits(w, x, shard), labels, shard, w.dtype)[1]))
+
+    return lax.map(of_logits, _blocks((x, labels, weight), w.shape[0], LOGITS)).sum()
+
+
+def _blocks(arrays: tuple[jax.Array, ...], rows: int, elements: int) -> tuple[jax.Array, ...]:
+    """Token arrays cut into as few equal blocks as have no more logits, of ``rows`` rows, than ``elements``."""
+    n = len(arrays[0])
+    count = next(k for k in range(1, n + 1) if n % k == 0 and (n // k * rows <= elements or k == n))
+    return tuple(a.reshape(count, n // count, *a.shape[1:]) for a in arrays)
 
 
 def weight_gradient(accumulated: jax.Array, dy: jax.Array, x: jax.Array) -> jax.Array:
