@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from .model import Model
@@ -79,6 +80,15 @@ class Layout:
         return tuple(
             tuple(tuple(first[s] + j if j < self.layer_counts[s] else None for s in stages) for j in range(self.depth))
             for stages in self.stage_of
+        )
+
+    @cached_property
+    def layer_side(self) -> tuple[tuple[dict[str, np.ndarray], ...], ...]:
+        """The model's ``layer_side`` at ``[chunk][j]``, leaves ``[p, ...]``; where a stage is shorter, some layer's."""
+        own = self.model.layer_side or ({},) * self.model.layers
+        return tuple(
+            tuple(jax.tree.map(lambda *xs: np.stack(xs), *(own[n or 0] for n in layers)) for layers in chunk)
+            for chunk in self.layer_of
         )
 
     @property

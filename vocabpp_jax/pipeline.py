@@ -110,7 +110,8 @@ class Pipeline:
         dtype = jnp.dtype(self.compute_dtype)
         block = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, dtype), self.model.param_shapes()["blocks"][0])
         x = jax.ShapeDtypeStruct((batch, length, self.model.width), dtype)
-        passes = linearize(self.model.block, block, x, side or {}, split=self.schedule.splits_backward)
+        side = (side or {}) | jax.tree.map(_shape, self._a_layer_s_side)
+        passes = linearize(self.model.block, block, x, side, split=self.schedule.splits_backward)
         return {
             ring: self.layout.depth * sum(s.size * s.dtype.itemsize for s in getattr(passes, ring))
             for ring in ("residual", "kept", "carried")
@@ -208,11 +209,16 @@ class Pipeline:
         )
 
     def _linearized(self, program: Program, x: jax.ShapeDtypeStruct, blocks: Params, side: Any) -> Linearized:
-        shape = lambda t: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), t)  # noqa: E731
+        block = jax.tree.map(_shape, blocks[0][0])
         one_side = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), side)
+        one_side |= jax.tree.map(_shape, self._a_layer_s_side)
         if not program.schedule.trains:
             return Linearized(lambda p, s, x: (self.model.block(p, x, s), (), ()), None, None, (), (), ())
-        return linearize(self.model.block, shape(blocks[0][0]), x, one_side, split=program.schedule.splits_backward)
+        return linearize(self.model.block, block, x, one_side, split=program.schedule.splits_backward)
+
+    @property
+    def _a_layer_s_side(self) -> dict[str, Any]:
+        return self.model.layer_side[0] if self.model.layer_side else {}
 
     def _gradients(self, state: dict[str, Any], params: Params) -> Params:
         """The accumulated gradients as a tree like the parameters, summed over what they have to be summed over."""
@@ -231,3 +237,7 @@ class Pipeline:
         if self.mesh.shape[DATA] > 1:
             grads = jax.lax.psum(grads, DATA)
         return jax.tree.map(lambda g, w: g.reshape(w.shape), grads, params)
+
+
+def _shape(a: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(a.shape, a.dtype)

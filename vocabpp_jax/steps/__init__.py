@@ -46,7 +46,9 @@ class VocabularySteps(InputSteps, OutputSteps):
             # The three-barrier reference keeps the logits themselves until it knows their maximum.
             kind = F32 if "S1" in self.names else dtype
             state["P"] |= {"factor": vector, "softmax": jnp.zeros((rings["P"], B * L, self.head.shape[0]), kind)}
+            state["P"] |= {"slopes": self.no_slopes(rings["P"], B * L)}
             state["A"] = jnp.zeros(wide, dtype)
+            state |= self.initial_uniform(B * L)
         return state | {flight(name): value for name, value in self._flights(wide, dtype).items()}
 
     def _flights(self, wide: tuple[int, int], dtype: jnp.dtype) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from jax import lax
 
 from .. import vocab
 from ..layout import PIPE
-from ..rings import Cells, State, get, put, put_if, when
+from ..rings import Cells, State, get, put, put_if, when, zeros
 from ..schedules import sums_before_T
-from ..vocab import Shard, Stats
+from ..vocab import Loss, Shard, Slopes, Stats
 from .layer import Start, VocabularyLayer, flight, sum_over_shards
 
 F32 = jnp.float32
@@ -43,6 +43,11 @@ class OutputSteps(VocabularyLayer):
         return self.params["embed"]["tokens"] if self.layout.head_is_embedding else self.params["head"]
 
     @property
+    def loss(self) -> Loss:
+        """What is minimised."""
+        return self.layout.model.loss
+
+    @property
     def shard(self) -> Shard:
         """The rows of the head's table that this device holds."""
         return Shard(self._first_row(self.head), self.layout.model.vocab_size)
@@ -57,25 +62,31 @@ class OutputSteps(VocabularyLayer):
         """S: local logits and softmax; in Algorithm 2 also ``A = P' W``."""
 
         def passed(state: State) -> State:
-            y = vocab.logits(self.head, self._hidden(state, cells), self.shard)
-            p, stats = vocab.local_softmax(y, self._labels(cells), self.shard, self.head.dtype)
+            y, labels = self._logits(self._hidden(state, cells)), self._labels(cells)
+            p, stats = vocab.local_softmax(y, labels, self.shard, self.head.dtype, self.loss)
+            slopes = self._slopes(y, labels)
             record = get(state["P"], cells["P"]) | {"local": stats}
             if self.trains:
-                record |= {"softmax": p}
+                record |= {"softmax": p, "slopes": slopes}
             state = state | {"P": put(state["P"], cells["P"], record)}
-            return state | {"A": vocab.unscaled_input_gradient(p, self.head)} if self.early else state
+            if not self.early:
+                return state
+            if slopes is not None and slopes.rows is not None:
+                state = state | {"uniform": vocab.uniform_input_gradient(self.head, self.shard, self.loss, slopes)}
+            return state | {"A": vocab.unscaled_input_gradient(p, self.head)}
 
-        names = ("P", "A") if self.early else ("P",)
+        names = ("P", *(("A",) if self.early else ()), *(("uniform",) if "uniform" in state else ()))
         return when(cells["microbatch"] >= 0, state, names, passed)
 
     def run_S1(self, state: State, cells: Cells) -> State:
         """S1 of the three-barrier reference: logits and their local maximum."""
 
         def passed(state: State) -> State:
-            y = vocab.logits(self.head, self._hidden(state, cells), self.shard)
-            target = vocab.target_logits(y, self._labels(cells), self.shard)
+            y, labels = self._logits(self._hidden(state, cells)), self._labels(cells)
+            target = vocab.target_logits(y, labels, self.shard, self.loss)
             local = Stats(jnp.max(y, axis=1), jnp.zeros_like(target), target)
-            record = get(state["P"], cells["P"]) | {"softmax": y, "local": local}
+            slopes = self._slopes(y, labels)
+            record = get(state["P"], cells["P"]) | {"softmax": y, "local": local, "slopes": slopes}
             return state | {"P": put(state["P"], cells["P"], record)}
 
         return when(cells["microbatch"] >= 0, state, ("P",), passed)
@@ -86,8 +97,9 @@ class OutputSteps(VocabularyLayer):
         def passed(state: State) -> State:
             record = get(state["P"], cells["P"])
             local = record["local"]
-            e = jnp.exp(record["softmax"] - local.maximum[:, None])
-            record |= {"softmax": e, "local": local._replace(sum=e.sum(1))}
+            y = record["softmax"]
+            e = jnp.exp(y - local.maximum[:, None])
+            record |= {"softmax": vocab.capped(e, y, self.loss), "local": local._replace(sum=e.sum(1))}
             return state | {"P": put(state["P"], cells["P"], record)}
 
         return when(cells["microbatch"] >= 0, state, ("P",), passed)
@@ -104,12 +116,15 @@ class OutputSteps(VocabularyLayer):
 
     def done_stats(self, state: State, cells: Cells, gathered: jax.Array) -> State:
         whole = vocab.combine(Stats(*jnp.moveaxis(gathered, 1, 0)))
-        loss = jnp.sum(jnp.where(cells["microbatch"] >= 0, self._weight(cells) * vocab.losses(whole), 0))
+        loss = jnp.sum(jnp.where(cells["microbatch"] >= 0, self._weight(cells) * vocab.losses(whole, self.loss), 0))
         updated = {"loss": state["loss"] + loss}
         if not self.trains:
             return updated
         local = self._local(state, cells)
-        scale = 1 / whole.sum if "S1" in self.names else vocab.factor(local, whole)
+        if "S1" in self.names:
+            scale = vocab.z_factor(whole, self.loss) / whole.sum
+        else:
+            scale = vocab.factor(local, whole, self.loss)
         return updated | self._noted(state, cells, factor=scale)
 
     def run_T(self, state: State, cells: Cells) -> State:
@@ -117,10 +132,8 @@ class OutputSteps(VocabularyLayer):
 
         def passed(state: State) -> State:
             record = get(state["P"], cells["P"])
-            dy = vocab.logit_gradient(
-                record["softmax"], record["factor"], self._weight(cells), self._labels(cells), self.shard
-            )
-            dy = dy.astype(self.head.dtype)
+            target = (self._weight(cells), self._labels(cells), self.shard, self.loss, record["slopes"])
+            dy = vocab.logit_gradient(record["softmax"], record["factor"], *target).astype(self.head.dtype)
             total = vocab.weight_gradient(state[self.head_gradient], dy, self._hidden(state, cells))
             state = state | {self.head_gradient: total}
             return state if self.early else state | {"A": vocab.input_gradient(dy, self.head)}
@@ -131,10 +144,10 @@ class OutputSteps(VocabularyLayer):
     def start_big(self, state: State, cells: Cells) -> Start:
         part = state["A"]
         if self.early:
-            scale = get(state["P"]["factor"], jnp.maximum(cells["P"], 0))
-            part = vocab.partial_input_gradient(
-                part, self.head, scale, self._weight(cells), self._labels(cells), self.shard
-            )
+            cell = jnp.maximum(cells["P"], 0)
+            scale, slopes = get(state["P"]["factor"], cell), get(state["P"]["slopes"], cell)
+            target = (self._weight(cells), self._labels(cells), self.shard, self.loss, slopes, state.get("uniform"))
+            part = vocab.partial_input_gradient(part, self.head, scale, *target)
         return part, sum_over_shards
 
     def done_big(self, state: State, cells: Cells, g: jax.Array) -> State:
@@ -159,7 +172,9 @@ class OutputSteps(VocabularyLayer):
                 self._labels(cells),
                 self._weight(cells),
             )
-            loss, dy = vocab.unsharded(hidden, self.head, labels, weight, self.shard, self.head.dtype)
+            loss, dy = vocab.unsharded(
+                hidden, self.head, labels, weight, self.shard, self.head.dtype, self.loss
+            )
             state = state | {"loss": state["loss"] + loss}
             if not self.trains:
                 return state
@@ -168,6 +183,22 @@ class OutputSteps(VocabularyLayer):
 
         names = ("loss", "inbox", "grads.final", self.head_gradient) if self.trains else ("loss",)
         return when(cells["microbatch"] >= 0, state, names, passed)
+
+    # --- what the loss's extensions add to the state -----------------------------------------------------------------
+
+    def no_slopes(self, cells: int, tokens: int) -> Slopes | None:
+        """An empty ring of what the soft cap leaves for T."""
+        one = jax.ShapeDtypeStruct((tokens, self.head.shape[0]), F32)
+        labels = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+        return zeros(cells, jax.eval_shape(self._slopes, one, labels))
+
+    def initial_uniform(self, tokens: int) -> State:
+        """Label smoothing's part of the input gradient: known at once without a cap, else made by every S."""
+        if not (self.early and self.loss.label_smoothing):
+            return {}
+        if self.loss.soft_cap is not None:
+            return {"uniform": jnp.zeros((tokens, self.layout.model.width), F32)}
+        return {"uniform": vocab.uniform_input_gradient(self.head, self.shard, self.loss)}
 
     # --- pieces ------------------------------------------------------------------------------------------------------
 
@@ -181,6 +212,12 @@ class OutputSteps(VocabularyLayer):
     def _hidden(self, state: State, cells: Cells) -> jax.Array:
         """The head's input ``[N, D]``: computed again wherever it is needed, so that only the stream is stored."""
         return self.layout.model.final(self.params["final"], get(state["X"], cells["X"]))
+
+    def _logits(self, hidden: jax.Array) -> jax.Array:
+        return vocab.logits(self.head, hidden, self.shard, self.loss)
+
+    def _slopes(self, y: jax.Array, labels: jax.Array) -> Slopes | None:
+        return vocab.slopes(y, labels, self.shard, self.head.dtype, self.loss)
 
     def _labels(self, cells: Cells) -> jax.Array:
         return get(self.batch["labels"], jnp.maximum(cells["microbatch"], 0)).reshape(-1)

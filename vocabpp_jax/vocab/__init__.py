@@ -1,9 +1,12 @@
 """The vocabulary layers, sharded by rows over a mesh axis: pure functions over one device's arrays."""
 
 from .input_layer import lookup, scatter
+from .loss import Loss
 from .output_layer import (
     Shard,
+    Slopes,
     Stats,
+    capped,
     combine,
     factor,
     input_gradient,
@@ -12,15 +15,21 @@ from .output_layer import (
     logits,
     losses,
     partial_input_gradient,
+    slopes,
     target_logits,
+    uniform_input_gradient,
     unscaled_input_gradient,
     unsharded,
     weight_gradient,
+    z_factor,
 )
 
 __all__ = [
+    "Loss",
     "Shard",
+    "Slopes",
     "Stats",
+    "capped",
     "combine",
     "factor",
     "input_gradient",
@@ -31,8 +40,11 @@ __all__ = [
     "losses",
     "partial_input_gradient",
     "scatter",
+    "slopes",
     "target_logits",
+    "uniform_input_gradient",
     "unscaled_input_gradient",
     "unsharded",
     "weight_gradient",
+    "z_factor",
 ]
