@@ -16,7 +16,7 @@ import jax
 import tyro
 
 from vocabpp_jax import make_mesh, models, schedules
-from vocabpp_jax.models import GPTConfig
+from vocabpp_jax.models import Config
 from vocabpp_jax.schedules import Schedule
 from vocabpp_jax.schedules.layers import redistributed
 
@@ -53,7 +53,7 @@ class ModelOptions:
     dtype: OptionalStr = None
     """What passes compute in: float32 or bfloat16. Parameters, losses and sums are float32 either way."""
 
-    def config(self) -> GPTConfig:
+    def config(self) -> Config:
         """The model's configuration. Raises ValueError for what makes no model."""
         given = {name: value for name, value in dataclasses.asdict(self).items() if name != "model"}
         given = {name: value for name, value in given.items() if value is not None and value is not False}
@@ -83,7 +83,7 @@ class PipelineOptions:
     microbatch_size: int = 2
     """Sequences in a microbatch, for each copy of the model."""
 
-    def build(self, config: GPTConfig) -> Schedule:
+    def build(self, config: Config) -> Schedule:
         """The schedule for a model. Raises ValueError for an unknown name or what cannot be scheduled."""
         for name in ("stages", "microbatches", "microbatch_size"):
             if getattr(self, name) < 1:
@@ -94,9 +94,7 @@ class PipelineOptions:
                 self.redis_split,
                 layers=config.layers,
                 stages=self.stages,
-                hidden=config.hidden,
-                seq_length=config.seq,
-                vocab_size=config.vocab_size,
+                rho=models.head_flops(config) / models.layer_flops(config),
             )
         return schedules.build(
             schedule=self.schedule,

@@ -101,7 +101,7 @@ def prepare(options: ParityOptions) -> Pipeline:
     schedule = options.pipeline.build(config)
     p, data = options.pipeline.stages, options.pipeline.data_parallel or 1
     mesh = make_mesh(p, data, jax.devices()[: p * data])
-    return Pipeline(models.gpt(config), schedule, mesh, compute_dtype=config.dtype)
+    return Pipeline(models.build(config), schedule, mesh, compute_dtype=config.dtype)
 
 
 def data_of(options: ParityOptions, pipe: Pipeline) -> tuple[Any, dict[str, np.ndarray]]:
@@ -157,9 +157,9 @@ def reference(options: ParityOptions, canonical: Any, batch: dict[str, np.ndarra
 
 
 @functools.cache
-def compiled_reference(config: models.GPTConfig, shape: tuple[int, int, int], dtype: str) -> Any:
+def compiled_reference(config: models.Config, shape: tuple[int, int, int], dtype: str) -> Any:
     """Plain value and gradient of the model's loss."""
-    model = models.gpt(config)
+    model = models.build(config)
 
     def loss(canonical: Any, batch: dict[str, jax.Array]) -> jax.Array:
         return models.reference_loss(model, canonical, **batch, dtype=dtype)

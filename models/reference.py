@@ -21,7 +21,7 @@ def reference_loss(
     side: Side | None = None,
     dtype: str | None = None,
 ) -> jax.Array:
-    """Mean of ``model.loss`` over the valid tokens of the global batch, a float32 scalar in nats; 0 where none is valid.
+    """Mean of ``model.loss`` in nats over the valid tokens of the global batch, a float32 scalar; 0 where none is.
 
     ``tokens`` and ``labels`` are ``[m, B, L]``, labels already shifted; ``mask`` of the same shape is true (nonzero)
     where a label counts, everywhere if None, and its labels may be anything elsewhere. ``side`` arrays are

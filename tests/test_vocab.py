@@ -11,6 +11,7 @@ from vocabpp_jax import vocab
 from vocabpp_jax.vocab import Loss, Shard, Stats, output_layer
 
 N, D = 7, 5
+PLAIN = Loss()
 
 
 def problem(V: int, seed: int = 0):
@@ -26,7 +27,7 @@ def shards(w: jax.Array, p: int) -> list[tuple[jax.Array, Shard]]:
     return [(padded[k * rows : (k + 1) * rows], Shard(k * rows, w.shape[0])) for k in range(p)]
 
 
-def reference(w, x, labels, weight, loss=Loss()):
+def reference(w, x, labels, weight, loss=PLAIN):
     def total(w, x):
         y = x @ w.T
         y = y if loss.soft_cap is None else loss.soft_cap * jnp.tanh(y / loss.soft_cap)
@@ -37,7 +38,7 @@ def reference(w, x, labels, weight, loss=Loss()):
     return value, dw, dx
 
 
-def algorithm(number: int, w, x, labels, weight, p, loss=Loss()):
+def algorithm(number: int, w, x, labels, weight, p, loss=PLAIN):
     """Loss, weight gradient and input gradient by Algorithm 1 or 2 over p shards."""
     parts = shards(w, p)
     logits = [vocab.logits(wk, x, s, loss) for wk, s in parts]

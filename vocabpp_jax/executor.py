@@ -186,7 +186,7 @@ class Executor:
         return self._occupy(state, cells, False)
 
     def side_of(self, cells: Cells, c: int, j: int) -> Any:
-        """The side inputs of one microbatch for this device's j-th layer of a chunk: the batch's and the layer's own."""
+        """Side inputs of one microbatch for this device's j-th layer of a chunk: the batch's and the layer's own."""
         return get(self.side, cells["microbatch"]) | get(self.layout.layer_side[c][j], lax.axis_index(PIPE))
 
     def _each_layer(

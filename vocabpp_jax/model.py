@@ -24,6 +24,18 @@ def _identity(params: Params, x: jax.Array) -> jax.Array:
 
 
 @dataclass(frozen=True)
+class TensorSplit:
+    """How blocks are spread over the mesh axis ``tensor``; see :mod:`vocabpp_jax.tensor`."""
+
+    block: Callable[[Params, jax.Array, Side], jax.Array]
+    """A block for one device's part of its parameters, with the sums over the axis in it."""
+    specs: Params
+    """A tree like a block's parameters, of PartitionSpecs that name the axis where a parameter is split."""
+    parts: int
+    """The axis must divide this (heads, where whole heads go to devices)."""
+
+
+@dataclass(frozen=True)
 class Model:
     """A decoder as a pipeline sees it: embedding, ``layers`` equal blocks, a final function, an LM head.
 
@@ -57,6 +69,9 @@ class Model:
     layer_side: tuple[Side, ...] = ()
     """What differs between layers and is not trained, one dictionary of arrays a layer with equal names and shapes,
     or none: a block finds its own among ``side``. Gemma 2's local and global layers differ by such a number."""
+
+    tensor: TensorSplit | None = None
+    """How blocks run on a mesh with an axis ``tensor``, or None if they cannot."""
 
     def __post_init__(self) -> None:
         if self.layers < 1:
