@@ -8,13 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path as File
 from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+DTYPES = ("F32", "F16", "BF16")
 
 
 class Entry(NamedTuple):

@@ -9,7 +9,7 @@ from pathlib import Path as File
 from typing import Any
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from vocabpp_jax.model import Params
@@ -21,7 +21,7 @@ from vocabpp_jax.pipeline import Pipeline
 from vocabpp_jax.stream import Index, Path, assemble, canonical_leaves, leaves
 
 _BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")  # no parameters: older versions stored them
-_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+_DTYPES = {"float32": np.float32, "bfloat16": jnp.bfloat16, "float16": np.float16}
 SHARD_BYTES = 5_000_000_000
 
 

@@ -5,7 +5,7 @@ import json
 import struct
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import safe_open
@@ -120,7 +120,7 @@ def test_sixteen_bit_weights_come_back_as_they_were(tmp_path):
     huggingface.save(tmp_path / "half", config, params, dtype="bfloat16")
     again, loaded = huggingface.load_canonical(tmp_path / "half")
     assert again == dataclasses.replace(config, dtype="bfloat16")
-    assert_same_bits(loaded, jax.tree.map(lambda w: w.astype(ml_dtypes.bfloat16).astype(np.float32), params))
+    assert_same_bits(loaded, jax.tree.map(lambda w: w.astype(jnp.bfloat16).astype(np.float32), params))
 
 
 def test_a_gpt2_without_prefix_and_with_stored_masks_loads(tmp_path):

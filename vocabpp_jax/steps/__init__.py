@@ -54,7 +54,7 @@ class VocabularySteps(InputSteps, OutputSteps):
     def _flights(self, wide: tuple[int, int], dtype: jnp.dtype) -> dict[str, Any]:
         """What every collective leaves, before the first has run."""
         vector, matrix = jnp.zeros(wide[:1], F32), jnp.zeros(wide, dtype)
-        gathered = jnp.zeros((self.layout.schedule.p, 3, *wide[:1]), F32)
+        gathered = jnp.zeros((self.layout.shards, 3, *wide[:1]), F32)
         made = {"CI": matrix, "C0": matrix, "CB": matrix, "big": matrix, "max": vector, "stats": gathered}
         return {name: made[name] for name in made if name in self.names}
 

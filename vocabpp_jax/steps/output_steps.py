@@ -15,11 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import vocab
-from ..layout import PIPE
 from ..rings import Cells, State, get, put, put_if, when, zeros
 from ..schedules import sums_before_T
 from ..vocab import Loss, Shard, Slopes, Stats
-from .layer import Start, VocabularyLayer, flight, sum_over_shards
+from .layer import Start, VocabularyLayer, flight
 
 F32 = jnp.float32
 
@@ -105,14 +104,15 @@ class OutputSteps(VocabularyLayer):
         return when(cells["microbatch"] >= 0, state, ("P",), passed)
 
     def start_max(self, state: State, cells: Cells) -> Start:
-        return self._local(state, cells).maximum, partial(lax.pmax, axis_name=PIPE)
+        return self._local(state, cells).maximum, partial(lax.pmax, axis_name=self.layout.vocabulary_axes)
 
     def done_max(self, state: State, cells: Cells, maximum: jax.Array) -> State:
         return self._noted(state, cells, local=self._local(state, cells)._replace(maximum=maximum))
 
     def start_stats(self, state: State, cells: Cells) -> Start:
         # One gather instead of a maximum that a sum must wait for.
-        return jnp.stack(self._local(state, cells)), partial(lax.all_gather, axis_name=PIPE)
+        gather = partial(lax.all_gather, axis_name=self.layout.vocabulary_axes)
+        return jnp.stack(self._local(state, cells)), gather
 
     def done_stats(self, state: State, cells: Cells, gathered: jax.Array) -> State:
         whole = vocab.combine(Stats(*jnp.moveaxis(gathered, 1, 0)))
@@ -148,7 +148,7 @@ class OutputSteps(VocabularyLayer):
             scale, slopes = get(state["P"]["factor"], cell), get(state["P"]["slopes"], cell)
             target = (self._weight(cells), self._labels(cells), self.shard, self.loss, slopes, state.get("uniform"))
             part = vocab.partial_input_gradient(part, self.head, scale, *target)
-        return part, sum_over_shards
+        return part, self._sum_over_shards
 
     def done_big(self, state: State, cells: Cells, g: jax.Array) -> State:
         # The parts are spent. Forgotten, they are summed in place.
