@@ -101,9 +101,9 @@ def prepare(options: TrainOptions) -> Run:
         raise ValueError(f"seed is {options.seed}; it must not be negative")
     config = options.model.config()
     schedule = options.pipeline.build(config)
-    options.cluster.join(simulated_devices=pipeline.stages * (pipeline.data_parallel or 1))
+    options.cluster.join(simulated_devices=pipeline.devices)
     mesh = pipeline.mesh()
-    pipe = Pipeline(models.build(config), schedule, mesh, compute_dtype=config.dtype)
+    pipe = Pipeline(options.model.build(), schedule, mesh, compute_dtype=config.dtype)
     optimizer = adamw(
         options.lr,
         options.steps,
