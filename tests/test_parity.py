@@ -65,12 +65,12 @@ ARCHITECTURES = [
     ("1f1b", "vocab-1", 4, False, "qwen-tiny", EVERY, 1),
     ("v-half", "vocab-2", 2, True, "qwen-tiny", ("z_loss",), 1),
     ("v-half", "vocab-2", 2, False, "gemma-tiny", EVERY, 1),
-    ("1f1b", "vocab-1", 4, True, "gemma-tiny", ("label_smoothing",), 1),
+    ("1f1b", "vocab-1", 2, True, "gemma-tiny", ("label_smoothing",), 1),
     ("1f1b", "vocab-naive", 2, False, "gpt-tiny", EVERY, 1),
     ("1f1b", "baseline", 2, True, "gpt-tiny", EVERY, 1),
     ("1f1b", "vocab-2", 2, False, "llama-tiny", EVERY, 2),
     ("v-half", "vocab-1", 2, True, "qwen-tiny", (), 2),
-    ("v-half", "vocab-2", 4, True, "gemma-tiny", (), 2),
+    ("1f1b", "vocab-1", 2, True, "gemma-tiny", (), 2),
 ]
 
 

@@ -69,7 +69,6 @@ class Model:
     layer_side: tuple[Side, ...] = ()
     """What differs between layers and is not trained, one dictionary of arrays a layer with equal names and shapes,
     or none: a block finds its own among ``side``. Gemma 2's local and global layers differ by such a number."""
-
     tensor: TensorSplit | None = None
     """How blocks run on a mesh with an axis ``tensor``, or None if they cannot."""
 
