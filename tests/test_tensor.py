@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from vocabpp_jax import Layout, Pipeline, make_mesh, models, schedules, train
+from vocabpp_jax import Layout, Loss, Pipeline, make_mesh, models, schedules, train
 from vocabpp_jax.linearize import linearize
 from vocabpp_jax.models import huggingface
 from vocabpp_jax.optimizer import adamw
@@ -126,6 +126,17 @@ def test_a_step_is_the_same_step_with_and_without_the_axis():
             state, metrics = step(state, batch)
         after.append((metrics, pipe.layout.unpack(jax.device_get(state.params))))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), *after)
+
+
+def test_evaluation_is_the_cross_entropy_whatever_training_adds_to_it():
+    model = dataclasses.replace(models.build(CONFIGS["gemma2"]), loss=Loss(2.0, z_loss=0.1, label_smoothing=0.3))
+    plain = dataclasses.replace(model, loss=Loss(2.0))
+    pipe = dataclasses.replace(pipeline(CONFIGS["gemma2"]), model=model)
+    tokens, labels = np.random.default_rng(0).integers(0, 37, (2, 3, 2, 6)).astype(np.int32)
+    params = model.init(jax.random.key(0))
+    got = jax.jit(pipe.evaluate)(pipe.shard(params), {"tokens": tokens, "labels": labels})
+    want, trained = (float(models.reference_loss(m, params, tokens, labels)) for m in (plain, model))
+    assert float(got) == pytest.approx(want, rel=1e-6) and abs(want - trained) > 0.1
 
 
 @pytest.mark.parametrize(("name", "schedule", "method"), [("gpt", "v-half", "vocab-1"), ("qwen3", "1f1b", "baseline")])

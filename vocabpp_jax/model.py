@@ -35,7 +35,7 @@ class TensorSplit:
     """The axis must divide this (heads, where whole heads go to devices)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity, as its functions are
 class Model:
     """A decoder as a pipeline sees it: embedding, ``layers`` equal blocks, a final function, an LM head.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from .model import Model
 from .schedules import Program, Schedule, check, evaluation, lower
 from .steps import VocabularySteps
 from .tensor import TENSOR
+from .vocab import Loss
 
 DATA = "data"
 Params = Any
@@ -100,7 +101,8 @@ class Pipeline:
         return self._run(self.program, params, batch, observe=True)
 
     def evaluate(self, params: Params, batch: Batch) -> jax.Array:
-        """The loss alone, by a forward-only program that keeps no activations."""
+        """The cross entropy alone, by a forward-only program that keeps no activations: a soft cap is part of the
+        model, a z-loss and smoothed labels are there for training."""
         return self._run(self._evaluation, params, batch, observe=False)[0]
 
     @cached_property
@@ -201,8 +203,11 @@ class Pipeline:
                 k: jax.tree.map(lambda w: w.reshape(w.shape[1:]), tables[k]) for k in ("embed", "head") if k in tables
             }
         count = jax.lax.psum(batch["mask"].sum(), DATA)
+        model = self.model
+        if not program.schedule.trains:
+            model = replace(model, loss=Loss(soft_cap=model.loss.soft_cap))
         vocabulary = VocabularySteps(
-            Layout(self.model, program.schedule, self.layout.tensor),
+            Layout(model, program.schedule, self.layout.tensor),
             tables,
             {"tokens": batch["tokens"], "labels": batch["labels"], "weight": batch["mask"] / jnp.maximum(count, 1)},
             native_broadcast=self.mesh.devices.flat[0].platform in ("gpu", "cuda"),
