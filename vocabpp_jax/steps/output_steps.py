@@ -172,9 +172,7 @@ class OutputSteps(VocabularyLayer):
                 self._labels(cells),
                 self._weight(cells),
             )
-            loss, dy = vocab.unsharded(
-                hidden, self.head, labels, weight, self.shard, self.head.dtype, self.loss
-            )
+            loss, dy = vocab.unsharded(hidden, self.head, labels, weight, self.shard, self.head.dtype, self.loss)
             state = state | {"loss": state["loss"] + loss}
             if not self.trains:
                 return state

@@ -200,7 +200,9 @@ def unsharded(
     blocks = next(k for k in range(1, n + 1) if n % k == 0 and (n // k * rows <= BLOCK or k == n))
     if blocks == 1:
         return block((x, labels, weight))
-    total, dy = lax.map(block, jax.tree.map(lambda a: a.reshape(blocks, n // blocks, *a.shape[1:]), (x, labels, weight)))
+    total, dy = lax.map(
+        block, jax.tree.map(lambda a: a.reshape(blocks, n // blocks, *a.shape[1:]), (x, labels, weight))
+    )
     return total.sum(), dy.reshape(n, rows)
 
 
