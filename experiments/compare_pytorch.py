@@ -147,7 +147,7 @@ def folder_of(options: CompareOptions) -> contextlib.AbstractContextManager[str]
 def export(options: CompareOptions, vocab_size: int, steps: int, folder: Path) -> None:
     """Write initial weights and batches for both."""
     config = dataclasses.replace(options.model.config(), vocab_size=vocab_size)
-    weights = jax.jit(models.gpt(config).init)(jax.random.key(0))
+    weights = jax.jit(models.build(config).init)(jax.random.key(0))
     named = {name_of(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(weights)}
     pipeline = options.pipeline
     batches = exchange.make_batches(

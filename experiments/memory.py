@@ -85,7 +85,7 @@ class Report:
         return record
 
 
-def on_gpu(options: ModelOptions) -> models.GPTConfig:
+def on_gpu(options: ModelOptions) -> models.Config:
     """The model as a GPU would run it: with flash attention where its dtype allows it."""
     config = options.config()
     return dataclasses.replace(config, attention="cudnn") if config.dtype == "bfloat16" else config
@@ -99,7 +99,7 @@ def prepare(model: ModelOptions, pipeline: PipelineOptions, gpu: GPU) -> Pipelin
     if data < 1:
         raise ValueError(f"data_parallel is {data}; it must be at least 1")
     mesh = make_mesh(pipeline.stages, data, compiled.devices(gpu, pipeline.stages * data))
-    return Pipeline(models.gpt(config), schedule, mesh, compute_dtype=config.dtype)
+    return Pipeline(models.build(config), schedule, mesh, compute_dtype=config.dtype)
 
 
 def report(options: MemoryOptions) -> tuple[Report, str]:

@@ -10,13 +10,13 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, NoReturn, TypeVar
+from typing import Annotated, ClassVar, Literal, NoReturn, TypeVar
 
 import jax
 import tyro
 
-from vocabpp_jax import make_mesh, models, schedules
-from vocabpp_jax.models import GPTConfig
+from vocabpp_jax import Model, make_mesh, models, schedules
+from vocabpp_jax.models import Config
 from vocabpp_jax.schedules import Schedule
 from vocabpp_jax.schedules.layers import redistributed
 
@@ -25,6 +25,7 @@ Result = TypeVar("Result")
 
 # Without these, tyro writes "{None}|INT" and "(default: None)" for what may be left out.
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(optional)")]
+OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(optional)")]
 OptionalStr = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="(optional)")]
 
 
@@ -33,8 +34,9 @@ class ModelOptions:
     """A named model, and what of it is to be different. What is not given is as the name says."""
 
     model: str = "gpt-micro"
-    """Named size: gpt-tiny, gpt-micro (two CPU cores train it in minutes), gpt-mini, gpt-small, or one of the
-    published 4B, 7B, 10B, 16B, 21B, 30B."""
+    """Named size: gpt-tiny, gpt-micro (two CPU cores train it in minutes), gpt-mini, gpt-small, one of the published
+    4B, 7B, 10B, 16B, 21B, 30B, or another architecture: llama-tiny, llama-3-8b, qwen-tiny, qwen3-8b, gemma-tiny,
+    gemma2-9b and their like."""
     layers: OptionalInt = None
     """Transformer layers, at least one a stage."""
     hidden: OptionalInt = None
@@ -47,17 +49,37 @@ class ModelOptions:
     """Tokens in the vocabulary. Any number: it need not be a multiple of the stages."""
     tie_embeddings: bool = False
     """Use the token embedding as the LM head."""
+    untie_embeddings: bool = False
+    """Give the LM head a table of its own where the named model has none."""
     residuals: OptionalStr = None
     """What a forward leaves for its backward: selective (norms and activation functions are computed again),
     everything, or full (all of a layer is computed again from its input, and twice where W is a pass of its own)."""
     dtype: OptionalStr = None
     """What passes compute in: float32 or bfloat16. Parameters, losses and sums are float32 either way."""
+    soft_cap: OptionalFloat = None
+    """Squash logits into plus and minus this; Gemma 2 has 30 of its own."""
+    z_loss: float = 0.0
+    """Weight of the squared log-partition in the loss, 1e-4 for example."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over the whole vocabulary."""
 
-    def config(self) -> GPTConfig:
+    LOSS: ClassVar[tuple[str, ...]] = ("soft_cap", "z_loss", "label_smoothing")
+
+    def config(self) -> Config:
         """The model's configuration. Raises ValueError for what makes no model."""
-        given = {name: value for name, value in dataclasses.asdict(self).items() if name != "model"}
+        if self.tie_embeddings and self.untie_embeddings:
+            raise ValueError("tie_embeddings and untie_embeddings are both given; give one of them")
+        given = {name: value for name, value in dataclasses.asdict(self).items() if name not in ("model", *self.LOSS)}
         given = {name: value for name, value in given.items() if value is not None and value is not False}
+        if given.pop("untie_embeddings", False):
+            given["tie_embeddings"] = False
         return models.named(self.model, **given)
+
+    def build(self) -> Model:
+        """The model with its loss. Raises ValueError for what makes none."""
+        model = models.build(self.config())
+        given = {name: getattr(self, name) for name in self.LOSS if getattr(self, name) is not None}
+        return dataclasses.replace(model, loss=dataclasses.replace(model.loss, **given))
 
 
 @dataclass(frozen=True)
@@ -78,14 +100,16 @@ class PipelineOptions:
     """With redis: layers a stage as in the published experiments, or so that the slowest has the fewest FLOPs."""
     data_parallel: OptionalInt = None
     """Copies of the model, each training on its part of the batch. Without it, as many as there are devices for."""
+    tensor_parallel: int = 1
+    """Devices that share each stage: every layer's matrices are split over them, and the vocabulary over them too."""
     microbatches: int = 8
     """Microbatches in a step."""
     microbatch_size: int = 2
     """Sequences in a microbatch, for each copy of the model."""
 
-    def build(self, config: GPTConfig) -> Schedule:
+    def build(self, config: Config) -> Schedule:
         """The schedule for a model. Raises ValueError for an unknown name or what cannot be scheduled."""
-        for name in ("stages", "microbatches", "microbatch_size"):
+        for name in ("stages", "microbatches", "microbatch_size", "tensor_parallel"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         counts = None
@@ -94,9 +118,7 @@ class PipelineOptions:
                 self.redis_split,
                 layers=config.layers,
                 stages=self.stages,
-                hidden=config.hidden,
-                seq_length=config.seq,
-                vocab_size=config.vocab_size,
+                rho=models.head_flops(config) / models.layer_flops(config),
             )
         return schedules.build(
             schedule=self.schedule,
@@ -109,13 +131,19 @@ class PipelineOptions:
 
     def mesh(self) -> jax.sharding.Mesh:
         """The mesh of devices. Raises ValueError where the devices there are cannot be laid out so."""
-        devices = jax.device_count()
-        if devices % self.stages:
+        devices, one = jax.device_count(), self.stages * self.tensor_parallel
+        if devices % one:
+            times = f" times tensor_parallel {self.tensor_parallel} is {one}" if self.tensor_parallel > 1 else ""
             raise ValueError(
-                f"stages is {self.stages}; it must divide the devices, of which there are {devices} "
+                f"stages is {self.stages}{times}; it must divide the devices, of which there are {devices} "
                 f"({jax.devices()[0].device_kind})"
             )
-        return make_mesh(pipe=self.stages, data=self.data_parallel or devices // self.stages)
+        return make_mesh(self.stages, self.data_parallel or devices // one, tensor=self.tensor_parallel)
+
+    @property
+    def devices(self) -> int:
+        """Devices to simulate where there are none: one copy's, or as many copies' as are asked for."""
+        return max(1, self.stages) * max(1, self.tensor_parallel) * max(1, self.data_parallel or 1)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 import sys
@@ -99,9 +100,9 @@ def prepare(options: ParityOptions) -> Pipeline:
         raise ValueError(f"mask_fraction is {options.mask_fraction}; it must be at least 0 and below 1")
     config = options.model.config()
     schedule = options.pipeline.build(config)
-    p, data = options.pipeline.stages, options.pipeline.data_parallel or 1
-    mesh = make_mesh(p, data, jax.devices()[: p * data])
-    return Pipeline(models.gpt(config), schedule, mesh, compute_dtype=config.dtype)
+    x = options.pipeline
+    mesh = make_mesh(x.stages, x.data_parallel or 1, jax.devices()[: x.devices], tensor=x.tensor_parallel)
+    return Pipeline(options.model.build(), schedule, mesh, compute_dtype=config.dtype)
 
 
 def data_of(options: ParityOptions, pipe: Pipeline) -> tuple[Any, dict[str, np.ndarray]]:
@@ -115,7 +116,7 @@ def data_of(options: ParityOptions, pipe: Pipeline) -> tuple[Any, dict[str, np.n
 
     canonical = jax.tree_util.tree_map_with_path(value, pipe.model.param_shapes())
     m, b = pipe.schedule.m, options.pipeline.microbatch_size * pipe.mesh.shape["data"]
-    shape = (m, b, pipe.model.positions)
+    shape = (m, b, options.model.config().seq)
     tokens, labels = (random.integers(0, pipe.model.vocab_size, shape, dtype=np.int32) for _ in range(2))
     mask = (random.random(shape) >= options.mask_fraction).astype(np.float32)
     return canonical, {"tokens": tokens, "labels": labels, "mask": mask}
@@ -152,14 +153,14 @@ def reference(options: ParityOptions, canonical: Any, batch: dict[str, np.ndarra
     m = len(batch["tokens"])
     fill = -m % 20
     batch = {name: np.pad(array, ((0, fill), (0, 0), (0, 0))) for name, array in batch.items()}
-    compiled = compiled_reference(options.model.config(), batch["tokens"].shape, dtype)
+    compiled = compiled_reference(options.model, batch["tokens"].shape, dtype)
     return jax.device_get(compiled(canonical, batch))
 
 
 @functools.cache
-def compiled_reference(config: models.GPTConfig, shape: tuple[int, int, int], dtype: str) -> Any:
+def compiled_reference(options: ModelOptions, shape: tuple[int, int, int], dtype: str) -> Any:
     """Plain value and gradient of the model's loss."""
-    model = models.gpt(config)
+    model = options.build()
 
     def loss(canonical: Any, batch: dict[str, jax.Array]) -> jax.Array:
         return models.reference_loss(model, canonical, **batch, dtype=dtype)
@@ -190,27 +191,56 @@ def matrix() -> Iterator[ParityOptions]:
                 for tied in (False, True):
                     yield case(schedule, method, p, m, tied)
         yield case(schedule, method, 4, 5, False, data=2)
+    for schedule, method, p, tied in itertools.product(
+        ("1f1b", "v-half"), ("vocab-1", "vocab-2"), (2, 4), (False, True)
+    ):
+        for model, loss in itertools.product(ARCHITECTURES, LOSSES):
+            yield case(schedule, method, p, 3, tied, model=model, loss=loss)
+        for model in ARCHITECTURES:
+            yield case(schedule, method, p, 3, tied, model=model, tensor=2)
 
 
-def case(schedule: str, method: str, p: int, m: int, tied: bool, data: int = 1) -> ParityOptions:
+ARCHITECTURES = ("gpt-tiny", "llama-tiny", "qwen-tiny", "gemma-tiny")
+LOSSES = ((), ("soft_cap",), ("z_loss",), ("label_smoothing",), ("soft_cap", "z_loss", "label_smoothing"))
+_EXTENSIONS = {"soft_cap": 2.0, "z_loss": 0.01, "label_smoothing": 0.1}
+
+
+def case(
+    schedule: str,
+    method: str,
+    p: int,
+    m: int,
+    tied: bool,
+    data: int = 1,
+    *,
+    model: str = "gpt-tiny",
+    loss: tuple[str, ...] = (),
+    tensor: int = 1,
+) -> ParityOptions:
     """One small configuration: a prime vocabulary, one layer a stage, some tokens masked where tied."""
     layers = 2 * p if schedule.startswith(("v-", "inter")) or method == "redis" else p
     return ParityOptions(
         mask_fraction=0.25 if tied else 0.0,
         model=ModelOptions(
-            model="gpt-tiny", layers=layers, hidden=16, heads=2, seq=6, vocab_size=61, tie_embeddings=tied
+            model=model, layers=layers, hidden=16, heads=2, seq=6, vocab_size=61,
+            tie_embeddings=tied, untie_embeddings=not tied,
+            **{name: _EXTENSIONS[name] for name in loss},
         ),
         pipeline=PipelineOptions(
-            schedule=schedule, method=method, stages=p, microbatches=m, microbatch_size=2, data_parallel=data
+            schedule=schedule, method=method, stages=p, microbatches=m, microbatch_size=2, data_parallel=data,
+            tensor_parallel=tensor,
         ),
-    )
+    )  # fmt: skip
 
 
 def name_of(options: ParityOptions) -> str:
     """A case's name in the results and the table."""
     x = options.pipeline
     tied = "tied" if options.model.tie_embeddings else "untied"
-    return f"{x.schedule} {x.method} p={x.stages} m={x.microbatches} {tied} data={x.data_parallel}"
+    name = f"{x.schedule} {x.method} p={x.stages} m={x.microbatches} {tied} data={x.data_parallel}"
+    name += f" tensor={x.tensor_parallel}" if x.tensor_parallel > 1 else ""
+    name += f" {options.model.model}" if options.model.model != "gpt-tiny" else ""
+    return name + "".join(f" {field}" for field in ModelOptions.LOSS if getattr(options.model, field))
 
 
 def run_all(path: Path, only: str, jobs: int, console: Console) -> bool:
@@ -276,10 +306,9 @@ def show(result: Parity, console: Console) -> None:
 def main() -> None:
     options = parse(ParityOptions, __doc__)
     console = Console(stderr=options.json == "-")
-    data = options.pipeline.data_parallel or 1
     if options.all:
         sys.exit(not run_all(Path(options.results), options.only, options.jobs, console))
-    ClusterOptions().join(max(1, options.pipeline.stages) * max(1, data))
+    ClusterOptions().join(options.pipeline.devices)
     or_fail(lambda: prepare(options).program)
     result = compare(options)
     show(result, console)

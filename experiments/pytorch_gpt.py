@@ -52,7 +52,7 @@ class Block(nn.Module):
     def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
         B, L, D = x_BLD.shape
         qkv_3BHLK = (
-            self.qkv(self.attention_norm(x_BLD)).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+            self.qkv(self.attention_norm(x_BLD)).view(B, L, self.heads, 3, D // self.heads).permute(3, 0, 2, 1, 4)
         )
         a_BHLK = functional.scaled_dot_product_attention(*qkv_3BHLK, is_causal=True)
         x_BLD = x_BLD + self.out(a_BHLK.transpose(1, 2).reshape(B, L, D))

@@ -27,7 +27,7 @@ from vocabpp_jax.schedules import (
     lower,
     methods_of,
 )
-from vocabpp_jax.schedules.cost import Cost, Sizes, load_gpu
+from vocabpp_jax.schedules.cost import Cost, load_gpu
 from vocabpp_jax.schedules.draw import draw, save, title_of
 from vocabpp_jax.schedules.layers import redistributed
 from vocabpp_jax.schedules.measured import MeasuredRun, errors, read_pass_times
@@ -92,16 +92,15 @@ class SimulateOptions:
 
     def cost(self, seq: int | None = None, vocab_size: int | None = None) -> Cost:
         """What passes cost."""
-        size = models.named(self.model)
-        sizes = Sizes(
-            self.layers or size.layers,
-            self.hidden or size.hidden,
-            seq or self.seq or size.seq,
-            vocab_size or self.vocab_size or size.vocab_size,
-            self.microbatch_size,
-            self.tie_embeddings or size.tie_embeddings,
-        )
-        return Cost(sizes, load_gpu(self.gpu))
+        given = {
+            "layers": self.layers,
+            "hidden": self.hidden,
+            "seq": seq or self.seq,
+            "vocab_size": vocab_size or self.vocab_size,
+            "tie_embeddings": self.tie_embeddings or None,
+        }
+        config = models.named(self.model, **{name: value for name, value in given.items() if value is not None})
+        return Cost(models.cost_sizes(config, self.microbatch_size), load_gpu(self.gpu))
 
 
 @dataclass(frozen=True)
@@ -157,9 +156,7 @@ def run(options: SimulateOptions, schedule: str, method: str, placed: bool) -> R
             options.redis_split,
             layers=z.layers,
             stages=options.stages,
-            hidden=z.hidden,
-            seq_length=z.seq,
-            vocab_size=z.vocab_size,
+            rho=z.head_flops / z.layer_flops,
         )
     built = build(schedule, method, p=options.stages, m=m, chunks=options.chunks, layer_counts=counts)
     if placed:

@@ -144,16 +144,16 @@ class Stage:
         return found
 
 
-def build(model: dict, pipeline: dict, comparator: str | None = None) -> tuple[Contender, models.GPTConfig]:
+def build(model: dict, pipeline: dict, comparator: str | None = None) -> tuple[Contender, models.Config]:
     """A contender from the options that name it."""
     config, options = ModelOptions(**model).config(), PipelineOptions(**pipeline)
     mesh = options.mesh()
     if comparator is None:
-        pipe = Pipeline(models.gpt(config), options.build(config), mesh, compute_dtype=config.dtype)
+        pipe = Pipeline(models.build(config), options.build(config), mesh, compute_dtype=config.dtype)
         return Ours(pipe), config
     if comparator not in COMPARATORS:
         raise ValueError(f"comparators has {comparator!r}; they are {', '.join(COMPARATORS)}")
-    return COMPARATORS[comparator](models.gpt(config), mesh, options.microbatches, config.dtype), config
+    return COMPARATORS[comparator](models.build(config), mesh, options.microbatches, config.dtype), config
 
 
 def name_of(path: tuple) -> str:

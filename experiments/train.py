@@ -31,7 +31,7 @@ from vocabpp_jax.data import (
     validation_batches,
 )
 from vocabpp_jax.metrics import JsonLines, StepProgress, draw_losses
-from vocabpp_jax.models import GPTConfig
+from vocabpp_jax.models import Config
 from vocabpp_jax.optimizer import adamw, warmup_cosine
 
 
@@ -75,7 +75,7 @@ class Run:
     """All that training needs, checked, and nothing compiled."""
 
     options: TrainOptions
-    config: GPTConfig
+    config: Config
     pipe: Pipeline
     optimizer: Any
     tokens: TokenizedCorpus
@@ -101,9 +101,9 @@ def prepare(options: TrainOptions) -> Run:
         raise ValueError(f"seed is {options.seed}; it must not be negative")
     config = options.model.config()
     schedule = options.pipeline.build(config)
-    options.cluster.join(simulated_devices=pipeline.stages * (pipeline.data_parallel or 1))
+    options.cluster.join(simulated_devices=pipeline.devices)
     mesh = pipeline.mesh()
-    pipe = Pipeline(models.gpt(config), schedule, mesh, compute_dtype=config.dtype)
+    pipe = Pipeline(options.model.build(), schedule, mesh, compute_dtype=config.dtype)
     optimizer = adamw(
         options.lr,
         options.steps,

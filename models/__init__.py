@@ -1,12 +1,21 @@
-"""Models for the pipeline: a GPT in Flax NNX, its named sizes, and the single-device reference."""
+"""Models for the pipeline in Flax NNX, their named sizes and weights, and the single-device reference."""
 
-from vocabpp_jax.models.gpt import GPT, GPTConfig, gpt
+from vocabpp_jax.models import huggingface
+from vocabpp_jax.models.config import Config
+from vocabpp_jax.models.decoder import Decoder, build
+from vocabpp_jax.models.gemma import GemmaConfig
+from vocabpp_jax.models.gpt import GPTConfig
+from vocabpp_jax.models.llama import LlamaConfig
+from vocabpp_jax.models.qwen import QwenConfig
 from vocabpp_jax.models.reference import reference_logits, reference_loss
 from vocabpp_jax.models.sizes import (
     SIZES,
+    attended,
+    cost_sizes,
     embedding_flops,
     head_flops,
     layer_flops,
+    layer_matrices,
     layer_parameters,
     model_flops,
     named,
@@ -15,13 +24,21 @@ from vocabpp_jax.models.sizes import (
 )
 
 __all__ = [
-    "GPT",
+    "Config",
+    "Decoder",
     "GPTConfig",
+    "GemmaConfig",
+    "LlamaConfig",
+    "QwenConfig",
     "SIZES",
+    "attended",
+    "build",
+    "cost_sizes",
     "embedding_flops",
-    "gpt",
     "head_flops",
+    "huggingface",
     "layer_flops",
+    "layer_matrices",
     "layer_parameters",
     "model_flops",
     "named",

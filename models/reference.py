@@ -21,7 +21,7 @@ def reference_loss(
     side: Side | None = None,
     dtype: str | None = None,
 ) -> jax.Array:
-    """Mean cross entropy in nats over the valid tokens of the global batch, a float32 scalar; 0 where none is valid.
+    """Mean of ``model.loss`` in nats over the valid tokens of the global batch, a float32 scalar; 0 where none is.
 
     ``tokens`` and ``labels`` are ``[m, B, L]``, labels already shifted; ``mask`` of the same shape is true (nonzero)
     where a label counts, everywhere if None, and its labels may be anything elsewhere. ``side`` arrays are
@@ -35,20 +35,31 @@ def reference_loss(
     def microbatch(total: jax.Array, batch: tuple) -> tuple[jax.Array, None]:
         tokens_BL, labels_BL, valid_BL, side_B = batch
         logits_BLV = reference_logits(model, params, tokens_BL, side_B)
-        nll_BL = -jnp.take_along_axis(jax.nn.log_softmax(logits_BLV), labels_BL[..., None], axis=-1)[..., 0]
-        return total + jnp.sum(jnp.where(valid_BL, nll_BL, 0.0)), None
+        return total + jnp.sum(jnp.where(valid_BL, _token_losses(model, logits_BLV, labels_BL), 0.0)), None
 
     total, _ = jax.lax.scan(microbatch, jnp.zeros((), jnp.float32), (tokens, labels, valid, side or {}))
     return total / jnp.maximum(jnp.sum(valid), 1)
 
 
 def reference_logits(model: Model, params: Params, tokens_BL: jax.Array, side: Side) -> jax.Array:
-    """Float32 logits ``[B, L, V]`` of one microbatch, computed in the dtype of ``params`` up to the last norm."""
+    """Float32 logits ``[B, L, V]`` of one microbatch, capped where the loss says so, computed in the dtype of
+    ``params`` up to the last norm."""
     x_BLD = params["embed"]["tokens"][tokens_BL] * model.embed_scale
     if model.positions is not None:
         x_BLD = x_BLD + params["embed"]["positions"][: tokens_BL.shape[1]]
-    for block_params in params["blocks"]:
-        x_BLD = model.block(block_params, x_BLD, side)
+    for n, block_params in enumerate(params["blocks"]):
+        x_BLD = model.block(block_params, x_BLD, side | (model.layer_side[n] if model.layer_side else {}))
     x_BLD = model.final(params["final"], x_BLD)
     head_VD = params["embed"]["tokens"] if model.tied else params["head"]
-    return jnp.matmul(x_BLD.astype(jnp.float32), head_VD.astype(jnp.float32).T, precision="highest")
+    logits_BLV = jnp.matmul(x_BLD.astype(jnp.float32), head_VD.astype(jnp.float32).T, precision="highest")
+    cap = model.loss.soft_cap
+    return logits_BLV if cap is None else cap * jnp.tanh(logits_BLV / cap)
+
+
+def _token_losses(model: Model, logits_BLV: jax.Array, labels_BL: jax.Array) -> jax.Array:
+    """Smoothed cross entropy and z-loss of every token ``[B, L]``."""
+    loss = model.loss
+    log_p_BLV = jax.nn.log_softmax(logits_BLV)
+    nll_BL = -jnp.take_along_axis(log_p_BLV, labels_BL[..., None], axis=-1)[..., 0]
+    smoothed_BL = (1 - loss.label_smoothing) * nll_BL - loss.label_smoothing * jnp.mean(log_p_BLV, axis=-1)
+    return smoothed_BL + loss.z_loss * jax.nn.logsumexp(logits_BLV, axis=-1) ** 2

@@ -30,7 +30,12 @@ EDGE_TRAFFIC = 50  # casts, norms and gradients of [bs, h] in a vocabulary pass,
 
 @dataclass(frozen=True)
 class Sizes:
-    """A GPT's dimensions: 12h² parameters a layer, two vocabulary tables of hV (one where ``tied``)."""
+    """A model's dimensions: layers, and two vocabulary tables of hV (one where ``tied``).
+
+    What a layer costs follows three numbers, which are a GPT's where they are not given. ``matrices``: parameters in a
+    layer's matrices (12h²). ``attended``: elements of keys that a token's query is multiplied with (hs). ``kept``:
+    elements a token that a layer's forward keeps when norms and activation functions are recomputed (10h).
+    """
 
     layers: int
     hidden: int
@@ -38,11 +43,15 @@ class Sizes:
     vocab_size: int
     microbatch_size: int = 1
     tied: bool = False
+    matrices: int | None = None
+    attended: float | None = None
+    kept: int | None = None
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            if f.name != "tied" and getattr(self, f.name) < 1:
-                raise ValueError(f"{f.name} is {getattr(self, f.name)}; it must be at least 1")
+            value = getattr(self, f.name)
+            if f.name != "tied" and value is not None and value < 1:
+                raise ValueError(f"{f.name} is {value}; it must be at least 1")
 
     @property
     def bsh(self) -> int:
@@ -50,9 +59,24 @@ class Sizes:
         return self.microbatch_size * self.seq * self.hidden
 
     @property
-    def layer_flops(self) -> int:
-        """FLOPs of one layer, forward and backward, for one microbatch: bsh(72h + 12s)."""
-        return self.bsh * (72 * self.hidden + 12 * self.seq)
+    def tokens(self) -> int:
+        """Tokens of a microbatch."""
+        return self.microbatch_size * self.seq
+
+    @property
+    def scores(self) -> float:
+        """Multiply-adds of one layer's attention scores for one microbatch: ``attended`` for every token."""
+        return self.tokens * (self.hidden * self.seq if self.attended is None else self.attended)
+
+    @property
+    def layer_flops(self) -> float:
+        """FLOPs of one layer, forward and backward, for one microbatch. GPT: bsh(72h + 12s)."""
+        return 6 * self.tokens * self.layer_parameters + 12 * self.scores
+
+    @property
+    def kept_elements(self) -> int:
+        """Elements of one layer's activations that wait for the backward, for one microbatch."""
+        return self.tokens * (10 * self.hidden if self.kept is None else self.kept)
 
     @property
     def head_flops(self) -> int:
@@ -64,14 +88,14 @@ class Sizes:
         """FLOPs of the input layer, forward and backward, for one microbatch: 3bsh."""
         return 3 * self.bsh
 
-    def iteration_flops(self, m: int) -> int:
+    def iteration_flops(self, m: int) -> float:
         """FLOPs of an iteration of ``m`` microbatches as MFU counts them: without the embedding."""
         return m * (self.layers * self.layer_flops + self.head_flops)
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of one layer, without biases and norms: 12h²."""
-        return 12 * self.hidden**2
+        """Parameters of one layer, without biases and norms. GPT: 12h²."""
+        return 12 * self.hidden**2 if self.matrices is None else self.matrices
 
     @property
     def table_parameters(self) -> int:
@@ -165,14 +189,15 @@ class Cost:
 
     Attributes:
         sizes, gpu: for what, on what.
-        activation_bytes: kept from F for B, a layer, for each of its bsh elements: 34 as in Megatron without
-            recomputing (Korthikanti et al. 2022, with flash attention), about 20 where norms and GELU are recomputed.
+        activation_bytes: kept from F for B, a layer, for each of its bsh elements: None where norms and activation
+            functions are recomputed (what the sizes say, two bytes an element), 34 as in Megatron without recomputing
+            (Korthikanti et al. 2022, with flash attention).
         state_bytes: a parameter's weights, gradient, and Adam state together.
     """
 
     sizes: Sizes
     gpu: GPU
-    activation_bytes: float = 20.0
+    activation_bytes: float | None = None
     state_bytes: float = 18.0
 
     # --- seconds ------------------------------------------------------------------------------------------------------
@@ -180,8 +205,8 @@ class Cost:
     def layer(self) -> tuple[float, float, float]:
         """Seconds of one layer's forward, of its input gradient and of its weight gradient."""
         z, gpu = self.sizes, self.gpu
-        products = gpu.matmul(24 * z.bsh * z.hidden, min(z.hidden, z.microbatch_size * z.seq))
-        attention = 2 * z.bsh * z.seq / (gpu.peak_flops * gpu.attention_efficiency)
+        products = gpu.matmul(2 * z.tokens * z.layer_parameters, min(z.hidden, z.tokens))
+        attention = 2 * z.scores / (gpu.peak_flops * gpu.attention_efficiency)
         traffic = gpu.traffic(LAYER_TRAFFIC * z.bsh)
         # A flash attention's backward recomputes the scores: 2.5 times the forward.
         return products + attention + traffic, products + 2.5 * attention + 1.5 * traffic, products + 0.5 * traffic
@@ -189,7 +214,7 @@ class Cost:
     def head(self, rows: float) -> float:
         """Seconds of a third of the products, 2bsh a row, of ``rows`` rows of the LM head."""
         z = self.sizes
-        return self.gpu.matmul(2 * z.bsh * rows, min(z.hidden, rows, z.microbatch_size * z.seq))
+        return self.gpu.matmul(2 * z.bsh * rows, min(z.hidden, rows, z.tokens))
 
     def durations(self, schedule: Schedule) -> Durations:
         """Seconds of every pass, transfer and collective of a schedule."""
@@ -198,12 +223,12 @@ class Cost:
         forward, inputs, weights = self.layer()
         B = inputs if schedule.splits_backward else inputs + weights
         rows = z.vocab_size if not schedule.sharded else -(-z.vocab_size // p)
-        softmax = gpu.traffic(LOGIT_TRAFFIC * z.microbatch_size * z.seq * rows / 2)
+        softmax = gpu.traffic(LOGIT_TRAFFIC * z.tokens * rows / 2)
         edge = gpu.traffic(EDGE_TRAFFIC * z.bsh) + gpu.launch
         product = self.head(rows)
         half = 2 if schedule.method == "vocab-2" else 1  # Algorithm 2 makes the input gradient in S, the others in T
         stream = 2 * z.bsh
-        vector = 4 * z.microbatch_size * z.seq
+        vector = 4 * z.tokens
         return Durations(
             F=tuple(counts * forward + gpu.launch),
             B=tuple(counts * B + gpu.launch),
@@ -235,8 +260,9 @@ class Cost:
         """Bytes of one cell of every ring, with the longest stage's layers."""
         z = self.sizes
         layers = max(stage_layers(schedule, z.layers))
-        logits = 2 * z.microbatch_size * z.seq * -(-z.vocab_size // schedule.p)
-        activations = self.activation_bytes * z.bsh * layers
+        logits = 2 * z.tokens * -(-z.vocab_size // schedule.p)
+        kept = 2.0 * z.kept_elements if self.activation_bytes is None else self.activation_bytes * z.bsh
+        activations = kept * layers
         # With the backward split: what W reads is mostly the inputs of the linear layers; dY of each comes from B.
         split = {"residual": 0.25 * activations, "kept": 0.75 * activations, "carried": 18.0 * z.bsh * layers}
         stores = split if schedule.splits_backward else {"residual": activations}
@@ -264,7 +290,7 @@ class Cost:
         """State, the most that the rings hold at once, and an unsharded head's logits, on every device."""
         z, schedule = self.sizes, timeline.schedule
         rings = timeline.peak_bytes(self.cell_bytes(schedule))
-        logits = 0.0 if schedule.sharded else 6.0 * z.microbatch_size * z.seq * z.vocab_size
+        logits = 0.0 if schedule.sharded else 6.0 * z.tokens * z.vocab_size
         head = schedule.placement[-1]
         return tuple(
             state + ring + (logits if d == head else 0.0)

@@ -1,7 +1,7 @@
 """How many transformer layers each stage gets, for method redis: the LM head weighs as much as several layers.
 
-In forward FLOPs of one layer, ``bsh (24h + 4s)``, the head's ``2bshV`` are ``rho = 6V / (72h + 12s)`` layers. The
-embedding costs next to nothing.
+In forward FLOPs of one of a GPT's layers, ``bsh (24h + 4s)``, the head's ``2bshV`` are ``rho = 6V / (72h + 12s)``
+layers. The embedding costs next to nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from math import ceil
 
 
 def head_in_layers(hidden: int, seq_length: int, vocab_size: int) -> float:
-    """``rho``: the FLOPs of the LM head over those of one layer."""
+    """``rho`` of a GPT: the FLOPs of the LM head over those of one layer."""
     return 6 * vocab_size / (72 * hidden + 12 * seq_length)
 
 
@@ -39,11 +39,9 @@ def optimal_split(layers: int, stages: int, rho: float) -> tuple[int, ...]:
 SPLITS = {"published": published_split, "optimal": optimal_split}
 
 
-def redistributed(
-    rule: str, *, layers: int, stages: int, hidden: int, seq_length: int, vocab_size: int
-) -> tuple[int, ...]:
-    """Layers of every stage for method redis, by a rule of :data:`SPLITS`."""
-    return SPLITS[rule](layers, stages, head_in_layers(hidden, seq_length, vocab_size))
+def redistributed(rule: str, *, layers: int, stages: int, rho: float) -> tuple[int, ...]:
+    """Layers of every stage for method redis, by a rule of :data:`SPLITS`; ``rho`` is the head's FLOPs in layers."""
+    return SPLITS[rule](layers, stages, rho)
 
 
 def _with_last(layers: int, stages: int, last: int) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from vocabpp_jax import make_mesh, models
 from vocabpp_jax.models.reference import reference_loss
 
 CONFIG = models.named("gpt-tiny", layers=4, hidden=16, heads=2, seq=8, vocab_size=37)
-MODEL, M = models.gpt(CONFIG), 4
+MODEL, M = models.build(CONFIG), 4
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ def test_bytes_of_shapes(shape, size):
 def small():
     built = schedules.build("1f1b", "vocab-2", p=2, m=4)
     config = models.named("gpt-tiny", layers=2, hidden=32, heads=2, seq=16, vocab_size=97)
-    return Pipeline(models.gpt(config), built, make_mesh(2, devices=jax.devices()[:2]))
+    return Pipeline(models.build(config), built, make_mesh(2, devices=jax.devices()[:2]))
 
 
 def test_state_and_tokens_are_the_compiled_steps_arguments(small):
@@ -100,7 +100,7 @@ def test_buffers_are_those_of_the_schedules_rings(small):
 def test_only_a_sharded_vocabulary_is_used_evenly(method, even):
     built = schedules.build("1f1b", method, p=4, m=4)
     config = models.named("gpt-tiny", layers=4, hidden=32, heads=2, seq=16, vocab_size=128)
-    pipe = Pipeline(models.gpt(config), built, make_mesh(4, devices=jax.devices()[:4]))
+    pipe = Pipeline(models.build(config), built, make_mesh(4, devices=jax.devices()[:4]))
     used = np.array(used_parameters(pipe))
     assert (len(set(used.tolist())) == 1) is even
     if not even:  # the ends hold a table each, the middle holds layers only

@@ -9,7 +9,7 @@ from vocabpp_jax import Layout, models, schedules
 
 def layout(schedule="1f1b", method="vocab-2", p=4, layers=8, tied=False, counts=None) -> Layout:
     config = models.GPTConfig(layers=layers, hidden=8, heads=2, seq=4, vocab_size=13, tie_embeddings=tied)
-    return Layout(models.gpt(config), schedules.build(schedule, method, p=p, m=3, layer_counts=counts))
+    return Layout(models.build(config), schedules.build(schedule, method, p=p, m=3, layer_counts=counts))
 
 
 @pytest.mark.parametrize("tied", [False, True])

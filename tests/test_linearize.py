@@ -13,7 +13,7 @@ CONFIG = dict(layers=2, hidden=32, heads=2, seq=L, vocab_size=64)
 
 
 def gpt_block(residuals: str = "selective"):
-    model = models.gpt(models.GPTConfig(**CONFIG, residuals=residuals))
+    model = models.build(models.GPTConfig(**CONFIG, residuals=residuals))
     params = model.init(jax.random.key(0))["blocks"][0]
     params = jax.tree.map(lambda w: w + 0.1 * jax.random.normal(jax.random.key(1), w.shape), params)
     x, g = (jax.random.normal(jax.random.key(k), (B, L, 32)) for k in (2, 3))
@@ -56,7 +56,7 @@ def test_no_weight_and_no_mask_is_stored(split):
 
 
 def test_the_split_costs_no_more_than_two_percent_of_the_backward_and_stores_nothing_twice():
-    model = models.gpt(models.GPTConfig(layers=1, hidden=256, heads=2, seq=128, vocab_size=64))
+    model = models.build(models.GPTConfig(layers=1, hidden=256, heads=2, seq=128, vocab_size=64))
     params, x = model.param_shapes()["blocks"][0], jax.ShapeDtypeStruct((1, 128, 256), jnp.float32)
 
     def flops(function, *args):

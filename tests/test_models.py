@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vocabpp_jax.models import (
-    GPT,
     SIZES,
+    Decoder,
     GPTConfig,
+    build,
     embedding_flops,
-    gpt,
     head_flops,
     layer_flops,
     layer_parameters,
@@ -29,17 +29,17 @@ from vocabpp_jax.models import (
     reference_logits,
     vocabulary_parameters,
 )
-from vocabpp_jax.models.gpt import attention_implementation
+from vocabpp_jax.models.config import attention_implementation
 
 CONFIG = GPTConfig(layers=2, hidden=32, heads=4, seq=12, vocab_size=50)
 B, L, D = 2, CONFIG.seq, CONFIG.hidden
-BLOCK = jax.jit(gpt(CONFIG).block)
+BLOCK = jax.jit(build(CONFIG).block)
 
 
 def random_params(config):
     """Canonical parameters with nothing at its special initial value: no zero bias, no unit scale."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda a: jnp.asarray(0.2 * rng.normal(size=a.shape), a.dtype), gpt(config).param_shapes())
+    return jax.tree.map(lambda a: jnp.asarray(0.2 * rng.normal(size=a.shape), a.dtype), build(config).param_shapes())
 
 
 def block_inputs(config=CONFIG):
@@ -108,7 +108,7 @@ def test_chosen_attention_does_not_depend_on_the_backend(monkeypatch):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_canonical_tree_has_the_shapes_of_the_contract(tied):
-    model = gpt(dataclasses.replace(CONFIG, tie_embeddings=tied))
+    model = build(dataclasses.replace(CONFIG, tie_embeddings=tied))
     shapes = model.param_shapes()
     assert set(shapes) == {"embed", "blocks", "final"} | (set() if tied else {"head"})
     assert {k: a.shape for k, a in shapes["embed"].items()} == {"tokens": (50, 32), "positions": (12, 32)}
@@ -121,14 +121,14 @@ def test_canonical_tree_has_the_shapes_of_the_contract(tied):
 
 
 def test_biases_and_norms_are_the_parameters_with_one_dimension():
-    for path, leaf in jax.tree_util.tree_leaves_with_path(gpt(CONFIG).param_shapes()["blocks"][0]):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(build(CONFIG).param_shapes()["blocks"][0]):
         assert leaf.ndim == (2 if path[-1].key == "kernel" else 1)
         assert path[-1].key in ("kernel", "bias", "scale")
 
 
 def test_init_is_gpt2s():
     config = GPTConfig(layers=2, hidden=128, heads=4, seq=64, vocab_size=300)
-    params = jax.jit(gpt(config).init)(jax.random.key(0))
+    params = jax.jit(build(config).init)(jax.random.key(0))
     for block in params["blocks"]:
         for branch, name, std in [
             ("attention", "qkv", 0.02),
@@ -174,7 +174,7 @@ def test_packed_documents_equal_documents_alone(cuts):
 def value_and_gradients(config, dtype):
     @jax.jit
     def run(params, x):
-        out, vjp = jax.vjp(lambda p, x: gpt(config).block(p, x, {}), params, x)
+        out, vjp = jax.vjp(lambda p, x: build(config).block(p, x, {}), params, x)
         return out, *vjp(jnp.cos(out))
 
     return run(*jax.tree.map(lambda a: a.astype(dtype), block_inputs(config)))
@@ -195,7 +195,7 @@ def test_bfloat16_stays_bfloat16_and_near_float32():
 
 
 def test_norm_statistics_are_float32_in_bfloat16():
-    model = gpt(CONFIG)
+    model = build(CONFIG)
     norm = {"scale": jnp.ones(D, jnp.bfloat16), "bias": jnp.zeros(D, jnp.bfloat16)}
     x = (256.0 + jnp.arange(D)).astype(jnp.bfloat16)[None, None]  # a bfloat16 mean would be off by whole units
     exact = np.asarray(x, np.float64)
@@ -208,7 +208,7 @@ def test_norm_statistics_do_not_cancel_far_from_zero():
     x = (1000 + 0.1 * np.random.default_rng(0).normal(size=(1, 1, D))).astype(np.float32)
     exact = np.asarray(x, np.float64)
     exact = (exact - exact.mean()) / np.sqrt(exact.var() + 1e-5)
-    np.testing.assert_allclose(gpt(CONFIG).final(norm, jnp.asarray(x)), exact, atol=2e-3)
+    np.testing.assert_allclose(build(CONFIG).final(norm, jnp.asarray(x)), exact, atol=2e-3)
 
 
 # --- what the backward keeps ----------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ flash_stand_in.defvjp(_flash_forward, _flash_backward)
 
 def trace_backward(config, b=1, side=None):
     """The jaxpr ``(parameters, x, side) -> (block output, residuals)``, its residuals and its number of parameters."""
-    model = gpt(config)
+    model = build(config)
     params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, config.dtype), model.param_shapes()["blocks"][0])
     x = jax.ShapeDtypeStruct((b, config.seq, config.hidden), config.dtype)
     forward = jax.make_jaxpr(lambda p, x, side: jax.vjp(lambda p, x: model.block(p, x, side), p, x))
@@ -320,7 +320,7 @@ def matrix_products(jaxpr):
 
 
 def forward_and_backward(config):
-    model = gpt(config)
+    model = build(config)
     params = model.param_shapes()["blocks"][0]
     x = jax.ShapeDtypeStruct((B, config.seq, config.hidden), jnp.float32)
     block = lambda p, x: model.block(p, x, {})  # noqa: E731
@@ -357,9 +357,9 @@ def test_gpt_module_equals_its_blocks_composed(tied, packed):
     params = random_params(config)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (B, 9))  # shorter than seq
     segment_ids = np.tile(np.arange(9) // 4, (B, 1)) if packed else None
-    module = GPT.from_canonical(config, params)
+    module = Decoder.from_canonical(config, params)
     side = {"segment_ids": segment_ids} if packed else {}
-    composed = jax.jit(reference_logits, static_argnums=0)(gpt(config), params, tokens, side)
+    composed = jax.jit(reference_logits, static_argnums=0)(build(config), params, tokens, side)
     assert_close(nnx.jit(module)(tokens, segment_ids), composed)
 
 
@@ -367,13 +367,13 @@ def test_gpt_module_equals_its_blocks_composed(tied, packed):
 def test_canonical_parameters_round_trip(tied):
     config = dataclasses.replace(CONFIG, tie_embeddings=tied)
     params = random_params(config)
-    again = GPT.from_canonical(config, params).canonical()
+    again = Decoder.from_canonical(config, params).canonical()
     assert jax.tree.structure(again) == jax.tree.structure(params)
     assert all(a is b for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(params), strict=True))
 
 
 def test_gpt_module_trains_in_bfloat16_with_float32_gradients():
-    module = GPT.from_canonical(dataclasses.replace(CONFIG, dtype="bfloat16"), random_params(CONFIG))
+    module = Decoder.from_canonical(dataclasses.replace(CONFIG, dtype="bfloat16"), random_params(CONFIG))
     tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (B, L))
 
     @nnx.jit
@@ -387,7 +387,7 @@ def test_gpt_module_trains_in_bfloat16_with_float32_gradients():
 
 def test_a_sequence_longer_than_the_position_table_is_refused():
     with pytest.raises(ValueError, match="tokens are 13 long; seq, .* is 12"):
-        GPT.from_canonical(CONFIG, random_params(CONFIG))(jnp.zeros((1, 13), jnp.int32))
+        Decoder.from_canonical(CONFIG, random_params(CONFIG))(jnp.zeros((1, 13), jnp.int32))
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------------
@@ -424,8 +424,8 @@ def test_an_unknown_size_is_refused_with_the_known_ones():
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameters_are_counted_exactly(name, tied):
-    config = named(name, tie_embeddings=tied, layers=2, mlp_ratio=3)
-    shapes = gpt(config).param_shapes()
+    config = named(name, tie_embeddings=tied, layers=2)
+    shapes = build(config).param_shapes()
     count = lambda tree: sum(a.size for a in jax.tree.leaves(tree))  # noqa: E731
     assert parameters(config) == count(shapes)
     assert layer_parameters(config) == count(shapes["blocks"][0])

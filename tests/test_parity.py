@@ -58,6 +58,44 @@ def test_a_pipeline_computes_what_one_device_computes(schedule, method, p, m, ti
     assert result.in_flight == result.promised_in_flight and not result.clobbered
 
 
+EVERY = ("soft_cap", "z_loss", "label_smoothing")
+ARCHITECTURES = [
+    ("1f1b", "vocab-2", 2, True, "llama-tiny", EVERY, 1),
+    ("v-half", "vocab-1", 2, False, "llama-tiny", (), 1),
+    ("1f1b", "vocab-1", 4, False, "qwen-tiny", EVERY, 1),
+    ("v-half", "vocab-2", 2, True, "qwen-tiny", ("z_loss",), 1),
+    ("v-half", "vocab-2", 2, False, "gemma-tiny", EVERY, 1),
+    ("1f1b", "vocab-1", 2, True, "gemma-tiny", ("label_smoothing",), 1),
+    ("1f1b", "vocab-naive", 2, False, "gpt-tiny", EVERY, 1),
+    ("1f1b", "baseline", 2, True, "gpt-tiny", EVERY, 1),
+    ("1f1b", "vocab-2", 2, False, "llama-tiny", EVERY, 2),
+    ("v-half", "vocab-1", 2, True, "qwen-tiny", (), 2),
+    ("1f1b", "vocab-1", 2, True, "gemma-tiny", (), 2),
+]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "method", "p", "tied", "model", "loss", "tensor"),
+    [
+        pytest.param(
+            *c, id="-".join(map(str, c)), marks=[pytest.mark.newest] if c[4:] == ("llama-tiny", EVERY, 2) else []
+        )
+        for c in ARCHITECTURES
+    ],
+)
+def test_every_architecture_and_loss_does_so_with_and_without_a_tensor_axis(
+    schedule, method, p, tied, model, loss, tensor
+):
+    result = compare(case(schedule, method, p, 3, tied, model=model, loss=loss, tensor=tensor))
+    assert max(result.loss_error, result.max_grad_error) <= 1e-5, result.grad_errors
+    assert result.in_flight == result.promised_in_flight and not result.clobbered
+
+
+def test_the_three_axes_data_pipe_and_tensor_go_together():
+    result = compare(case("1f1b", "vocab-2", 2, 3, False, data=2, tensor=2))
+    assert max(result.loss_error, result.max_grad_error) <= 1e-5, result.grad_errors
+
+
 def test_the_selection_covers_every_schedule_with_every_method():
     assert {c[:2] for c in SELECTION} == set(combinations())
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vocabpp_jax.model import Model
-from vocabpp_jax.models import GPTConfig, gpt, reference_logits, reference_loss
+from vocabpp_jax.models import GPTConfig, build, reference_logits, reference_loss
 
 CONFIG = GPTConfig(layers=2, hidden=16, heads=2, seq=8, vocab_size=23)
 m, B, L, V = 4, 2, CONFIG.seq, CONFIG.vocab_size
@@ -62,7 +62,7 @@ def numpy_gpt_logits(config, params, tokens, segment_ids=None):
         out = np.zeros_like(x)
         for i in range(heads):
             columns = slice(i * width, (i + 1) * width)
-            q, k, v = (part[:, columns] for part in np.split(qkv, 3, axis=-1))
+            q, k, v = np.split(qkv[:, 3 * i * width : 3 * (i + 1) * width], 3, axis=-1)
             scores = np.where(allowed, q @ k.T / np.sqrt(width), -np.inf)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             out[:, columns] = weights / weights.sum(-1, keepdims=True) @ v
@@ -86,7 +86,7 @@ def numpy_loss(logits, labels, mask):
 @pytest.mark.parametrize(("tied", "packed"), [(False, False), (True, True)])
 def test_gpt_logits_and_loss_equal_a_gpt_written_in_numpy(tied, packed):
     config = dataclasses.replace(CONFIG, tie_embeddings=tied)
-    model = gpt(config)
+    model = build(config)
     params = random_params(model)
     exact_params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     tokens, labels, mask = random_batch()

@@ -10,7 +10,7 @@ CONFIG = models.named("gpt-tiny", layers=3, hidden=8, heads=2, seq=4, vocab_size
 
 def pipeline(method, counts=None):
     schedule = schedules.build("1f1b", method, p=2, m=4, layer_counts=counts)
-    return Pipeline(models.gpt(CONFIG), schedule, make_mesh(2, devices=jax.devices()[:2]))
+    return Pipeline(models.build(CONFIG), schedule, make_mesh(2, devices=jax.devices()[:2]))
 
 
 def batch():

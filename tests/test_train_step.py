@@ -15,7 +15,9 @@ M, B, L, V = 3, 2, 8, 29
 def pipeline(schedule="1f1b", method="vocab-2", p=2, data=1, tied=False, dtype="float32") -> Pipeline:
     config = models.GPTConfig(layers=4, hidden=16, heads=2, seq=L, vocab_size=V, tie_embeddings=tied, dtype=dtype)
     devices = jax.devices()[: p * data]
-    return Pipeline(models.gpt(config), schedules.build(schedule, method, p=p, m=M), make_mesh(p, data, devices), dtype)
+    return Pipeline(
+        models.build(config), schedules.build(schedule, method, p=p, m=M), make_mesh(p, data, devices), dtype
+    )
 
 
 def batches(steps: int):

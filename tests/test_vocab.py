@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vocabpp_jax import vocab
-from vocabpp_jax.vocab import Shard, Stats, output_layer
+from vocabpp_jax.vocab import Loss, Shard, Stats, whole
 
 N, D = 7, 5
+PLAIN = Loss()
 
 
 def problem(V: int, seed: int = 0):
@@ -26,30 +27,39 @@ def shards(w: jax.Array, p: int) -> list[tuple[jax.Array, Shard]]:
     return [(padded[k * rows : (k + 1) * rows], Shard(k * rows, w.shape[0])) for k in range(p)]
 
 
-def reference(w, x, labels, weight):
-    def loss(w, x):
-        return jnp.sum(weight * -jax.nn.log_softmax(x @ w.T)[jnp.arange(N), labels])
+def reference(w, x, labels, weight, loss=PLAIN):
+    def total(w, x):
+        y = x @ w.T
+        y = y if loss.soft_cap is None else loss.soft_cap * jnp.tanh(y / loss.soft_cap)
+        target = jax.nn.one_hot(labels, len(w)) * (1 - loss.label_smoothing) + loss.label_smoothing / len(w)
+        return jnp.sum(weight * (-(target * jax.nn.log_softmax(y)).sum(1) + loss.z_loss * jax.nn.logsumexp(y, 1) ** 2))
 
-    value, (dw, dx) = jax.value_and_grad(loss, (0, 1))(w, x)
+    value, (dw, dx) = jax.value_and_grad(total, (0, 1))(w, x)
     return value, dw, dx
 
 
-def algorithm(number: int, w, x, labels, weight, p):
+def algorithm(number: int, w, x, labels, weight, p, loss=PLAIN):
     """Loss, weight gradient and input gradient by Algorithm 1 or 2 over p shards."""
     parts = shards(w, p)
-    local = [vocab.local_softmax(vocab.logits(wk, x, s), labels, s, jnp.float32) for wk, s in parts]
+    logits = [vocab.logits(wk, x, s, loss) for wk, s in parts]
+    slopes = [vocab.slopes(y, labels, s, jnp.float32, loss) for y, (_, s) in zip(logits, parts, strict=True)]
+    local = [vocab.local_softmax(y, labels, s, jnp.float32, loss) for y, (_, s) in zip(logits, parts, strict=True)]
     whole = vocab.combine(jax.tree.map(lambda *xs: jnp.stack(xs), *(stats for _, stats in local)))
     dw, dx = [], 0
-    for (wk, s), (soft, stats) in zip(parts, local, strict=True):
-        scale = vocab.factor(stats, whole)
-        dy = vocab.logit_gradient(soft, scale, weight, labels, s)
+    for (wk, s), (soft, stats), slope in zip(parts, local, slopes, strict=True):
+        scale = vocab.factor(stats, whole, loss)
+        target = (weight, labels, s, loss, slope)
+        dy = vocab.logit_gradient(soft, scale, *target)
         dw.append(vocab.weight_gradient(jnp.zeros(wk.shape), dy, x))
         if number == 1:
             dx += vocab.input_gradient(dy, wk)
         else:
             a = vocab.unscaled_input_gradient(soft, wk)
-            dx += vocab.partial_input_gradient(a, wk, scale, weight, labels, s)
-    return jnp.sum(weight * vocab.losses(whole)), jnp.concatenate(dw)[: w.shape[0]], dx
+            uniform = vocab.uniform_input_gradient(wk, s, loss, slope) if loss.label_smoothing else None
+            dx += vocab.partial_input_gradient(a, wk, scale, *target, uniform)
+    padding = jnp.concatenate(dw)[w.shape[0] :]
+    np.testing.assert_array_equal(padding, np.zeros_like(padding))
+    return jnp.sum(weight * vocab.losses(whole, loss)), jnp.concatenate(dw)[: w.shape[0]], dx
 
 
 @pytest.mark.newest
@@ -59,6 +69,34 @@ def test_both_algorithms_give_the_plain_loss_and_gradients_for_any_vocabulary_on
     data = problem(V, seed)
     for got, want in zip(algorithm(number, *data, p), reference(*data), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@settings(max_examples=16)
+@given(
+    V=st.sampled_from([2, 5, 17]),
+    p=st.sampled_from([1, 3, 8]),
+    soft_cap=st.sampled_from([None, 1.5, 30.0]),
+    z_loss=st.sampled_from([0.0, 0.01]),
+    label_smoothing=st.sampled_from([0.0, 0.1]),
+)
+def test_soft_cap_z_loss_and_smoothing_keep_both_algorithms_exact(number, V, p, soft_cap, z_loss, label_smoothing):
+    loss, data = Loss(soft_cap, z_loss, label_smoothing), problem(V)
+    for got, want in zip(algorithm(number, *data, p, loss), reference(*data, loss), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (dict(soft_cap=0.0), "soft_cap is 0.0; it must be above 0, or None"),
+        (dict(z_loss=-1.0), "z_loss is -1.0; it must be 0 or above"),
+        (dict(label_smoothing=1.0), "label_smoothing is 1.0; it must be at least 0 and below 1"),
+    ],
+)
+def test_a_loss_that_makes_no_sense_is_refused(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        Loss(**wrong)
 
 
 def test_padding_never_wins_even_where_a_shard_is_nothing_else():
@@ -94,13 +132,15 @@ def test_statistics_and_losses_are_float32_in_bfloat16_compute():
 
 
 @pytest.mark.parametrize(("logits", "gradients"), [(2**26, 2**28), (3 * 31, 6 * 31), (1, 1)])
-def test_a_whole_table_gives_the_plain_loss_and_gradients_in_blocks_of_any_size(monkeypatch, logits, gradients):
+@pytest.mark.parametrize("loss", [PLAIN, Loss(1.5, 0.01, 0.1)])
+def test_a_whole_table_gives_the_plain_loss_and_gradients_in_blocks_of_any_size(monkeypatch, logits, gradients, loss):
     w, x, labels, weight = problem(31)
-    monkeypatch.setattr(output_layer, "LOGITS", logits)
-    monkeypatch.setattr(output_layer, "GRADIENTS", gradients)
-    loss, dw, dx = vocab.unsharded(x, w, labels, weight, Shard(0, 31), jnp.ones_like(w))
-    want, want_dw, want_dx = reference(w, x, labels, weight)
-    np.testing.assert_allclose(loss, want, rtol=1e-6)
+    tokens = (x, labels, weight)
+    monkeypatch.setattr(whole, "LOGITS", logits)
+    monkeypatch.setattr(whole, "GRADIENTS", gradients)
+    value, dw, dx = vocab.whole_layer(tokens, w, Shard(0, 31), jnp.ones_like(w), loss)
+    want, want_dw, want_dx = reference(w, x, labels, weight, loss)
+    np.testing.assert_allclose(value, want, rtol=1e-6)
     np.testing.assert_allclose(dw - 1, want_dw, atol=1e-6)
     np.testing.assert_allclose(dx, want_dx, atol=1e-6)
-    np.testing.assert_allclose(vocab.unsharded_loss(x, w, labels, weight, Shard(0, 31)), want, rtol=1e-6)
+    np.testing.assert_allclose(vocab.whole_loss(tokens, w, Shard(0, 31), loss), want, rtol=1e-6)

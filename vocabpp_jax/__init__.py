@@ -4,5 +4,6 @@ from . import models, schedules, train
 from .layout import Layout
 from .model import Model
 from .pipeline import Pipeline, make_mesh
+from .vocab import Loss
 
-__all__ = ["Layout", "Model", "Pipeline", "make_mesh", "models", "schedules", "train"]
+__all__ = ["Layout", "Loss", "Model", "Pipeline", "make_mesh", "models", "schedules", "train"]

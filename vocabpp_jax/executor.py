@@ -133,9 +133,9 @@ class Executor:
     def forward(self, state: State, cells: Cells, c: int) -> State:
         """F: a stage's layers in order, each leaving its residuals in the rings."""
         state = state | {"out": get(state["inbox"], cells["inbox"])}
-        side = self.side_of(cells)
 
         def layer(s: State, j: int) -> State:
+            side = self.side_of(cells, c, j)
             y, residual, kept = self.block.forward(self.params["blocks"][c][j], side, s["out"])
             s = s | {"out": y}
             for ring, values in (("residual", residual), ("kept", kept)):
@@ -150,9 +150,10 @@ class Executor:
     def backward(self, state: State, cells: Cells, c: int) -> State:
         """B: a stage's layers in reverse, from the gradient that arrived."""
         state = state | {"out": get(state["inbox"], cells["inbox"])}
-        side, grads = self.side_of(cells), f"grads.blocks.{c}"
+        grads = f"grads.blocks.{c}"
 
         def layer(s: State, j: int) -> State:
+            side = self.side_of(cells, c, j)
             # One layer's residuals at a time: the next is read when this one's gradients are made.
             made = (s["out"], s[grads][j + 1] if j + 1 < self.layout.depth else ())
             residual = get(s["residual"][j], after(cells["residual"], made))
@@ -169,13 +170,13 @@ class Executor:
 
     def weights(self, state: State, cells: Cells, c: int) -> State:
         """W: the weight gradients of a stage's layers, from what F kept and B carried over."""
-        side, grads = self.side_of(cells), f"grads.blocks.{c}"
+        grads = f"grads.blocks.{c}"
 
         def layer(s: State, j: int) -> State:
             made = s[grads][j - 1] if j else s[grads][j]
             dparams = self.block.weights(
                 self.params["blocks"][c][j],
-                side,
+                self.side_of(cells, c, j),
                 get(s["kept"][j], after(cells["kept"], made)),
                 get(s["carried"][j], after(cells["carried"], made)),
             )
@@ -184,9 +185,9 @@ class Executor:
         state = self._each_layer(state, c, range(self.layout.depth), layer, (grads,))
         return self._occupy(state, cells, False)
 
-    def side_of(self, cells: Cells) -> Any:
-        """The blocks' side inputs of one microbatch."""
-        return get(self.side, cells["microbatch"])
+    def side_of(self, cells: Cells, c: int, j: int) -> Any:
+        """Side inputs of one microbatch for this device's j-th layer of a chunk: the batch's and the layer's own."""
+        return get(self.side, cells["microbatch"]) | get(self.layout.layer_side[c][j], lax.axis_index(PIPE))
 
     def _each_layer(
         self, state: State, c: int, order: range, layer: Callable[[State, int], State], names: tuple[str, ...]

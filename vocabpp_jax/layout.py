@@ -9,6 +9,9 @@ In the pipeline's layout every leaf that belongs to a device has its devices in 
   last stage's, zeros between, since one program gives every device the same shapes. A device that holds both of an
   untied model needs a second table, ``head``.
 * ``final`` is on every device.
+
+With a mesh axis ``tensor`` of size T each block's leaf is split over it as the model says, and a sharded vocabulary has
+``p T`` shards, one a device; what is unsharded, and ``final``, is the same on all T.
 """
 
 from __future__ import annotations
@@ -19,11 +22,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from .model import Model
 from .schedules import Schedule
 from .schedules.layers import even_split
+from .tensor import TENSOR
 
 Params = Any
 PIPE = "pipe"
@@ -32,12 +37,22 @@ ROW_MULTIPLE = 8  # rows a shard are padded to this, which is what matrix units 
 
 @dataclass(frozen=True)
 class Layout:
-    """The placement of a model's parameters under a schedule."""
+    """The placement of a model's parameters under a schedule, on a mesh whose axis ``tensor`` is of size ``tensor``."""
 
     model: Model
     schedule: Schedule
+    tensor: int = 1
 
     def __post_init__(self) -> None:
+        split = self.model.tensor
+        if self.tensor > 1 and split is None:
+            raise ValueError(f"tensor is {self.tensor}; this model says nothing of a tensor axis, so it must be 1")
+        if self.tensor > 1 and split.parts % self.tensor:
+            raise ValueError(
+                f"tensor is {self.tensor}; it must divide the {split.parts} parts that a layer has (heads)"
+            )
+        if self.tensor > 1:
+            self._check_split()
         if sum(self.layer_counts) != self.model.layers:
             raise ValueError(
                 f"layer_counts {self.layer_counts} add up to {sum(self.layer_counts)}; "
@@ -48,6 +63,27 @@ class Layout:
     def sharded(self) -> bool:
         """Whether the vocabulary is split over the pipeline."""
         return self.schedule.sharded
+
+    def _check_split(self) -> None:
+        shapes = self.model.param_shapes()["blocks"][0]
+        specs = jax.tree.leaves(self.model.tensor.specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+        for (path, shape), spec in zip(jax.tree_util.tree_leaves_with_path(shapes), specs, strict=True):
+            for size, axis in zip(shape.shape, spec, strict=False):
+                if axis == TENSOR and size % self.tensor:
+                    where = jax.tree_util.keystr(path, simple=True, separator=".")
+                    raise ValueError(
+                        f"tensor is {self.tensor}; it must divide {size}, an axis of {where} {list(shape.shape)}"
+                    )
+
+    @property
+    def vocabulary_axes(self) -> tuple[str, ...]:
+        """The mesh axes that a sharded vocabulary is split over."""
+        return (PIPE, TENSOR) if self.tensor > 1 else (PIPE,)
+
+    @property
+    def shards(self) -> int:
+        """Shards of a sharded vocabulary."""
+        return self.schedule.p * self.tensor
 
     @cached_property
     def layer_counts(self) -> tuple[int, ...]:
@@ -81,6 +117,15 @@ class Layout:
             for stages in self.stage_of
         )
 
+    @cached_property
+    def layer_side(self) -> tuple[tuple[dict[str, np.ndarray], ...], ...]:
+        """The model's ``layer_side`` at ``[chunk][j]``, leaves ``[p, ...]``; where a stage is shorter, some layer's."""
+        own = self.model.layer_side or ({},) * self.model.layers
+        return tuple(
+            tuple(jax.tree.map(lambda *xs: np.stack(xs), *(own[n or 0] for n in layers)) for layers in chunk)
+            for chunk in self.layer_of
+        )
+
     @property
     def head_is_embedding(self) -> bool:
         """Whether embedding and head share an array: tied, or the two ends of an unsharded pipeline."""
@@ -94,16 +139,22 @@ class Layout:
 
     def padded(self, rows: int) -> int:
         """Rows of a sharded table: a multiple of the shards, each of :data:`ROW_MULTIPLE` rows or a multiple."""
-        multiple = self.schedule.p * ROW_MULTIPLE
+        multiple = self.shards * ROW_MULTIPLE
         return -(-rows // multiple) * multiple
 
     def specs(self, tree: Params | None = None) -> Params:
         """The PartitionSpec of every leaf of the pipeline's tree."""
         tree = self.shapes() if tree is None else tree
-        return {
-            key: jax.tree.map(lambda _, k=key: PartitionSpec() if k == "final" else PartitionSpec(PIPE), branch)
-            for key, branch in tree.items()
-        }
+        whole = {key: jax.tree.map(lambda _: PartitionSpec(), branch) for key, branch in tree.items()}
+        tables = PartitionSpec(self.vocabulary_axes) if self.sharded else PartitionSpec(PIPE)
+        specs = {key: jax.tree.map(lambda _: tables, tree[key]) for key in ("embed", "head") if key in tree}
+        if self.tensor == 1:
+            specs["blocks"] = jax.tree.map(lambda _: PartitionSpec(PIPE), tree["blocks"])
+        else:
+            behind = lambda spec: PartitionSpec(PIPE, *spec)  # noqa: E731
+            layer = jax.tree.map(behind, self.model.tensor.specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+            specs["blocks"] = tuple(tuple(layer for _ in chunk) for chunk in tree["blocks"])
+        return whole | specs
 
     def shapes(self) -> Params:
         """The pipeline's tree as global :class:`jax.ShapeDtypeStruct`."""

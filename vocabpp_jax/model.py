@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .vocab import Loss
+
 Params = Any  # a pytree of arrays
 Side = dict[str, jax.Array]  # per-microbatch arrays that no gradient flows into, e.g. segment ids
 
@@ -22,6 +24,18 @@ def _identity(params: Params, x: jax.Array) -> jax.Array:
 
 
 @dataclass(frozen=True)
+class TensorSplit:
+    """How blocks are spread over the mesh axis ``tensor``; see :mod:`vocabpp_jax.tensor`."""
+
+    block: Callable[[Params, jax.Array, Side], jax.Array]
+    """A block for one device's part of its parameters, with the sums over the axis in it."""
+    specs: Params
+    """A tree like a block's parameters, of PartitionSpecs that name the axis where a parameter is split."""
+    parts: int
+    """The axis must divide this (heads, where whole heads go to devices)."""
+
+
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity, as its functions are
 class Model:
     """A decoder as a pipeline sees it: embedding, ``layers`` equal blocks, a final function, an LM head.
 
@@ -50,12 +64,23 @@ class Model:
     """The head is the token embedding."""
     embed_scale: float = 1.0
     """Factor on the embedded input (Gemma: the square root of the width)."""
+    loss: Loss = Loss()
+    """What is minimised: plain cross entropy, or with a soft cap, a z-loss, smoothed labels."""
+    layer_side: tuple[Side, ...] = ()
+    """What differs between layers and is not trained, one dictionary of arrays a layer with equal names and shapes,
+    or none: a block finds its own among ``side``. Gemma 2's local and global layers differ by such a number."""
+    tensor: TensorSplit | None = None
+    """How blocks run on a mesh with an axis ``tensor``, or None if they cannot."""
 
     def __post_init__(self) -> None:
         if self.layers < 1:
             raise ValueError(f"layers is {self.layers}; a model needs at least 1")
         if self.vocab_size < 2:
             raise ValueError(f"vocab_size is {self.vocab_size}; a vocabulary needs at least 2 tokens")
+        if self.layer_side and len(self.layer_side) != self.layers:
+            raise ValueError(
+                f"layer_side has {len(self.layer_side)} entries; it takes one for each of {self.layers} layers"
+            )
 
     def param_shapes(self) -> Params:
         """The canonical tree as :class:`jax.ShapeDtypeStruct` leaves; computes nothing."""

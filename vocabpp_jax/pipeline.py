@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -18,6 +19,8 @@ from .linearize import Linearized, linearize
 from .model import Model
 from .schedules import Program, Schedule, check, evaluation, lower
 from .steps import VocabularySteps
+from .tensor import TENSOR
+from .vocab import Loss
 
 DATA = "data"
 Params = Any
@@ -25,18 +28,21 @@ Batch = dict[str, Any]
 _PER_MICROBATCH = PartitionSpec(None, DATA)
 
 
-def make_mesh(pipe: int, data: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh ``data × pipe``; pipelines are runs of consecutive devices.
+def make_mesh(pipe: int, data: int = 1, devices: Sequence[jax.Device] | None = None, *, tensor: int = 1) -> Mesh:
+    """A mesh ``data × pipe``, or ``data × pipe × tensor``; pipelines are runs of consecutive devices, and a layer's
+    parts runs within them.
 
     Raises:
-        ValueError: the devices are fewer than ``data · pipe``, or not a multiple of it.
+        ValueError: the devices are fewer than ``data · pipe · tensor``, or not a multiple of it.
     """
     devices = list(jax.devices() if devices is None else devices)
-    if pipe < 1 or data < 1 or len(devices) % (pipe * data):
+    if min(pipe, data, tensor) < 1 or len(devices) % (pipe * data * tensor):
+        also = f" and tensor {tensor}" if tensor != 1 else ""
         raise ValueError(
-            f"stages is {pipe} and data-parallel {data}; their product must divide the {len(devices)} devices"
+            f"stages is {pipe} and data-parallel {data}{also}; their product must divide the {len(devices)} devices"
         )
-    return Mesh(np.array(devices[: pipe * data]).reshape(data, pipe), (DATA, PIPE))
+    shape, names = ((data, pipe), (DATA, PIPE)) if tensor == 1 else ((data, pipe, tensor), (DATA, PIPE, TENSOR))
+    return Mesh(np.array(devices[: math.prod(shape)]).reshape(shape), names)
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class Pipeline:
             raise ValueError(
                 f"the mesh's axis {PIPE!r} is {self.mesh.shape.get(PIPE)}; the schedule's p is {self.schedule.p}"
             )
-        object.__setattr__(self, "layout", Layout(self.model, self.schedule))
+        object.__setattr__(self, "layout", Layout(self.model, self.schedule, self.mesh.shape.get(TENSOR, 1)))
         check(self.schedule)
         self.layout.layer_counts  # noqa: B018  refused here, before anything compiles
 
@@ -95,7 +101,8 @@ class Pipeline:
         return self._run(self.program, params, batch, observe=True)
 
     def evaluate(self, params: Params, batch: Batch) -> jax.Array:
-        """The loss alone, by a forward-only program that keeps no activations."""
+        """The cross entropy alone, by a forward-only program that keeps no activations: a soft cap is part of the
+        model, a z-loss and smoothed labels are there for training."""
         return self._run(self._evaluation, params, batch, observe=False)[0]
 
     @cached_property
@@ -108,9 +115,17 @@ class Pipeline:
         ``residual`` waits from F to B, ``kept`` from F to W, ``carried`` from B to W; ``batch`` is sequences a device.
         """
         dtype = jnp.dtype(self.compute_dtype)
-        block = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, dtype), self.model.param_shapes()["blocks"][0])
         x = jax.ShapeDtypeStruct((batch, length, self.model.width), dtype)
-        passes = linearize(self.model.block, block, x, side or {}, split=self.schedule.splits_backward)
+        side = (side or {}) | jax.tree.map(_shape, self._a_layer_s_side)
+        traced = []
+
+        def trace(layer: Params) -> None:
+            block = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape[1:], dtype), layer)
+            traced.append(linearize(self._block, block, x, side, split=self.schedule.splits_backward))
+
+        layer, specs = self.layout.shapes()["blocks"][0][0], self.layout.specs()["blocks"][0][0]
+        jax.eval_shape(jax.shard_map(trace, mesh=self.mesh, in_specs=(specs,), out_specs=None, check_vma=False), layer)
+        passes = traced[0]
         return {
             ring: self.layout.depth * sum(s.size * s.dtype.itemsize for s in getattr(passes, ring))
             for ring in ("residual", "kept", "carried")
@@ -188,8 +203,11 @@ class Pipeline:
                 k: jax.tree.map(lambda w: w.reshape(w.shape[1:]), tables[k]) for k in ("embed", "head") if k in tables
             }
         count = jax.lax.psum(batch["mask"].sum(), DATA)
+        model = self.model
+        if not program.schedule.trains:
+            model = replace(model, loss=Loss(soft_cap=model.loss.soft_cap))
         vocabulary = VocabularySteps(
-            Layout(self.model, program.schedule),
+            Layout(model, program.schedule, self.layout.tensor),
             tables,
             {"tokens": batch["tokens"], "labels": batch["labels"], "weight": batch["mask"] / jnp.maximum(count, 1)},
             native_broadcast=self.mesh.devices.flat[0].platform in ("gpu", "cuda"),
@@ -208,11 +226,21 @@ class Pipeline:
         )
 
     def _linearized(self, program: Program, x: jax.ShapeDtypeStruct, blocks: Params, side: Any) -> Linearized:
-        shape = lambda t: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), t)  # noqa: E731
+        block = jax.tree.map(_shape, blocks[0][0])
         one_side = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), side)
+        one_side |= jax.tree.map(_shape, self._a_layer_s_side)
         if not program.schedule.trains:
-            return Linearized(lambda p, s, x: (self.model.block(p, x, s), (), ()), None, None, (), (), ())
-        return linearize(self.model.block, shape(blocks[0][0]), x, one_side, split=program.schedule.splits_backward)
+            return Linearized(lambda p, s, x: (self._block(p, x, s), (), ()), None, None, (), (), ())
+        return linearize(self._block, block, x, one_side, split=program.schedule.splits_backward)
+
+    @property
+    def _block(self) -> Callable:
+        """A layer, or one device's part of it."""
+        return self.model.block if self.layout.tensor == 1 else self.model.tensor.block
+
+    @property
+    def _a_layer_s_side(self) -> dict[str, Any]:
+        return self.model.layer_side[0] if self.model.layer_side else {}
 
     def _gradients(self, state: dict[str, Any], params: Params) -> Params:
         """The accumulated gradients as a tree like the parameters, summed over what they have to be summed over."""
@@ -231,3 +259,7 @@ class Pipeline:
         if self.mesh.shape[DATA] > 1:
             grads = jax.lax.psum(grads, DATA)
         return jax.tree.map(lambda g, w: g.reshape(w.shape), grads, params)
+
+
+def _shape(a: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(a.shape, a.dtype)

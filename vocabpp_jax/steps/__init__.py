@@ -46,13 +46,15 @@ class VocabularySteps(InputSteps, OutputSteps):
             # The three-barrier reference keeps the logits themselves until it knows their maximum.
             kind = F32 if "S1" in self.names else dtype
             state["P"] |= {"factor": vector, "softmax": jnp.zeros((rings["P"], B * L, self.head.shape[0]), kind)}
+            state["P"] |= {"slopes": self.no_slopes(rings["P"], B * L)}
             state["A"] = jnp.zeros(wide, dtype)
+            state |= self.initial_uniform(B * L)
         return state | {flight(name): value for name, value in self._flights(wide, dtype).items()}
 
     def _flights(self, wide: tuple[int, int], dtype: jnp.dtype) -> dict[str, Any]:
         """What every collective leaves, before the first has run."""
         vector, matrix = jnp.zeros(wide[:1], F32), jnp.zeros(wide, dtype)
-        gathered = jnp.zeros((self.layout.schedule.p, 3, *wide[:1]), F32)
+        gathered = jnp.zeros((self.layout.shards, 3, *wide[:1]), F32)
         made = {"CI": matrix, "C0": matrix, "CB": matrix, "big": matrix, "max": vector, "stats": gathered}
         return {name: made[name] for name in made if name in self.names}
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from .. import vocab
 from ..rings import Cells, State, get, put, put_if, when
-from .layer import Start, VocabularyLayer, flight, sum_over_shards
+from .layer import Start, VocabularyLayer, flight
 
 
 class InputSteps(VocabularyLayer):
@@ -37,7 +37,7 @@ class InputSteps(VocabularyLayer):
         )
 
     def start_CI(self, state: State, cells: Cells) -> Start:
-        return state["part"].reshape(-1, self.layout.model.width), sum_over_shards
+        return state["part"].reshape(-1, self.layout.model.width), self._sum_over_shards
 
     def done_CI(self, state: State, cells: Cells, x: jax.Array) -> State:
         inbox = state["inbox"]

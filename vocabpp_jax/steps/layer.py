@@ -57,11 +57,15 @@ class VocabularyLayer:
         return {step.name for step in self.layout.schedule.vocabulary.steps}
 
     def _first_row(self, table: jax.Array) -> jax.Array | int:
-        return lax.axis_index(PIPE) * table.shape[0] if self.layout.sharded else 0
+        return lax.axis_index(self.layout.vocabulary_axes) * table.shape[0] if self.layout.sharded else 0
 
     def _stream(self, state: State, cells: Cells) -> jax.Array:
         """What waits in the inbox ``[N, D]``: meaningful on the device that a broadcast comes from."""
         return get(state["inbox"], jnp.maximum(cells["inbox"], 0)).reshape(-1, self.layout.model.width)
+
+    @property
+    def _sum_over_shards(self) -> Collective:
+        return partial(lax.psum, axis_name=self.layout.vocabulary_axes)
 
     def _broadcast_from(self, stage: int) -> Collective:
         """One stage's array on all devices: natively, or by a masked sum where the backend has no broadcast."""
@@ -69,6 +73,3 @@ class VocabularyLayer:
         if self.native_broadcast:
             return lambda x: lax.pbroadcast(x, (PIPE,), source)
         return lambda x: lax.psum(jnp.where(lax.axis_index(PIPE) == source, x, jnp.zeros_like(x)), PIPE)
-
-
-sum_over_shards: Collective = partial(lax.psum, axis_name=PIPE)

@@ -15,11 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import vocab
-from ..layout import PIPE
-from ..rings import Cells, State, get, put, put_if, when
+from ..rings import Cells, State, get, put, put_if, when, zeros
 from ..schedules import sums_before_T
-from ..vocab import Shard, Stats
-from .layer import Start, VocabularyLayer, flight, sum_over_shards
+from ..vocab import Loss, Shard, Slopes, Stats
+from .layer import Start, VocabularyLayer, flight
 
 F32 = jnp.float32
 
@@ -43,6 +42,11 @@ class OutputSteps(VocabularyLayer):
         return self.params["embed"]["tokens"] if self.layout.head_is_embedding else self.params["head"]
 
     @property
+    def loss(self) -> Loss:
+        """What is minimised."""
+        return self.layout.model.loss
+
+    @property
     def shard(self) -> Shard:
         """The rows of the head's table that this device holds."""
         return Shard(self._first_row(self.head), self.layout.model.vocab_size)
@@ -57,25 +61,31 @@ class OutputSteps(VocabularyLayer):
         """S: local logits and softmax; in Algorithm 2 also ``A = P' W``."""
 
         def passed(state: State) -> State:
-            y = vocab.logits(self.head, self._hidden(state, cells), self.shard)
-            p, stats = vocab.local_softmax(y, self._labels(cells), self.shard, self.head.dtype)
+            y, labels = self._logits(self._hidden(state, cells)), self._labels(cells)
+            p, stats = vocab.local_softmax(y, labels, self.shard, self.head.dtype, self.loss)
+            slopes = self._slopes(y, labels)
             record = get(state["P"], cells["P"]) | {"local": stats}
             if self.trains:
-                record |= {"softmax": p}
+                record |= {"softmax": p, "slopes": slopes}
             state = state | {"P": put(state["P"], cells["P"], record)}
-            return state | {"A": vocab.unscaled_input_gradient(p, self.head)} if self.early else state
+            if not self.early:
+                return state
+            if slopes is not None and slopes.rows is not None:
+                state = state | {"uniform": vocab.uniform_input_gradient(self.head, self.shard, self.loss, slopes)}
+            return state | {"A": vocab.unscaled_input_gradient(p, self.head)}
 
-        names = ("P", "A") if self.early else ("P",)
+        names = ("P", *(("A",) if self.early else ()), *(("uniform",) if "uniform" in state else ()))
         return when(cells["microbatch"] >= 0, state, names, passed)
 
     def run_S1(self, state: State, cells: Cells) -> State:
         """S1 of the three-barrier reference: logits and their local maximum."""
 
         def passed(state: State) -> State:
-            y = vocab.logits(self.head, self._hidden(state, cells), self.shard)
-            target = vocab.target_logits(y, self._labels(cells), self.shard)
+            y, labels = self._logits(self._hidden(state, cells)), self._labels(cells)
+            target = vocab.target_logits(y, labels, self.shard, self.loss)
             local = Stats(jnp.max(y, axis=1), jnp.zeros_like(target), target)
-            record = get(state["P"], cells["P"]) | {"softmax": y, "local": local}
+            slopes = self._slopes(y, labels)
+            record = get(state["P"], cells["P"]) | {"softmax": y, "local": local, "slopes": slopes}
             return state | {"P": put(state["P"], cells["P"], record)}
 
         return when(cells["microbatch"] >= 0, state, ("P",), passed)
@@ -86,30 +96,35 @@ class OutputSteps(VocabularyLayer):
         def passed(state: State) -> State:
             record = get(state["P"], cells["P"])
             local = record["local"]
-            e = jnp.exp(record["softmax"] - local.maximum[:, None])
-            record |= {"softmax": e, "local": local._replace(sum=e.sum(1))}
+            y = record["softmax"]
+            e = jnp.exp(y - local.maximum[:, None])
+            record |= {"softmax": vocab.capped(e, y, self.loss), "local": local._replace(sum=e.sum(1))}
             return state | {"P": put(state["P"], cells["P"], record)}
 
         return when(cells["microbatch"] >= 0, state, ("P",), passed)
 
     def start_max(self, state: State, cells: Cells) -> Start:
-        return self._local(state, cells).maximum, partial(lax.pmax, axis_name=PIPE)
+        return self._local(state, cells).maximum, partial(lax.pmax, axis_name=self.layout.vocabulary_axes)
 
     def done_max(self, state: State, cells: Cells, maximum: jax.Array) -> State:
         return self._noted(state, cells, local=self._local(state, cells)._replace(maximum=maximum))
 
     def start_stats(self, state: State, cells: Cells) -> Start:
         # One gather instead of a maximum that a sum must wait for.
-        return jnp.stack(self._local(state, cells)), partial(lax.all_gather, axis_name=PIPE)
+        gather = partial(lax.all_gather, axis_name=self.layout.vocabulary_axes)
+        return jnp.stack(self._local(state, cells)), gather
 
     def done_stats(self, state: State, cells: Cells, gathered: jax.Array) -> State:
         whole = vocab.combine(Stats(*jnp.moveaxis(gathered, 1, 0)))
-        loss = jnp.sum(jnp.where(cells["microbatch"] >= 0, self._weight(cells) * vocab.losses(whole), 0))
+        loss = jnp.sum(jnp.where(cells["microbatch"] >= 0, self._weight(cells) * vocab.losses(whole, self.loss), 0))
         updated = {"loss": state["loss"] + loss}
         if not self.trains:
             return updated
         local = self._local(state, cells)
-        scale = 1 / whole.sum if "S1" in self.names else vocab.factor(local, whole)
+        if "S1" in self.names:
+            scale = vocab.z_factor(whole, self.loss) / whole.sum
+        else:
+            scale = vocab.factor(local, whole, self.loss)
         return updated | self._noted(state, cells, factor=scale)
 
     def run_T(self, state: State, cells: Cells) -> State:
@@ -117,10 +132,8 @@ class OutputSteps(VocabularyLayer):
 
         def passed(state: State) -> State:
             record = get(state["P"], cells["P"])
-            dy = vocab.logit_gradient(
-                record["softmax"], record["factor"], self._weight(cells), self._labels(cells), self.shard
-            )
-            dy = dy.astype(self.head.dtype)
+            target = (self._weight(cells), self._labels(cells), self.shard, self.loss, record["slopes"])
+            dy = vocab.logit_gradient(record["softmax"], record["factor"], *target).astype(self.head.dtype)
             total = vocab.weight_gradient(state[self.head_gradient], dy, self._hidden(state, cells))
             state = state | {self.head_gradient: total}
             return state if self.early else state | {"A": vocab.input_gradient(dy, self.head)}
@@ -131,11 +144,11 @@ class OutputSteps(VocabularyLayer):
     def start_big(self, state: State, cells: Cells) -> Start:
         part = state["A"]
         if self.early:
-            scale = get(state["P"]["factor"], jnp.maximum(cells["P"], 0))
-            part = vocab.partial_input_gradient(
-                part, self.head, scale, self._weight(cells), self._labels(cells), self.shard
-            )
-        return part, sum_over_shards
+            cell = jnp.maximum(cells["P"], 0)
+            scale, slopes = get(state["P"]["factor"], cell), get(state["P"]["slopes"], cell)
+            target = (self._weight(cells), self._labels(cells), self.shard, self.loss, slopes, state.get("uniform"))
+            part = vocab.partial_input_gradient(part, self.head, scale, *target)
+        return part, self._sum_over_shards
 
     def done_big(self, state: State, cells: Cells, g: jax.Array) -> State:
         # The parts are spent. Forgotten, they are summed in place.
@@ -154,22 +167,31 @@ class OutputSteps(VocabularyLayer):
 
         def passed(state: State) -> State:
             x = get(state["inbox"], cells["inbox"]).reshape(-1, self.layout.model.width)
-            hidden, labels, weight = (
-                self.layout.model.final(self.params["final"], x),
-                self._labels(cells),
-                self._weight(cells),
-            )
+            tokens = (self.layout.model.final(self.params["final"], x), self._labels(cells), self._weight(cells))
             if not self.trains:
-                return state | {
-                    "loss": state["loss"] + vocab.unsharded_loss(hidden, self.head, labels, weight, self.shard)
-                }
-            total = state[self.head_gradient]
-            loss, total, dx = vocab.unsharded(hidden, self.head, labels, weight, self.shard, total)
+                return state | {"loss": state["loss"] + vocab.whole_loss(tokens, self.head, self.shard, self.loss)}
+            loss, total, dx = vocab.whole_layer(tokens, self.head, self.shard, state[self.head_gradient], self.loss)
             state = state | {"loss": state["loss"] + loss, self.head_gradient: total}
             return self._final_vjp(state, cells, x, dx)
 
         names = ("loss", "inbox", "grads.final", self.head_gradient) if self.trains else ("loss",)
         return when(cells["microbatch"] >= 0, state, names, passed)
+
+    # --- what the loss's extensions add to the state -----------------------------------------------------------------
+
+    def no_slopes(self, cells: int, tokens: int) -> Slopes | None:
+        """An empty ring of what the soft cap leaves for T."""
+        one = jax.ShapeDtypeStruct((tokens, self.head.shape[0]), F32)
+        labels = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+        return zeros(cells, jax.eval_shape(self._slopes, one, labels))
+
+    def initial_uniform(self, tokens: int) -> State:
+        """Label smoothing's part of the input gradient: known at once without a cap, else made by every S."""
+        if not (self.early and self.loss.label_smoothing):
+            return {}
+        if self.loss.soft_cap is not None:
+            return {"uniform": jnp.zeros((tokens, self.layout.model.width), F32)}
+        return {"uniform": vocab.uniform_input_gradient(self.head, self.shard, self.loss)}
 
     # --- pieces ------------------------------------------------------------------------------------------------------
 
@@ -183,6 +205,12 @@ class OutputSteps(VocabularyLayer):
     def _hidden(self, state: State, cells: Cells) -> jax.Array:
         """The head's input ``[N, D]``: computed again wherever it is needed, so that only the stream is stored."""
         return self.layout.model.final(self.params["final"], get(state["X"], cells["X"]))
+
+    def _logits(self, hidden: jax.Array) -> jax.Array:
+        return vocab.logits(self.head, hidden, self.shard, self.loss)
+
+    def _slopes(self, y: jax.Array, labels: jax.Array) -> Slopes | None:
+        return vocab.slopes(y, labels, self.shard, self.head.dtype, self.loss)
 
     def _labels(self, cells: Cells) -> jax.Array:
         return get(self.batch["labels"], jnp.maximum(cells["microbatch"], 0)).reshape(-1)

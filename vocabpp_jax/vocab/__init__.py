@@ -1,9 +1,12 @@
 """The vocabulary layers, sharded by rows over a mesh axis: pure functions over one device's arrays."""
 
 from .input_layer import lookup, scatter
+from .loss import Loss
 from .output_layer import (
     Shard,
+    Slopes,
     Stats,
+    capped,
     combine,
     factor,
     input_gradient,
@@ -12,16 +15,21 @@ from .output_layer import (
     logits,
     losses,
     partial_input_gradient,
+    slopes,
     target_logits,
+    uniform_input_gradient,
     unscaled_input_gradient,
-    unsharded,
-    unsharded_loss,
     weight_gradient,
+    z_factor,
 )
+from .whole import whole_layer, whole_loss
 
 __all__ = [
+    "Loss",
     "Shard",
+    "Slopes",
     "Stats",
+    "capped",
     "combine",
     "factor",
     "input_gradient",
@@ -32,9 +40,12 @@ __all__ = [
     "losses",
     "partial_input_gradient",
     "scatter",
+    "slopes",
     "target_logits",
+    "uniform_input_gradient",
     "unscaled_input_gradient",
-    "unsharded",
-    "unsharded_loss",
     "weight_gradient",
+    "z_factor",
+    "whole_layer",
+    "whole_loss",
 ]

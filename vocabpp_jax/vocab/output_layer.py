@@ -10,6 +10,19 @@ Everything that differs between shards once the global m and sum are known is on
 barriers can be moved: Algorithm 1 exchanges m' and sum' before the matrix products of the backward, Algorithm 2
 computes ``P' W_k`` before and rescales its rows after. Maxima, sums, factors and losses are float32.
 
+**The extensions of** :class:`~.loss.Loss` keep that. With raw logits ``U = X Wᵀ``, ``Y = c tanh(U / c)``, the slope
+``∂ = dY/dU = 1 - (Y/c)²``, the smoothed target ``G' = (1-ε) G + ε/V`` and ``lse = log sum + m``::
+
+    loss = lse (1 + λ lse) - Σ G' Y      dY = (1 + 2λ lse) softmax - G'      dU = dY ∘ ∂
+
+* z-loss is a factor a row, ``1 + 2λ lse``, known after the one barrier: it joins the factor that rescales P'.
+* The soft cap is a factor an element, known before it: S stores ``P' ∘ ∂`` for P', and ``A = (P' ∘ ∂) W_k``.
+* Smoothing changes what is subtracted, ``G' ∘ ∂``, which no barrier has a part in. ``Σ G' Y`` adds up over shards where
+  ``Y[label]`` did. Its uniform part in ∇X is ``ε/V Σ_rows ∂ W``: without a cap one vector for all tokens and
+  microbatches, with a cap one more product in S (and ∂ is stored for T), the only place where an extension costs one.
+
+So each algorithm has the barriers it had. Rows of the padding have ``Y = -inf`` and ``∂ = 0``.
+
 Shapes, per device: N tokens, D model width, R rows of the local shard. ``weight [N]`` is the loss mask over the
 global count of valid tokens, so that gradients come out normalised.
 """
@@ -22,8 +35,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .loss import Loss
+
 F32 = jnp.float32
-LOGITS, GRADIENTS = 2**26, 2**28  # elements of an unsharded output layer that are worked on at once
+PLAIN = Loss()
 
 
 class Shard(NamedTuple):
@@ -34,36 +49,73 @@ class Shard(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """Row statistics ``[N]`` in float32: maximum, sum of exponentials below it, the label's logit (0 if elsewhere)."""
+    """Row statistics ``[N]`` in float32: maximum, sum of exponentials below it, ``Σ G' Y`` over the local rows."""
 
     maximum: jax.Array
     sum: jax.Array
     target: jax.Array
 
 
+class Slopes(NamedTuple):
+    """The soft cap's slope ∂ at the label ``[N]``, and at every row ``[N, R]`` where smoothing needs it, else None."""
+
+    label: jax.Array
+    rows: jax.Array | None
+
+
 def _one_hot_mask(labels: jax.Array, shard: Shard, rows: int) -> jax.Array:
     return labels[:, None] - shard.first_row == lax.broadcasted_iota(jnp.int32, (1, rows), 1)
 
 
-def logits(w: jax.Array, x: jax.Array, shard: Shard) -> jax.Array:
+def _exists(shard: Shard, rows: int) -> jax.Array:
+    """``[1, R]``: which rows are not padding."""
+    return shard.first_row + lax.broadcasted_iota(jnp.int32, (1, rows), 1) < shard.vocab_size
+
+
+def logits(w: jax.Array, x: jax.Array, shard: Shard, loss: Loss = PLAIN) -> jax.Array:
     """``Y [N, R]`` in float32; rows of the padding are -inf, so that any V gives the unpadded loss."""
     y = lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=F32)
-    row = shard.first_row + lax.broadcasted_iota(jnp.int32, (1, w.shape[0]), 1)
-    return jnp.where(row < shard.vocab_size, y, -jnp.inf)
+    if loss.soft_cap is not None:
+        y = loss.soft_cap * jnp.tanh(y / loss.soft_cap)
+    return jnp.where(_exists(shard, w.shape[0]), y, -jnp.inf)
 
 
-def local_softmax(y: jax.Array, labels: jax.Array, shard: Shard, dtype: jnp.dtype) -> tuple[jax.Array, Stats]:
-    """S: ``P' [N, R]`` in ``dtype`` and the local statistics. A shard that is all padding has P' = 0, sum' = 0."""
+def capped(p: jax.Array, y: jax.Array, loss: Loss) -> jax.Array:
+    """``P' ∘ ∂``: what the softmax contributes to the gradient of the raw logits; P' itself without a cap."""
+    return p if loss.soft_cap is None else p * _slope(y, loss)
+
+
+def slopes(y: jax.Array, labels: jax.Array, shard: Shard, dtype: jnp.dtype, loss: Loss) -> Slopes | None:
+    """What the target's part of the gradient needs of the logits, every row in ``dtype``; None without a cap."""
+    if loss.soft_cap is None:
+        return None
+    slope = _slope(y, loss)
+    at_label = jnp.sum(jnp.where(_one_hot_mask(labels, shard, y.shape[1]), slope, 0), axis=1)
+    return Slopes(at_label, slope.astype(dtype) if loss.label_smoothing else None)
+
+
+def _slope(y: jax.Array, loss: Loss) -> jax.Array:
+    return jnp.where(y > -jnp.inf, 1 - jnp.square(y / loss.soft_cap), 0)
+
+
+def local_softmax(
+    y: jax.Array, labels: jax.Array, shard: Shard, dtype: jnp.dtype, loss: Loss = PLAIN
+) -> tuple[jax.Array, Stats]:
+    """S: ``P' ∘ ∂ [N, R]`` in ``dtype`` and the local statistics. A shard of padding alone has P' = 0, sum' = 0."""
     maximum = jnp.max(y, axis=1)
     e = jnp.exp(y - jnp.where(jnp.isfinite(maximum), maximum, 0)[:, None])
     total = jnp.sum(e, axis=1)
-    p = e / jnp.where(total > 0, total, 1)[:, None]
-    return p.astype(dtype), Stats(maximum, total, target_logits(y, labels, shard))
+    p = capped(e / jnp.where(total > 0, total, 1)[:, None], y, loss)
+    return p.astype(dtype), Stats(maximum, total, target_logits(y, labels, shard, loss))
 
 
-def target_logits(y: jax.Array, labels: jax.Array, shard: Shard) -> jax.Array:
-    """``Y[label] [N]`` where the label is in this shard, 0 elsewhere."""
-    return jnp.sum(jnp.where(_one_hot_mask(labels, shard, y.shape[1]), y, 0), axis=1)
+def target_logits(y: jax.Array, labels: jax.Array, shard: Shard, loss: Loss = PLAIN) -> jax.Array:
+    """``Σ G' Y [N]`` over the local rows: without smoothing ``Y[label]`` where the label is here, 0 elsewhere."""
+    at_label = jnp.sum(jnp.where(_one_hot_mask(labels, shard, y.shape[1]), y, 0), axis=1)
+    if not loss.label_smoothing:
+        return at_label
+    uniform = jnp.sum(jnp.where(y > -jnp.inf, y, 0), axis=1) / shard.vocab_size
+    return (1 - loss.label_smoothing) * at_label + loss.label_smoothing * uniform
 
 
 def combine(of_shards: Stats) -> Stats:
@@ -73,65 +125,55 @@ def combine(of_shards: Stats) -> Stats:
     return Stats(maximum, total, jnp.sum(of_shards.target, axis=0))
 
 
-def factor(local: Stats, whole: Stats) -> jax.Array:
-    """``sum' e^(m' - m) / sum [N]``: what turns P' into the softmax."""
-    return local.sum * jnp.exp(local.maximum - whole.maximum) / whole.sum
+def factor(local: Stats, whole: Stats, loss: Loss = PLAIN) -> jax.Array:
+    """``sum' e^(m' - m) / sum · (1 + 2λ lse) [N]``: what turns P' into the softmax and its z-loss."""
+    return local.sum * jnp.exp(local.maximum - whole.maximum) / whole.sum * z_factor(whole, loss)
 
 
-def losses(whole: Stats) -> jax.Array:
-    """Cross entropy of every token ``[N]``."""
-    return jnp.log(whole.sum) + whole.maximum - whole.target
+def z_factor(whole: Stats, loss: Loss) -> jax.Array:
+    """``1 + 2λ lse [N]``: the derivative of ``lse + λ lse²``."""
+    return 1 + 2 * loss.z_loss * _lse(whole) if loss.z_loss else jnp.ones_like(whole.sum)
 
 
-def logit_gradient(p: jax.Array, scale: jax.Array, weight: jax.Array, labels: jax.Array, shard: Shard) -> jax.Array:
-    """``(softmax - G) · weight [N, R]`` in P's dtype."""
+def losses(whole: Stats, loss: Loss = PLAIN) -> jax.Array:
+    """The loss of every token ``[N]``."""
+    lse = _lse(whole)
+    return lse - whole.target + (loss.z_loss * lse**2 if loss.z_loss else 0)
+
+
+def _lse(whole: Stats) -> jax.Array:
+    return jnp.log(whole.sum) + whole.maximum
+
+
+def logit_gradient(
+    p: jax.Array,
+    scale: jax.Array,
+    weight: jax.Array,
+    labels: jax.Array,
+    shard: Shard,
+    loss: Loss = PLAIN,
+    slopes: Slopes | None = None,
+) -> jax.Array:
+    """``dU = (P'∘∂ · scale - G'∘∂) · weight [N, R]`` in P's dtype."""
     hot = _one_hot_mask(labels, shard, p.shape[1])
-    return ((p * scale[:, None] - hot) * weight[:, None]).astype(p.dtype)
+    target = jnp.where(hot, _at_label(loss, slopes), 0)
+    if loss.label_smoothing:
+        target += loss.label_smoothing / shard.vocab_size * _rows(shard, p.shape[1], slopes)
+    return ((p * scale[:, None] - target) * weight[:, None]).astype(p.dtype)
 
 
-def unsharded(
-    x: jax.Array, w: jax.Array, labels: jax.Array, weight: jax.Array, shard: Shard, total: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The output layer of a table that is whole: weighted sum of losses, ``total`` with ∇W added, and ∇X ``[N, D]``.
-
-    Tokens go through in blocks, so that beside the result no more lies about than :data:`LOGITS` float32 logits and
-    :data:`GRADIENTS` elements of their gradient.
-    """
-
-    def of_logits(part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        x, labels, weight = part
-        p, stats = local_softmax(logits(w, x, shard), labels, shard, w.dtype)
-        return jnp.sum(weight * losses(stats)), logit_gradient(p, jnp.ones_like(weight), weight, labels, shard)
-
-    def of_gradients(carry: tuple, part: tuple[jax.Array, ...]) -> tuple[tuple, jax.Array]:
-        loss, dy = lax.map(of_logits, _blocks(part, w.shape[0], LOGITS))
-        dy = dy.reshape(-1, w.shape[0])
-        return (carry[0] + loss.sum(), weight_gradient(carry[1], dy, part[0])), input_gradient(dy, w)
-
-    blocks = _blocks((x, labels, weight), w.shape[0], GRADIENTS)
-    (loss, total), dx = lax.scan(of_gradients, (jnp.zeros((), F32), total), blocks)
-    return loss, total, dx.reshape(x.shape)
+def _at_label(loss: Loss, slopes: Slopes | None) -> jax.Array | float:
+    """``(1-ε) ∂`` at the label, ``[N, 1]`` or a number."""
+    return (1 - loss.label_smoothing) * (1.0 if slopes is None else slopes.label[:, None])
 
 
-def unsharded_loss(x: jax.Array, w: jax.Array, labels: jax.Array, weight: jax.Array, shard: Shard) -> jax.Array:
-    """The weighted sum of losses alone, in the same blocks."""
-
-    def of_logits(part: tuple[jax.Array, ...]) -> jax.Array:
-        x, labels, weight = part
-        return jnp.sum(weight * losses(local_softmax(logits(w, x, shard), labels, shard, w.dtype)[1]))
-
-    return lax.map(of_logits, _blocks((x, labels, weight), w.shape[0], LOGITS)).sum()
-
-
-def _blocks(arrays: tuple[jax.Array, ...], rows: int, elements: int) -> tuple[jax.Array, ...]:
-    """Token arrays cut into as few equal blocks as have no more logits, of ``rows`` rows, than ``elements``."""
-    n = len(arrays[0])
-    count = next(k for k in range(1, n + 1) if n % k == 0 and (n // k * rows <= elements or k == n))
-    return tuple(a.reshape(count, n // count, *a.shape[1:]) for a in arrays)
+def _rows(shard: Shard, rows: int, slopes: Slopes | None) -> jax.Array:
+    """∂ at every row: ``[N, R]``, or without a cap ``[1, R]``, where it is 1 for a row that exists."""
+    return _exists(shard, rows).astype(F32) if slopes is None else slopes.rows
 
 
 def weight_gradient(accumulated: jax.Array, dy: jax.Array, x: jax.Array) -> jax.Array:
-    """T: ``accumulated + dYᵀ X [R, D]`` in float32."""
+    """T: ``accumulated + dUᵀ X [R, D]`` in float32."""
     return accumulated + lax.dot_general(dy, x, (((0,), (0,)), ((), ())), preferred_element_type=F32)
 
 
@@ -141,15 +183,35 @@ def input_gradient(dy: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def unscaled_input_gradient(p: jax.Array, w: jax.Array) -> jax.Array:
-    """S of Algorithm 2: ``A = P' W_k [N, D]``, before the global sums are known."""
+    """S of Algorithm 2: ``A = (P' ∘ ∂) W_k [N, D]``, before the global sums are known."""
     return lax.dot_general(p, w, (((1,), (0,)), ((), ())), preferred_element_type=F32).astype(w.dtype)
 
 
+def uniform_input_gradient(w: jax.Array, shard: Shard, loss: Loss, slopes: Slopes | None = None) -> jax.Array:
+    """Smoothing's part of ∇X in Algorithm 2, ``ε/V Σ_rows ∂ W_k``: ``[N, D]``, or ``[1, D]`` without a cap."""
+    rows = _rows(shard, w.shape[0], slopes).astype(w.dtype)
+    product = lax.dot_general(rows, w, (((1,), (0,)), ((), ())), preferred_element_type=F32)
+    return loss.label_smoothing / shard.vocab_size * product
+
+
 def partial_input_gradient(
-    a: jax.Array, w: jax.Array, scale: jax.Array, weight: jax.Array, labels: jax.Array, shard: Shard
+    a: jax.Array,
+    w: jax.Array,
+    scale: jax.Array,
+    weight: jax.Array,
+    labels: jax.Array,
+    shard: Shard,
+    loss: Loss = PLAIN,
+    slopes: Slopes | None = None,
+    uniform: jax.Array | None = None,
 ) -> jax.Array:
-    """C1 of Algorithm 2: ``(A · scale - G W_k) · weight [N, D]``, ready to be summed over shards."""
+    """C1 of Algorithm 2: ``(A · scale - (G'∘∂) W_k) · weight [N, D]``, ready to be summed over shards.
+
+    ``uniform`` is :func:`uniform_input_gradient` where labels are smoothed.
+    """
     local = labels - shard.first_row
     mine = (local >= 0) & (local < w.shape[0])
-    gw = jnp.where(mine[:, None], w[jnp.where(mine, local, 0)], 0)
-    return ((a * scale[:, None] - gw) * weight[:, None]).astype(a.dtype)
+    target = jnp.where(mine[:, None], w[jnp.where(mine, local, 0)], 0) * _at_label(loss, slopes)
+    if uniform is not None:
+        target += uniform
+    return ((a * scale[:, None] - target) * weight[:, None]).astype(a.dtype)

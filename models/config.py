@@ -1,0 +1,181 @@
+"""What every architecture says about itself, checked where it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import jax
+from flax import nnx
+
+from vocabpp_jax.model import Side
+from vocabpp_jax.vocab import Loss
+
+_AUTO_CUDNN_HEAD = 128  # the widest head that cuDNN's flash attention takes on every GPU since Ampere
+_MAX_CUDNN_HEAD = 256  # ... since Hopper
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A decoder of equal layers. Every field is checked here; a wrong one raises ValueError.
+
+    An architecture is a subclass: its fields, and the modules that it is made of. Everything that differs between
+    architectures is asked of the configuration, nowhere by its name.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    seq: int
+    """The longest sequence in tokens: what is trained on."""
+    vocab_size: int
+    tie_embeddings: bool = False
+    dtype: str = "float32"
+    """What the forward and backward compute in; master parameters are float32 either way."""
+    attention: str = "auto"
+    """``auto`` is ``cudnn`` for bfloat16 heads that it takes when the default backend is a GPU, else ``xla``."""
+    residuals: str = "selective"
+    """What the backward keeps of a block: ``selective`` recomputes norms, activation functions and no matrix product,
+    ``everything`` recomputes nothing, ``full`` keeps the block's input and recomputes all of it."""
+
+    CHOICES: ClassVar[dict[str, tuple]] = {
+        "dtype": ("float32", "bfloat16"),
+        "attention": ("auto", "xla", "cudnn"),
+        "residuals": ("selective", "everything", "full"),
+    }
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (type(value) is not int or value < 1):
+                raise ValueError(f"{field.name} is {value!r}; it must be a positive integer")
+            if field.type == "float" and not value > 0:
+                raise ValueError(f"{field.name} is {value!r}; it must be above 0")
+            if field.name in self.CHOICES and value not in self.CHOICES[field.name]:
+                choices = ", ".join(map(str, self.CHOICES[field.name]))
+                raise ValueError(f"{field.name} is {value!r}; it must be one of {choices}")
+        self.check_heads()
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise ValueError(f"attention is 'cudnn' with dtype {self.dtype!r}; cuDNN needs bfloat16, or choose 'xla'")
+        if self.attention == "cudnn" and (self.head_width % 8 or self.head_width > _MAX_CUDNN_HEAD):
+            raise ValueError(
+                f"attention is 'cudnn' with heads {self.head_width} wide; "
+                f"cuDNN needs a multiple of 8 up to {_MAX_CUDNN_HEAD}, or choose 'xla'"
+            )
+
+    def check_heads(self) -> None:
+        """Refuses heads that do not fit."""
+        if self.hidden % self.heads:
+            raise ValueError(f"heads is {self.heads}; it must divide hidden, which is {self.hidden}")
+
+    # --- what an architecture answers --------------------------------------------------------------------------------
+
+    def block(self, rngs: nnx.Rngs, axis: str | None = None) -> nnx.Module:
+        """One layer, a module ``(x [B, L, D], side) -> x``; with ``axis``, for its part of the weights on a device
+        of that mesh axis, see :mod:`vocabpp_jax.tensor`."""
+        raise NotImplementedError
+
+    def norm(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The norm before the head."""
+        raise NotImplementedError
+
+    @property
+    def head_width(self) -> int:
+        """K, the width of one attention head."""
+        return self.hidden // self.heads
+
+    @property
+    def shared_heads(self) -> int:
+        """Heads that can be told apart: a tensor axis must divide it."""
+        return self.heads
+
+    @property
+    def positions(self) -> int | None:
+        """Rows of a learned position table, or None without one."""
+        return None
+
+    @property
+    def embed_scale(self) -> float:
+        """Factor on the embedded input."""
+        return 1.0
+
+    @property
+    def loss(self) -> Loss:
+        """The loss that belongs to the architecture."""
+        return Loss()
+
+    @property
+    def layer_side(self) -> tuple[Side, ...]:
+        """What differs between layers and is not trained, see :class:`vocabpp_jax.model.Model`."""
+        return ()
+
+    def span(self, layer: int) -> int:
+        """Keys that a query of a layer can reach, in a causal layer counted in full."""
+        return self.seq
+
+    @property
+    def kept_width(self) -> int:
+        """Elements a token that ``selective`` keeps of a layer, beside what flash attention keeps of its sums."""
+        raise NotImplementedError
+
+    @property
+    def init_std(self) -> float:
+        """Standard deviation of initial weights; of those that write into the stream, less (GPT-2)."""
+        return 0.02
+
+    @property
+    def out_std(self) -> float:
+        """... of those that write into the stream: each layer does so twice."""
+        return self.init_std / (2 * self.layers) ** 0.5
+
+
+def attention_implementation(config: Config) -> str:
+    """``xla`` or ``cudnn``: what ``config.attention`` means for the default backend, which this initialises."""
+    if config.attention != "auto":
+        return config.attention
+    fits = config.dtype == "bfloat16" and config.head_width % 8 == 0 and config.head_width <= _AUTO_CUDNN_HEAD
+    return "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretching of rotary wavelengths beyond the length that was first trained on."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_seq: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotaryConfig(Config):
+    """A decoder with rotary positions, grouped queries, RMSNorm and a gated MLP."""
+
+    kv_heads: int
+    """Heads of keys and values, each shared by ``heads / kv_heads`` heads of queries."""
+    head_size: int
+    """K, the width of one head; heads need not fill the model's width."""
+    inner: int
+    """Width of the MLP."""
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_epsilon: float = 1e-5
+
+    def check_heads(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads is {self.kv_heads}; it must divide heads, which is {self.heads}")
+        if self.head_size % 2:
+            raise ValueError(f"head_size is {self.head_size}; rotary positions need an even one")
+
+    @property
+    def head_width(self) -> int:
+        return self.head_size
+
+    @property
+    def shared_heads(self) -> int:
+        return self.kv_heads
+
+    @property
+    def kept_width(self) -> int:
+        # Input, q, attention output, post-attention stream; k and v; the gate and what it gates.
+        return 2 * self.hidden + 2 * (self.heads + self.kv_heads) * self.head_size + 2 * self.inner

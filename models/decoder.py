@@ -1,0 +1,133 @@
+"""From a configuration to a model: for the pipeline as pure functions, without one as a Flax module.
+
+Shapes: B batch, L length, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from vocabpp_jax.model import Model, Params, Side, TensorSplit
+from vocabpp_jax.models.config import Config
+from vocabpp_jax.tensor import TENSOR
+
+_COLUMNS = {"qkv", "q", "k", "v", "gate", "up"}  # linear layers that every device computes some outputs of
+_ROWS = {"out", "down"}  # ... that every device has some inputs of
+
+
+def build(config: Config) -> Model:
+    """The model as the pipeline sees it, of any architecture. ``block`` takes parameters in the dtype of ``x``.
+
+    Block parameters are nested dicts by module: a norm has ``scale`` and perhaps ``bias [D]``, a linear layer
+    ``kernel [in, out]`` and perhaps ``bias [out]``.
+    """
+    norm = _graphdef(config.norm)
+
+    def final(params: Params, x_BLD: jax.Array) -> jax.Array:
+        return nnx.merge(norm, params)(x_BLD)
+
+    def init(key: jax.Array) -> Params:
+        return Decoder(config, rngs=nnx.Rngs(key)).canonical()
+
+    shapes = nnx.to_pure_dict(nnx.state(_abstract(config.block)))
+    return Model(
+        layers=config.layers,
+        vocab_size=config.vocab_size,
+        width=config.hidden,
+        block=_pure(config.block),
+        init=init,
+        final=final,
+        positions=config.positions,
+        tied=config.tie_embeddings,
+        embed_scale=config.embed_scale,
+        loss=config.loss,
+        layer_side=config.layer_side,
+        tensor=TensorSplit(
+            block=_pure(lambda rngs: config.block(rngs, TENSOR)),
+            specs=jax.tree_util.tree_map_with_path(_spec, shapes),
+            parts=config.shared_heads,
+        ),
+    )
+
+
+def _spec(path: tuple, shape: jax.ShapeDtypeStruct) -> PartitionSpec:
+    """How a block's parameter lies over the axis ``tensor``; norms, and biases added to a whole sum, are not split."""
+    layer, leaf = (path[-2].key if len(path) > 1 else None), path[-1].key
+    if layer in _COLUMNS:
+        return PartitionSpec(None, TENSOR) if leaf == "kernel" else PartitionSpec(TENSOR)
+    return PartitionSpec(TENSOR) if layer in _ROWS and leaf == "kernel" else PartitionSpec()
+
+
+def _abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
+    return nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+
+
+def _graphdef(make: Callable[[nnx.Rngs], nnx.Module]) -> Any:
+    """The static half of a module, made without computing anything."""
+    return nnx.graphdef(_abstract(make))
+
+
+def _pure(make: Callable[[nnx.Rngs], nnx.Module]) -> Callable[[Params, jax.Array, Side], jax.Array]:
+    """A module's call as a function of its parameters."""
+    graphdef = _graphdef(make)
+
+    def block(params: Params, x_BLD: jax.Array, side: Side) -> jax.Array:
+        return nnx.merge(graphdef, params)(x_BLD, side)
+
+    return block
+
+
+class Decoder(nnx.Module):
+    """The whole model, for use without a pipeline: ``tokens [B, L] -> logits [B, L, V]`` in float32.
+
+    Parameters are float32 and cast to ``config.dtype`` once per call. They exchange with pipelines and checkpoints
+    as :meth:`canonical` and :meth:`from_canonical`.
+    """
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        normal = nnx.initializers.normal(config.init_std)
+        self.config = config
+        self.tokens = nnx.Param(normal(rngs.params(), (config.vocab_size, config.hidden)))
+        if config.positions is not None:
+            self.positions = nnx.Param(normal(rngs.params(), (config.positions, config.hidden)))
+        self.blocks = nnx.List([config.block(rngs) for _ in range(config.layers)])
+        self.final = config.norm(rngs)
+        if not config.tie_embeddings:
+            self.head = nnx.Param(normal(rngs.params(), (config.vocab_size, config.hidden)))
+
+    def __call__(self, tokens_BL: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        """Logits; raises ValueError where L exceeds ``config.seq``. ``segment_ids [B, L]`` as in ``parts.Block``."""
+        config, L = self.config, tokens_BL.shape[1]
+        if L > config.seq:
+            raise ValueError(f"tokens are {L} long; seq, the longest this model takes, is {config.seq}")
+        cast = jax.tree.map(lambda array: array.astype(config.dtype), self)
+        x_BLD = cast.tokens[...][tokens_BL] * jnp.asarray(config.embed_scale, config.dtype)
+        if config.positions is not None:
+            x_BLD = x_BLD + cast.positions[:L]
+        side = {} if segment_ids is None else {"segment_ids": segment_ids}
+        for block, own in zip(cast.blocks, config.layer_side or ({},) * config.layers, strict=True):
+            x_BLD = block(x_BLD, side | own)
+        head_VD = cast.tokens[...] if config.tie_embeddings else cast.head[...]
+        logits_BLV = jnp.einsum("BLD,VD->BLV", cast.final(x_BLD), head_VD, preferred_element_type=jnp.float32)
+        cap = config.loss.soft_cap
+        return logits_BLV if cap is None else cap * jnp.tanh(logits_BLV / cap)
+
+    def canonical(self) -> Params:
+        """The canonical parameters, see :class:`vocabpp_jax.model.Model`."""
+        state = nnx.to_pure_dict(nnx.state(self))
+        blocks = state.pop("blocks")
+        embed = {name: state.pop(name) for name in ("tokens", "positions") if name in state}
+        return {"embed": embed, "blocks": tuple(blocks[i] for i in range(self.config.layers)), **state}
+
+    @classmethod
+    def from_canonical(cls, config: Config, params: Params) -> Decoder:
+        """The model that holds canonical parameters; copies nothing."""
+        state = {**params, **params["embed"], "blocks": dict(enumerate(params["blocks"]))}
+        del state["embed"]
+        return nnx.merge(_graphdef(lambda rngs: cls(config, rngs=rngs)), state)

@@ -1,0 +1,113 @@
+"""Gemma 2 (arXiv 2408.00118): soft caps on attention and logits, layers that look only so far back between layers that
+see everything, norms before and after each branch, a gated GELU, a tied table whose embedding is scaled."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vocabpp_jax.model import Side
+from vocabpp_jax.models import parts
+from vocabpp_jax.models.config import RotaryConfig
+from vocabpp_jax.models.parts import GatedMLP, RMSNorm, RotaryAttention, same_document
+from vocabpp_jax.vocab import Loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmaConfig(RotaryConfig):
+    """What a Gemma 2 is made of."""
+
+    tie_embeddings: bool = True
+    norm_epsilon: float = 1e-6
+    query_scalar: int = 256
+    """Scores are divided by its square root; not always the width of a head."""
+    attention_cap: float = 50.0
+    """Attention scores are squashed into plus and minus this."""
+    logit_cap: float = 30.0
+    """So are the logits."""
+    window: int = 4096
+    """Tokens that a query of a local layer sees, itself included. Even layers, from 0, are local."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.attention == "cudnn":
+            raise ValueError("attention is 'cudnn'; its kernels have no soft cap, choose 'xla'")
+
+    def block(self, rngs: nnx.Rngs, axis: str | None = None) -> Block:
+        return Block(self, axis, rngs)
+
+    def norm(self, rngs: nnx.Rngs) -> RMSNorm:
+        return _norm(self)(self.hidden)
+
+    @property
+    def embed_scale(self) -> float:
+        return self.hidden**0.5
+
+    @property
+    def loss(self) -> Loss:
+        return Loss(soft_cap=self.logit_cap)
+
+    @property
+    def layer_side(self) -> tuple[Side, ...]:
+        return tuple({"window": np.int32(self.span(layer))} for layer in range(self.layers))
+
+    def span(self, layer: int) -> int:
+        return self.seq if layer % 2 else min(self.window, self.seq)
+
+    @property
+    def kept_width(self) -> int:
+        return super().kept_width + 2 * self.hidden  # what the norms behind the branches take
+
+
+def _norm(config: GemmaConfig) -> functools.partial:
+    return functools.partial(RMSNorm, epsilon=config.norm_epsilon, offset=1.0)
+
+
+def attend(config: GemmaConfig, q: jax.Array, k: jax.Array, v: jax.Array, side: Side) -> jax.Array:
+    """Causal attention with capped scores, no further back than ``side["window"]``; shapes as in ``parts.attend``."""
+    B, L, H, K = q.shape
+    grouped = q.reshape(B, L, k.shape[2], -1, K)
+    scores = jnp.einsum("BLGRK,BMGK->BGRLM", grouped, k, preferred_element_type=jnp.float32)
+    scores = config.attention_cap * jnp.tanh(scores / (config.query_scalar**0.5 * config.attention_cap))
+    back = jnp.arange(L)[:, None] - jnp.arange(L)
+    seen = (back >= 0) & (back < side["window"])
+    if (documents := same_document(side)) is not None:
+        seen = seen & documents[:, :, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)).astype(v.dtype)
+    return jnp.einsum("BGRLM,BMGK->BLGRK", weights, v).reshape(B, L, H, K)
+
+
+class Block(parts.Block):
+    """One layer: each branch normed before and after. ``side["window"]`` says how far back attention sees."""
+
+    def __init__(self, config: GemmaConfig, axis: str | None, rngs: nnx.Rngs):
+        norm = _norm(config)
+        attention = RotaryAttention(config, axis, rngs, norm=norm, attend=attend)
+        activation = functools.partial(jax.nn.gelu, approximate=True)
+        super().__init__(config, attention, GatedMLP(config, axis, rngs, norm=norm, activation=activation))
+        self.after_attention, self.after_mlp = norm(config.hidden), norm(config.hidden)
+
+    def layer(self, x_BLD: jax.Array, side: Side) -> jax.Array:
+        after = parts.cheap(self.config, lambda norm, branch_BLD: norm(branch_BLD))
+        x_BLD = x_BLD + after(self.after_attention, self.attention(x_BLD, side))
+        return x_BLD + after(self.after_mlp, self.mlp(x_BLD))
+
+
+_GEMMA = dict(seq=8192, vocab_size=256_000, dtype="bfloat16")
+
+SIZES = {
+    "gemma-tiny": GemmaConfig(
+        layers=4, hidden=64, heads=4, kv_heads=2, head_size=16, inner=160, seq=64, vocab_size=256, window=16,
+        query_scalar=16,
+    ),
+    "gemma2-2b": GemmaConfig(**_GEMMA, layers=26, hidden=2304, heads=8, kv_heads=4, head_size=256, inner=9216),
+    "gemma2-9b": GemmaConfig(**_GEMMA, layers=42, hidden=3584, heads=16, kv_heads=8, head_size=256, inner=14_336),
+    "gemma2-27b": GemmaConfig(
+        **_GEMMA, layers=46, hidden=4608, heads=32, kv_heads=16, head_size=128, inner=36_864, query_scalar=144
+    ),
+}  # fmt: skip

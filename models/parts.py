@@ -1,0 +1,179 @@
+"""The parts that architectures share, as Flax modules; each architecture's own file says how they are put together.
+
+Shapes, all per device: B batch, L length, D model width, H heads, G heads of keys and values, K head width.
+
+A block is cut into small functions so that what its backward keeps is a choice (``Config.residuals``). Under
+``selective`` each holds matrix products of one input, so that a backward can be cut into an input-gradient half and a
+weight-gradient half without repeating any::
+
+    q, k, v = norm + linear (x), rotated      kept: x, q, k, v         (the normed x is recomputed)
+    a       = attention (q, k, v)             kept: a, and what the attention kernel keeps for itself
+    x       = x + out linear (a)              kept: x
+    g, u    = norm + linear (x)               kept: g, u               (the normed x is recomputed)
+    x       = x + down linear (act(g) · u)                             (the activation is recomputed)
+
+With ``axis``, a module computes with one device's share of the heads and of the MLP's width. Shapes are taken from
+the weights, so one module serves both.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from vocabpp_jax.model import Side
+from vocabpp_jax.models.config import Config, RotaryConfig, attention_implementation
+from vocabpp_jax.models.rotary import frequencies, rotated
+from vocabpp_jax.tensor import enter, leave
+
+F32 = jnp.float32
+
+
+def recomputed(function: Callable) -> Callable:
+    """A function whose inputs are kept for the backward, and nothing that it computes."""
+    # prevent_cse=False: forward and backward run as separate passes, so there is nothing for CSE to merge, and the
+    # barriers that would prevent it also prevent fusion.
+    return jax.checkpoint(function, prevent_cse=False)
+
+
+def cheap(config: Config, function: Callable) -> Callable:
+    """A function that ``selective`` recomputes, its matrix product excepted."""
+    return recomputed(function) if config.residuals == "selective" else function
+
+
+def linear(width_in: int, width_out: int, std: float, rngs: nnx.Rngs, *, bias: bool = False) -> nnx.Linear:
+    """``x @ kernel [in, out]``, plus ``bias [out]``."""
+    return nnx.Linear(width_in, width_out, use_bias=bias, kernel_init=nnx.initializers.normal(std), rngs=rngs)
+
+
+def row_linear(layer: nnx.Linear, x: jax.Array, axis: str | None) -> jax.Array:
+    """A linear layer whose rows are split over ``axis``: its parts are summed, its bias is added once."""
+    y = leave(x @ layer.kernel[...], axis)
+    return y if layer.bias is None else y + layer.bias[...]
+
+
+def same_document(side: Side) -> jax.Array | None:
+    """The mask ``[B, 1, L, L]`` that keeps attention inside documents, or None where a row is one document."""
+    if "segment_ids" not in side:
+        return None
+    ids_BL = side["segment_ids"]
+    return ids_BL[:, None, :, None] == ids_BL[:, None, None, :]
+
+
+def merged_heads_linear(axis: str | None, out: nnx.Linear, a_BLHK: jax.Array) -> jax.Array:
+    """The output projection. Reshaped in here, or the attention output would be kept twice."""
+    return row_linear(out, a_BLHK.reshape(*a_BLHK.shape[:2], -1), axis)
+
+
+class RMSNorm(nnx.Module):
+    """``x / rms(x) · (offset + scale)``, computed in float32."""
+
+    def __init__(self, width: int, epsilon: float, *, offset: float = 0.0):
+        self.epsilon, self.offset = epsilon, offset
+        self.scale = nnx.Param(jnp.full((width,), 1.0 - offset))
+
+    def __call__(self, x: jax.Array, axis: str | None = None) -> jax.Array:
+        wide = x.astype(F32)
+        wide = wide * lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.epsilon)
+        return (wide * (self.offset + enter(self.scale[...], axis).astype(F32))).astype(x.dtype)
+
+
+def attend(config: Config, q: jax.Array, k: jax.Array, v: jax.Array, side: Side) -> jax.Array:
+    """Causal attention inside documents: ``q [B, L, H, K]``, ``k`` and ``v [B, L, G, K]``, ``-> [B, L, H, K]``."""
+    mask, implementation = same_document(side), attention_implementation(config)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=implementation)
+
+
+class RotaryAttention(nnx.Module):
+    """The attention branch of a block: ``(x [B, L, D], side) -> [B, L, D]``, norm included, residual add not."""
+
+    def __init__(
+        self,
+        config: RotaryConfig,
+        axis: str | None,
+        rngs: nnx.Rngs,
+        *,
+        norm: Callable[[int], RMSNorm],
+        attend: Callable[..., jax.Array] = attend,
+        bias: bool = False,
+        head_norms: bool = False,
+    ):
+        D, K = config.hidden, config.head_size
+        self.config, self.axis, self.attend = config, axis, attend
+        self.norm = norm(D)
+        self.q = linear(D, config.heads * K, config.init_std, rngs, bias=bias)
+        self.k = linear(D, config.kv_heads * K, config.init_std, rngs, bias=bias)
+        self.v = linear(D, config.kv_heads * K, config.init_std, rngs, bias=bias)
+        self.out = linear(config.heads * K, D, config.out_std, rngs)
+        self.head_norms = head_norms
+        if head_norms:
+            self.q_norm, self.k_norm = norm(K), norm(K)
+
+    def __call__(self, x_BLD: jax.Array, side: Side) -> jax.Array:
+        config = self.config
+        rotate = functools.partial(rotated, frequencies=frequencies(config))
+        project = functools.partial(_norm_qkv, config.head_size, self.axis, rotate=None if self.head_norms else rotate)
+        q, k, v = cheap(config, project)(self.norm, (self.q, self.k, self.v), x_BLD)
+        if self.head_norms:
+            # In a function of its own: recomputed with the projection, it would repeat two matrix products.
+            normed = cheap(config, lambda norm, x_BLHK: rotate(norm(x_BLHK, self.axis)))
+            q, k = normed(self.q_norm, q), normed(self.k_norm, k)
+        a_BLHK = self.attend(config, q, k, v, side)
+        return cheap(config, functools.partial(merged_heads_linear, self.axis))(self.out, a_BLHK)
+
+
+def _norm_qkv(
+    width: int, axis: str | None, norm: RMSNorm, qkv: tuple[nnx.Linear, ...], x_BLD: jax.Array, *, rotate: Callable
+) -> tuple[jax.Array, ...]:
+    normed = enter(norm(x_BLD), axis)
+    q, k, v = (part(normed).reshape(*x_BLD.shape[:2], -1, width) for part in qkv)
+    return (q, k, v) if rotate is None else (rotate(q), rotate(k), v)
+
+
+class GatedMLP(nnx.Module):
+    """The MLP branch of a block: ``x [B, L, D] -> [B, L, D]``, norm included, residual add not."""
+
+    def __init__(self, config: RotaryConfig, axis: str | None, rngs: nnx.Rngs, *, norm: Callable, activation: Callable):
+        self.config, self.axis, self.activation = config, axis, activation
+        self.norm = norm(config.hidden)
+        self.gate = linear(config.hidden, config.inner, config.init_std, rngs)
+        self.up = linear(config.hidden, config.inner, config.init_std, rngs)
+        self.down = linear(config.inner, config.hidden, config.out_std, rngs)
+
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        config, axis = self.config, self.axis
+
+        def up(norm: RMSNorm, layers: tuple[nnx.Linear, ...], x_BLD: jax.Array) -> tuple[jax.Array, ...]:
+            normed = enter(norm(x_BLD), axis)
+            return tuple(layer(normed) for layer in layers)
+
+        def down(layer: nnx.Linear, gate: jax.Array, up: jax.Array) -> jax.Array:
+            return row_linear(layer, self.activation(gate) * up, axis)
+
+        return cheap(config, down)(self.down, *cheap(config, up)(self.norm, (self.gate, self.up), x_BLD))
+
+
+class Block(nnx.Module):
+    """One pre-norm layer: ``(x [B, L, D], side) -> [B, L, D]``.
+
+    ``side["segment_ids"]`` ``[B, L]``, where present, numbers the documents packed into a row; attention stays inside
+    a document. No weight is cast in here: parameters and ``x`` share one dtype, which is the result's. A cast would be
+    kept for the backward, once per layer and microbatch.
+    """
+
+    def __init__(self, config: Config, attention: nnx.Module, mlp: nnx.Module):
+        self.config, self.attention, self.mlp = config, attention, mlp
+
+    def layer(self, x_BLD: jax.Array, side: Side) -> jax.Array:
+        """The layer itself, whatever is recomputed of it."""
+        x_BLD = x_BLD + self.attention(x_BLD, side)
+        return x_BLD + self.mlp(x_BLD)
+
+    def __call__(self, x_BLD: jax.Array, side: Side | None = None) -> jax.Array:
+        layer = type(self).layer
+        return (recomputed(layer) if self.config.residuals == "full" else layer)(self, x_BLD, side or {})
