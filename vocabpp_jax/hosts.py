@@ -118,4 +118,5 @@ def place(mesh: Mesh, batch: int, local: Batch) -> Batch:
 
 def quiet_libraries() -> None:
     """Keep the tracebacks that libraries log to themselves: whoever runs training gets the sentence instead."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)

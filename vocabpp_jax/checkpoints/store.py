@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import CoroutineType, TracebackType
 from typing import Any
 
 import jax
@@ -259,14 +259,17 @@ def _refuse_changes(path: Path, record: Record, canonical: Canonical, identity: 
 
 
 def _ignore_late_callbacks() -> None:
-    """When one array cannot be read, orbax closes its event loop; the reads of the others still call back into it, and
-    each would print a traceback."""
+    """When one array cannot be read, orbax closes its event loop; the reads of the others still call back into it, or
+    are thrown away, and each would print a traceback."""
     before = sys.unraisablehook
     if getattr(before, "ignores_late_callbacks", False):
         return
 
     def hook(unraisable: Any) -> None:
-        if not (isinstance(unraisable.exc_value, RuntimeError) and "Event loop is closed" in str(unraisable.exc_value)):
+        late = isinstance(unraisable.exc_value, RuntimeError) and "Event loop is closed" in str(unraisable.exc_value)
+        if not (
+            late or isinstance(unraisable.object, CoroutineType) and "orbax" in unraisable.object.cr_code.co_filename
+        ):
             before(unraisable)
 
     hook.ignores_late_callbacks = True
