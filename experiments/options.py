@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar, Literal, NoReturn, TypeVar
 import jax
 import tyro
 
-from vocabpp_jax import Model, make_mesh, models, schedules
+from vocabpp_jax import Model, hosts, make_mesh, models, schedules
 from vocabpp_jax.models import Config
 from vocabpp_jax.schedules import Schedule
 from vocabpp_jax.schedules.layers import redistributed
@@ -159,27 +159,18 @@ class ClusterOptions:
     process_id: OptionalInt = None
     """With a coordinator: which of them this is, from 0."""
 
+    heartbeat_timeout: int = 60
+    """Seconds without a sign of life after which a process counts as gone, and all the others end."""
+
     def join(self, simulated_devices: int) -> None:
         """Find the other processes, if there are any; where there are only CPUs, have them simulate devices.
 
         To be called before anything asks JAX for a device.
         """
         explicit = (self.coordinator, self.processes, self.process_id)
-        if any(value is not None for value in explicit) and None in explicit:
-            raise ValueError("coordinator, processes and process_id are given together or not at all")
-        processes = self.processes or 1
-        if self.coordinator is not None:
-            if not 0 <= self.process_id < processes:
-                raise ValueError(f"process_id is {self.process_id}; it must be from 0 to {processes - 1}")
-            jax.distributed.initialize(*explicit)
-        elif self.distributed:
-            processes = int(os.environ.get("SLURM_NTASKS") or os.environ.get("OMPI_COMM_WORLD_SIZE") or 0)
-            if not processes:
-                raise ValueError(
-                    "distributed is set, but neither SLURM nor Open MPI has started this process; "
-                    "give coordinator, processes and process_id"
-                )
-            jax.distributed.initialize()
+        processes = 1
+        if self.distributed or any(value is not None for value in explicit):
+            processes = hosts.join(*explicit, heartbeat_timeout=self.heartbeat_timeout)
         # Whoever sets the number of CPU devices in XLA_FLAGS means it.
         if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
             jax.config.update("jax_num_cpu_devices", max(1, simulated_devices // processes))
@@ -213,7 +204,7 @@ def or_fail(prepare: Callable[[], Result]) -> Result:
         fail(str(problem))
 
 
-def fail(sentence: str) -> NoReturn:
-    """Say what is wrong and what would do, and exit with status 2."""
+def fail(sentence: str, status: int = 2) -> NoReturn:
+    """Say what is wrong and what would do, and exit: with status 2 where the input is wrong."""
     print(f"error: {sentence}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)

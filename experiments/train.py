@@ -1,109 +1,54 @@
 """Train a GPT on a pipeline of devices whose embedding and LM head are sharded over that same pipeline.
 
 Without arguments it trains on the Python standard library's own sources, on four pipeline devices, which it simulates
-where there are only CPUs, and ends within five minutes on two cores.
+where there are only CPUs, and ends within five minutes on two cores. With --checkpoint-dir it can be killed at any
+time: the same command goes on from the last good checkpoint, on other devices too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
-import platform
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
 
-from options import ClusterOptions, ModelOptions, OptionalInt, OptionalStr, PipelineOptions, or_fail, parse
-from vocabpp_jax import Pipeline, models, train
-from vocabpp_jax.data import (
-    STANDARD_LIBRARY,
-    TokenizedCorpus,
-    load_tokens,
-    training_batches,
-    unigram_entropy,
-    validation_batches,
+from options import PipelineOptions, fail, or_fail, parse
+from train_options import TrainOptions, check_output, make_folder
+from train_run import (
+    Records,
+    Run,
+    describe,
+    hardware_record,
+    say_once,
+    summarise,
+    validation_loss,
+    whole_ones,
+    write_prediction,
 )
-from vocabpp_jax.metrics import JsonLines, StepProgress, draw_losses
-from vocabpp_jax.models import Config
+from vocabpp_jax import Pipeline, checkpoints, hosts, train
+from vocabpp_jax.data import TokenizedCorpus, load_tokens, prefetched
+from vocabpp_jax.faults import LastWords, Stop, Termination, Watchdog, lost_peer, reason, say_and_leave
+from vocabpp_jax.metrics import StepProgress
 from vocabpp_jax.optimizer import adamw, warmup_cosine
+from vocabpp_jax.profiling import Profile
 
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """What is trained, on what, for how long."""
-
-    data: str = STANDARD_LIBRARY
-    """A text file, a .jsonl file with a field "text" a line, a folder of such files, or stdlib."""
-    tokenizer: OptionalStr = None
-    """A tokenizer.json to use instead of training one on the data."""
-    output: OptionalStr = None
-    """Folder for metrics.jsonl, loss.png and config.json. Without it, a new one in runs/."""
-    steps: int = 300
-    """Optimizer steps."""
-    lr: float = 3e-3
-    """Peak learning rate; a cosine takes it down to a tenth."""
-    warmup: OptionalInt = None
-    """Steps in which the learning rate rises to its peak. Without it, a tenth of the steps."""
-    weight_decay: float = 0.1
-    """Weight decay, on matrices only."""
-    clip: float = 1.0
-    """The largest norm of the whole gradient; a longer one is shortened to it."""
-    eval_every: int = 100
-    """Steps between validations. The last step always has one."""
-    eval_batches: int = 8
-    """Batches in a validation, the same ones each time; fewer if the data has no more."""
-    seed: int = 0
-    """Decides the initial parameters and the order of the data."""
-    model: ModelOptions = field(default_factory=ModelOptions)
-    pipeline: PipelineOptions = field(default_factory=PipelineOptions)
-    cluster: ClusterOptions = field(default_factory=ClusterOptions)
-
-    @property
-    def warmup_steps(self) -> int:
-        return self.steps // 10 if self.warmup is None else self.warmup
-
-
-@dataclass(frozen=True)
-class Run:
-    """All that training needs, checked, and nothing compiled."""
-
-    options: TrainOptions
-    config: Config
-    pipe: Pipeline
-    optimizer: Any
-    tokens: TokenizedCorpus
-    batches: Any
-    validation: Any
-    output: Path
-
-    @property
-    def tokens_per_step(self) -> int:
-        return int(np.prod(self.batches[0]["tokens"].shape))
+__all__ = ["PipelineOptions", "TrainOptions", "main", "prepare", "run_training"]
+STARTS_AGAIN = "start all processes again to go on from the last checkpoint"
 
 
 def prepare(options: TrainOptions) -> Run:
-    """Check everything, cheap things first, and make the data. Raises ValueError where training could not begin."""
-    pipeline = options.pipeline
-    for name in ("steps", "eval_every", "eval_batches"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"{name} is {getattr(options, name)}; it must be at least 1")
-    for name in ("lr", "clip"):
-        if not getattr(options, name) > 0:
-            raise ValueError(f"{name} is {getattr(options, name)}; it must be above 0")
-    if options.seed < 0:
-        raise ValueError(f"seed is {options.seed}; it must not be negative")
+    """Check everything, cheap things first, make the data, find where to go on. Raises ValueError where training could
+    not begin."""
+    options.check()
     config = options.model.config()
     schedule = options.pipeline.build(config)
-    options.cluster.join(simulated_devices=pipeline.devices)
-    mesh = pipeline.mesh()
-    pipe = Pipeline(options.model.build(), schedule, mesh, compute_dtype=config.dtype)
+    options.cluster.join(simulated_devices=options.pipeline.devices)
+    pipe = Pipeline(options.model.build(), schedule, options.pipeline.mesh(), compute_dtype=config.dtype)
     optimizer = adamw(
         options.lr,
         options.steps,
@@ -111,146 +56,158 @@ def prepare(options: TrainOptions) -> Run:
         weight_decay=options.weight_decay,
         decay_mask=lambda _: pipe.layout.matrices(),
     )
-    output = output_folder(options)
-
-    if jax.process_index() == 0:
-        print(f"reading {options.data}, with a byte-level BPE of {config.vocab_size} tokens", flush=True)
-        tokens = load_tokens(options.data, vocab_size=config.vocab_size, tokenizer=options.tokenizer)
-    if jax.process_count() > 1:  # the others find what process 0 has put into the cache, or make it on their disk
-        multihost_utils.sync_global_devices("tokenised")
-        tokens = load_tokens(options.data, vocab_size=config.vocab_size, tokenizer=options.tokenizer)
-    shape = {
-        "microbatches": pipeline.microbatches,
-        "batch": pipeline.microbatch_size * mesh.shape["data"],
-        "seq": config.seq,
-    }
-    batches = training_batches(tokens.train, **shape, seed=options.seed)
-    validation = validation_batches(tokens.validation, **shape, at_most=options.eval_batches)
-    if jax.process_index() == 0:
-        make_folder(output)
-    return Run(options, config, pipe, optimizer, tokens, batches, validation, output)
-
-
-def output_folder(options: TrainOptions) -> Path:
-    """The folder that the run is to write to. A run that is there already is left as it is."""
-    pipeline = options.pipeline
-    name = f"{options.model.model}-{pipeline.schedule}-{pipeline.method}-p{pipeline.stages}"
-    output = Path(options.output or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    for file in ("config.json", "metrics.jsonl"):
-        if jax.process_index() == 0 and (output / file).exists():
-            raise ValueError(f"output is {str(output)!r}, which holds a run already; give another folder or remove it")
-    return output
-
-
-def make_folder(output: Path) -> None:
-    """Make it, and see that files can be made in it."""
+    output = Path(hosts.from_first(str(options.output_folder())))
+    run = Run(options, config, pipe, optimizer, read_tokens(options, config), output, None, None)
+    hosts.agree(lambda: run.data(0))
+    hosts.agree(lambda: jax.process_index() or (check_output(output, options, run.identity), make_folder(output)))
+    if options.checkpoint.checkpoint_dir is None:
+        return run
+    folder, kept = options.checkpoint.checkpoint_dir, options.checkpoint
+    writer = hosts.agree(lambda: checkpoints.Writer(folder, kept.checkpoint_keep, kept.checkpoint_keep_every))
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "metrics.jsonl").touch()
-    except OSError as reason:
-        raise ValueError(f"output is {str(output)!r}, which cannot be written ({reason.strerror})") from None
+        loaded = checkpoints.load(folder, run.canonical, run.identity, accept_changes=kept.accept_changes, say=say_once)
+    except ValueError:
+        writer.close()
+        raise
+    return dataclasses.replace(run, loaded=loaded, writer=writer)
 
 
-def place(pipe: Pipeline, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """A batch that every process has, as global arrays of which every process holds its part."""
-    sharding = NamedSharding(pipe.mesh, PartitionSpec(None, "data"))
-    return {
-        name: jax.make_array_from_callback(array.shape, sharding, lambda index, array=array: array[index])
-        for name, array in batch.items()
-    }
+def read_tokens(options: TrainOptions, config: Config) -> TokenizedCorpus:
+    """The data, tokenised by process 0 first; the others find it in the cache, or make it on their own disk."""
+    say_once(f"reading {options.data.data}, for a vocabulary of {config.vocab_size} tokens")
+
+    def load() -> TokenizedCorpus:
+        return load_tokens(
+            options.data.data,
+            vocab_size=config.vocab_size,
+            tokenizer=options.data.tokenizer,
+            damaged=options.data.damaged_data,
+        )
+
+    tokens = hosts.agree(lambda: load() if jax.process_index() == 0 else None)
+    tokens = hosts.agree(lambda: tokens or load())
+    for sentence in tokens.damaged:
+        say_once(f"left out: {sentence}")
+    return tokens
+
+
+class Training:
+    """The state of a run, from its checkpoint or anew, and the steps that it takes."""
+
+    def __init__(self, run: Run):
+        self.run, options = run, run.options
+        if run.loaded:
+            self.state, self.key, self.rows = run.loaded.state, run.loaded.key, run.loaded.rows
+            say_once(f"going on from step {int(self.state.step)} of {options.checkpoint.checkpoint_dir}")
+        else:
+            everywhere = train.shardings(run.pipe, run.optimizer).step
+            self.key = jax.jit(jax.random.key, static_argnums=0, out_shardings=everywhere)(options.seed)
+            self.state, self.rows = train.init_state(run.pipe, run.optimizer, self.key), 0
+        self.begin, self._skipped = int(self.state.step), int(self.state.skipped)
+        self._batches, self._validation = run.data(self.rows)
+        self._step = train.make_step(run.pipe, run.optimizer, clip=options.clip)
+        self._evaluate = train.make_evaluation(run.pipe)
+        schedule = warmup_cosine(options.lr, options.steps, options.warmup_steps, options.lr / 10)
+        self._rates = jax.vmap(schedule)(np.arange(options.steps)).tolist()
+
+    def steps(self, profile: Profile) -> Iterator[dict[str, Any]]:
+        """Take the steps that are left; after each, what was measured."""
+        ahead = prefetched(self._batches) if self.begin < self.run.options.steps else None
+        for k in range(self.begin, self.run.options.steps):
+            start = time.perf_counter()
+            with profile.before(k + 1):
+                self.state, measured = self._step(self.state, self.run.place(next(ahead)))
+                measured = {name: value.item() for name, value in measured.items()}
+            seconds = time.perf_counter() - start
+            self.rows += self.run.shape["microbatches"] * self.run.shape["batch"]
+            rate, self._skipped = self._rates[k - self._skipped], measured["skipped"]
+            yield {
+                "step": k + 1,
+                "loss": measured["loss"],
+                "grad_norm": measured["grad_norm"],
+                "learning_rate": rate,
+                "skipped_steps": self._skipped,
+                "step_seconds": seconds,
+                **hardware_record(self.run, seconds),
+                "damaged_data": len(self.run.tokens.damaged),
+            }
+
+    def validation_loss(self) -> float:
+        """Mean loss over the validation batches."""
+        jax.block_until_ready(self.state)  # one program with collectives at a time on devices that share threads
+        return validation_loss(self.run, self._validation, self._evaluate, self.state.params)
+
+    def save(self) -> None:
+        """Begin a checkpoint, where there is a folder for it."""
+        if self.run.writer:
+            jax.block_until_ready(self.state)
+            about = {"identity": self.run.identity, "config": self.run.options.record()}
+            self.run.writer.save(self.run.canonical, self.state, self.key, rows=self.rows, **about)
 
 
 def run_training(run: Run) -> None:
-    """Train, telling how it goes; process 0 writes what comes of it."""
-    options, writes = run.options, jax.process_index() == 0
-    step = train.make_step(run.pipe, run.optimizer, clip=options.clip)
-    evaluate = train.make_evaluation(run.pipe)
-    rates = jax.vmap(warmup_cosine(options.lr, options.steps, options.warmup_steps, options.lr / 10))(
-        np.arange(options.steps)
-    ).tolist()
-    entropy = unigram_entropy(run.tokens.validation)
-    state = train.init_state(run.pipe, run.optimizer, jax.random.key(options.seed))
-    losses, validations = [], []
-    if writes:
-        describe(run)
-    lines = JsonLines(run.output / "metrics.jsonl") if writes else None
-
-    with StepProgress(options.steps, run.tokens_per_step, silent=not writes) as progress:
-        for k in range(options.steps):
-            state, measured = step(state, place(run.pipe, run.batches[k]))
-            losses.append((k + 1, float(measured["loss"])))
-            progress.step(*losses[-1])
-            record = {
-                "step": k + 1,
-                "loss": losses[-1][1],
-                "grad_norm": measured["grad_norm"],
-                "learning_rate": rates[k],
-                "tokens_per_second": progress.tokens_per_second(k + 1),
-            }
-            if (k + 1) % options.eval_every == 0 or k + 1 == options.steps:
-                jax.block_until_ready(state)  # one program with collectives at a time on devices that share threads
-                with progress.paused():
-                    validations.append((k + 1, validation_loss(run, evaluate, state.params)))
-                record["validation_loss"] = validations[-1][1]
-                progress.say(f"step {k + 1}/{options.steps}  validation loss {validations[-1][1]:.4f}")
-            if lines:
-                lines.write(**record)
-    if lines:
-        lines.close()
-        draw_losses(run.output / "loss.png", losses, validations, entropy)
-        recent = np.mean([loss for _, loss in losses[-20:]])
-        print(
-            f"train loss {recent:.4f}, validation loss {validations[-1][1]:.4f}; a model that knows only how frequent "
-            f"every token is\nreaches the unigram entropy, {entropy:.4f} (all in nats a token)\n"
-            f"written to {run.output}: metrics.jsonl, loss.png, config.json"
-        )
-
-
-def validation_loss(run: Run, evaluate: Any, params: Any) -> float:
-    """Mean loss over all tokens of the validation batches, of which the last may be partly masked."""
-    batches = [run.validation[i] for i in range(len(run.validation))]
-    sums = [float(evaluate(params, place(run.pipe, batch))) * batch["mask"].sum() for batch in batches]
-    return float(sum(sums) / sum(batch["mask"].sum() for batch in batches))
-
-
-def describe(run: Run) -> None:
-    """Write config.json, all that decides the run, and say what is about to happen."""
-    device, layout = jax.devices()[0], dict(run.pipe.mesh.shape)
-    activation = run.pipe.activation_bytes(run.options.pipeline.microbatch_size, run.config.seq)
-    record = {
-        "options": dataclasses.asdict(run.options),
-        "model": dataclasses.asdict(run.config),
-        "parameters": models.parameters(run.config),
-        "corpus": {
-            "name": run.tokens.corpus.name,
-            "fingerprint": run.tokens.corpus.fingerprint,
-            "documents": run.tokens.corpus.documents,
-            "train_tokens": len(run.tokens.train),
-            "validation_tokens": len(run.tokens.validation),
-            "unigram_entropy": unigram_entropy(run.tokens.validation),
-        },
-        "activation_bytes": activation,
-        "activations_in_flight": [int(n) for n in run.pipe.program.in_flight],
-        "mesh": layout,
-        "device": device.device_kind,
-        "processes": jax.process_count(),
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-    }
-    (run.output / "config.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(
-        f"training {record['parameters']:,} parameters on {len(run.tokens.train):,} tokens of "
-        f"{run.tokens.corpus.documents:,} documents\n{run.options.pipeline.schedule} {run.options.pipeline.method}, "
-        f"{layout['pipe']} stages, "
-        f"{layout['data']} data-parallel, on {record['device']} devices, {run.tokens_per_step:,} tokens a step\n"
-        f"{sum(activation.values()) / 1e6:,.1f} MB for a microbatch in flight on a device, at most "
-        f"{max(run.pipe.program.in_flight)} at once",
-        flush=True,
-    )
+    """Train, telling how it goes; process 0 writes what comes of it. Raises Stop where the run cannot go on."""
+    options, kept, first = run.options, run.options.checkpoint, jax.process_index() == 0
+    signal = None
+    with run.writer or contextlib.nullcontext():
+        training = Training(run)
+        if first:
+            describe(run, training.begin)
+        with (
+            StepProgress(options.steps, run.tokens_per_step, silent=not first) as progress,
+            Watchdog(kept.hang_timeout) as watchdog,
+            Profile(run.output / "profile", options.watch.profile if first else None) as profile,
+            Records(run, training.begin) as records,
+            LastWords(f"ended before its time; {STARTS_AGAIN}", wanted=jax.process_count() > 1),
+            Termination() as termination,
+        ):
+            for record in training.steps(profile):
+                step = record["step"]
+                last = step == options.steps
+                progress.step(step, record["loss"])
+                record["tokens_per_second"] = progress.tokens_per_second(step)
+                if profile.ended():
+                    write_prediction(run, record["step_seconds"])
+                    progress.say(f"traced {options.watch.profile} steps to {run.output / 'profile'}")
+                if step % options.eval_every == 0 or last:
+                    with progress.paused():
+                        record["validation_loss"] = training.validation_loss()
+                    progress.say(f"step {step}/{options.steps}  validation loss {record['validation_loss']:.4f}")
+                records.write(**record)
+                if record["skipped_steps"] > kept.max_skipped:
+                    raise Stop(
+                        f"{record['skipped_steps']} steps had a loss or gradient that is not finite, the last at step "
+                        f"{step}, and max_skipped is {kept.max_skipped}"
+                    )
+                signal = termination.requested(step)
+                if signal or last or step % kept.checkpoint_every == 0:
+                    with progress.paused():
+                        training.save()
+                if run.writer:
+                    run.writer.check()
+                watchdog.alive(step)
+                if signal and not last:
+                    break
+    if signal and not last:
+        say_once(f"{signal} at step {step}: {whole_ones(run)}")
+    elif first:
+        summarise(run)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(TrainOptions, __doc__, arguments)
-    run_training(or_fail(lambda: prepare(options)))
+    hosts.quiet_libraries()
+    run = or_fail(lambda: prepare(options))
+    try:
+        run_training(run)
+    except Stop as problem:
+        fail(f"{problem}; {whole_ones(run)}", status=1)
+    except OSError as problem:
+        fail(f"{problem.filename or run.output}: {reason(problem)}; {whole_ones(run)}", status=1)
+    except Exception as problem:
+        if sentence := lost_peer(problem):
+            say_and_leave(f"{sentence}; {whole_ones(run)}")
+        raise
 
 
 if __name__ == "__main__":

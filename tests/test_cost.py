@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from vocabpp_jax.schedules import build, lower
-from vocabpp_jax.schedules.cost import Cost, Sizes, gpu_names, load_gpu, stage_layers
+from vocabpp_jax.schedules.cost import GPUS, Cost, Sizes, gpu_names, load_gpu, stage_layers
 from vocabpp_jax.schedules.measured import read_pass_times
 from vocabpp_jax.schedules.simulate import simulate
 
@@ -107,10 +107,12 @@ def test_a_gpu_is_a_name_or_a_file(tmp_path):
     assert {"a100-80g", "h100-80g"} <= set(gpu_names())
     assert load_gpu("H100-80G").peak_flops == load_gpu("h100").peak_flops == 989e12
     mine = tmp_path / "mine.toml"
-    text = "\n".join(f"{k} = {v!r}".replace("'", '"') for k, v in vars(A100).items())
+    text = (GPUS / "a100-80g.toml").read_text()
     mine.write_text(text)
     assert load_gpu(str(mine)) == A100
-    mine.write_text(text.replace("launch", "lunch"))
+    mine.write_text(text.split("[target]")[0])
+    assert load_gpu(str(mine)).target == {}
+    mine.write_text(text.replace("launch =", "lunch ="))
     with pytest.raises(ValueError, match="lacks 'launch'"):
         load_gpu(str(mine))
     with pytest.raises(ValueError, match="a100-80g, h100-80g"):

@@ -258,3 +258,120 @@ def test_validation_counts_every_window_once(windows, at_most, expected):
 def test_validation_too_short_for_one_sequence_is_named():
     with pytest.raises(ValueError, match="validation split has 5 tokens, too few for a sequence of 5"):
         data.validation_batches(np.arange(5), microbatches=1, batch=1, seq=5)
+
+
+# --- many hosts, and where to go on
+
+
+def test_hosts_read_the_columns_of_the_same_batches():
+    tokens = np.arange(1000)
+    whole = batches(tokens, batch=4)
+    parts = [
+        data.training_batches(tokens, microbatches=3, batch=4, seq=5, seed=0, columns=columns)
+        for columns in ([0, 1], [2], [3])
+    ]
+    for k in range(20):
+        joined = np.concatenate([part[k]["tokens"] for part in parts], axis=1)
+        assert np.array_equal(joined, whole[k]["tokens"])
+
+
+TOKENS = np.arange(5 * 40 + 1)
+
+
+@pytest.fixture(scope="module")
+def straight():
+    return np.concatenate([batches(TOKENS)[k]["tokens"].reshape(-1, 5) for k in range(60)])
+
+
+@given(rows=st.integers(0, 300), batch=st.integers(1, 4))
+def test_a_run_goes_on_at_any_row_with_batches_of_any_size(rows, batch, straight):
+    on = data.training_batches(TOKENS, microbatches=2, batch=batch, seq=5, seed=0, start=rows)
+    assert np.array_equal(on[1]["tokens"].reshape(-1, 5), straight[rows + 2 * batch : rows + 4 * batch])
+
+
+def test_prefetched_batches_come_in_order():
+    taken = batches(np.arange(1000))
+    ahead = data.prefetched(taken)
+    for k in range(5):
+        np.testing.assert_equal(next(ahead), taken[k])
+
+
+# --- document masks
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=4, max_size=30), seq=st.integers(1, 12))
+def test_document_masks_number_documents_and_leave_out_labels_of_the_next(lengths, seq):
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    if len(document) <= seq:
+        return
+    batch = data.training_batches(document, microbatches=1, batch=1, seq=seq, seed=0, ends=np.cumsum(lengths))[0]
+    tokens, labels, mask = (batch[name][0, 0] for name in ("tokens", "labels", "mask"))  # a token tells its document
+    assert np.array_equal(batch["side"]["segment_ids"][0, 0], tokens - tokens[0])
+    assert np.array_equal(mask, tokens == labels)
+
+
+def test_documents_of_text_end_where_the_end_of_text_stands(folder):
+    tokens = data.load_tokens(str(folder), vocab_size=300)
+    end = tokens.tokenizer.token_to_id(data.END_OF_TEXT)
+    for split, ends in zip((tokens.train, tokens.validation), tokens.ends, strict=True):
+        assert np.all(split[ends - 1] == end) and len(ends) == np.sum(split == end) and ends[-1] == len(split)
+
+
+# --- parquet, and what is damaged
+
+
+def parquet(path, columns):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path.parent.mkdir(exist_ok=True)
+    parquet.write_table(arrow.table(columns), path, row_group_size=10)
+    return str(path)
+
+
+def test_parquet_holds_a_document_a_row(tmp_path):
+    texts = [f"document {i}" for i in range(50)]
+    corpus = data.open_corpus(parquet(tmp_path / "a.parquet", {"id": list(range(51)), "text": [*texts, None]}))
+    assert corpus.documents == 50 and set(corpus.train()) | set(corpus.validation()) == set(texts)
+
+
+def test_parquet_without_text_or_cut_off_is_named(tmp_path):
+    path = parquet(tmp_path / "a.parquet", {"words": ["a"]})
+    with pytest.raises(ValueError, match=r"a\.parquet has no column 'text' of strings; its columns are words"):
+        data.open_corpus(path)
+    raw = (tmp_path / "a.parquet").read_bytes()
+    with pytest.raises(ValueError, match=r"b\.parquet is damaged or no parquet file"):
+        data.open_corpus(write(tmp_path / "b.parquet", raw[:-5]))
+
+
+def test_parquet_without_its_package_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus_module, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'vocabpp-jax\[parquet\]'"):
+        data.open_corpus(write(tmp_path / "a.parquet", b"PAR1"))
+
+
+def test_what_is_damaged_is_left_out_by_choice_and_told(folder):
+    write(folder / "binary.txt", b"\x00\x01")
+    write(folder / "lines.jsonl", '{"text": "good one"}\n{"text": 3}\n{"text": "cut o')
+    with pytest.raises(ValueError, match="binary.txt is not text"):
+        data.open_corpus(str(folder))
+    corpus = data.open_corpus(str(folder), damaged="skip")
+    assert [sentence.split()[0].rsplit("/")[-1] for sentence in corpus.damaged] == [
+        "binary.txt",
+        "lines.jsonl:2",
+        "lines.jsonl:3",
+    ]
+    assert corpus.documents == 101 and "good one" in {*corpus.train(), *corpus.validation()}
+    assert len(list(corpus.train())) + len(list(corpus.validation())) == 101
+
+
+@given(
+    raw=st.binary(max_size=300), suffix=st.sampled_from([".txt", ".jsonl"]), damaged=st.sampled_from(["refuse", "skip"])
+)
+def test_any_bytes_give_a_sentence_or_documents(raw, suffix, damaged, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / f"any{suffix}"
+    try:
+        corpus = data.open_corpus(write(path, raw), damaged)
+        assert corpus.documents and sum(map(len, corpus.train())) + sum(map(len, corpus.validation()))
+    except ValueError as problem:
+        assert path.name in str(problem)

@@ -2,13 +2,14 @@
 
 import io
 import json
+import sys
 import time
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vocabpp_jax.metrics import JsonLines, StepProgress, draw_losses
+from vocabpp_jax.metrics import JsonLines, StepProgress, TensorBoard, draw_losses, read_records
 
 
 def test_records_are_on_disk_at_once_and_appended(tmp_path):
@@ -72,3 +73,30 @@ def test_speed_leaves_out_the_first_step_and_what_is_not_training():
 def test_the_picture_is_a_picture(tmp_path, validation, entropy):
     draw_losses(tmp_path / "loss.png", [(1, 4.0), (2, float("nan")), (3, 2.0)], validation, entropy)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_goes_on_takes_back_the_steps_it_does_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with JsonLines(path, after=0) as lines:
+        for step in range(1, 6):
+            lines.write(step=step, loss=step / 2)
+    with path.open("a") as file:
+        file.write('{"step": 6, "lo')  # cut off
+    with JsonLines(path, after=3) as lines:
+        lines.write(step=4, loss=9.0)
+    assert [(r["step"], r["loss"]) for r in read_records(path)] == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 9.0)]
+
+
+@pytest.mark.parametrize("line", ["garbage", "[1]", '{"step": "x"}'])
+def test_a_line_that_is_no_record_is_named_and_nothing_is_lost(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is no record of a run"):
+        JsonLines(path, after=1)
+    assert path.read_text() == f'{{"step": 1}}\n{line}\n'
+
+
+def test_tensorboard_without_its_package_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ValueError, match=r"pip install 'vocabpp-jax\[tensorboard\]'"):
+        TensorBoard(tmp_path)

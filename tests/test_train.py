@@ -1,11 +1,16 @@
 """The main job, made small: it trains, writes what it promises, refuses what cannot be, and runs on two processes."""
 
+import contextlib
+import io
 import json
 import os
 import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -13,7 +18,12 @@ import numpy as np
 import pytest
 import train as script
 from conftest import FAST_COMPILE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.compilation_cache import compilation_cache
 
+from train_options import CheckpointOptions
+from vocabpp_jax import checkpoints
 from vocabpp_jax.data import train_tokenizer
 
 REPOSITORY = Path(__file__).parent.parent
@@ -24,6 +34,22 @@ SMALL = "--vocab-size 300 --layers 2 --hidden 32 --heads 2 --seq 16 --stages 2 -
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("VOCABPP_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    """Runs of the same options compile once."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for values in (settings, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is settings:
+            yield
 
 
 @pytest.fixture
@@ -126,6 +152,153 @@ def test_what_cannot_be_is_refused_in_a_sentence_before_anything_compiles(
     assert not (tmp_path / "runs").exists() and not (tmp_path / "taken/config.json").exists()
 
 
+def interrupted(monkeypatch, after):
+    """Make training die, as if killed, in the step that follows ``after`` of this life."""
+    whole = script.train.make_step
+
+    def make_step(*arguments, **options):
+        step, done = whole(*arguments, **options), []
+
+        def dying(state, batch):
+            if len(done) == after:
+                raise KeyboardInterrupt
+            done.append(0)
+            return step(state, batch)
+
+        return dying
+
+    monkeypatch.setattr(script.train, "make_step", make_step)
+
+
+def trained(records):
+    return [(record["step"], record["loss"], record["grad_norm"], record["learning_rate"]) for record in records]
+
+
+CHECKPOINTS = "--checkpoint-dir checkpoints --checkpoint-every 3 --eval-batches 1"
+
+
+@pytest.mark.newest
+def test_a_run_that_died_goes_on_bit_for_bit_and_on_another_layout_to_rounding(text, tmp_path, monkeypatch, capsys):
+    run = f"{SMALL} --data {text} --steps 8 --document-masks {CHECKPOINTS}".split()
+    script.main([*run, "--output", "straight", "--checkpoint-dir", "others"])
+    with monkeypatch.context() as patch:
+        interrupted(patch, after=5)
+        with pytest.raises(KeyboardInterrupt):
+            script.main([*run, "--output", "out"])
+    with (tmp_path / "out/metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # killed while it wrote
+    shutil.copytree("checkpoints", "elsewhere")
+    capsys.readouterr()
+    script.main([*run, "--output", "out"])
+    assert "going on from step 3 of checkpoints" in capsys.readouterr().out
+    assert trained(records("out")) == trained(records("straight"))
+    straight, again = (checkpoints.read_record(folder, 8) for folder in ("others", "checkpoints"))
+    assert straight["arrays"] == again["arrays"] and straight["rows"] == again["rows"] == 8 * 6
+    assert json.loads((tmp_path / "out/config-3.json").read_text())["options"]["steps"] == 8
+
+    other = "--output moved --checkpoint-dir elsewhere --method baseline --microbatches 1 --microbatch-size 6"
+    script.main([*run, *other.split()])
+    moved = [record["loss"] for record in records("moved")]
+    assert moved == pytest.approx([record["loss"] for record in records("straight")[3:]], rel=1e-5)
+
+    script.main([*run, "--output", "out"])  # nothing is left to do
+    assert len(records("out")) == 8
+
+
+def test_steps_that_are_not_finite_end_the_run_after_a_limit(text, tmp_path, monkeypatch, capsys):
+    place = script.Run.place
+
+    def spoilt(run, local):
+        local["mask"] = local["mask"] * np.nan if len(records("out")) >= 3 else local["mask"]
+        return place(run, local)
+
+    monkeypatch.setattr(script.Run, "place", spoilt)
+    options = f"{SMALL} --data {text} --steps 20 --output out --max-skipped 2 --eval-every 30 {CHECKPOINTS}"
+    with pytest.raises(SystemExit) as stop:
+        script.main(options.split())
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and said.startswith("error: 3 steps had a loss or gradient that is not finite")
+    assert "the same command goes on from step 3, in checkpoints" in said
+    found = records("out")
+    assert [record["skipped_steps"] for record in found] == [0, 0, 0, 1, 2, 3] and found[-1]["loss"] is None
+    assert found[3]["learning_rate"] == found[5]["learning_rate"]  # the optimizer stands still
+
+
+def test_sigterm_saves_and_leaves(text, monkeypatch, capsys):
+    progress = script.StepProgress.step
+
+    def step(self, number, loss):
+        progress(self, number, loss)
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(script.StepProgress, "step", step)
+    script.main(f"{SMALL} --data {text} --steps 20 --output out {CHECKPOINTS}".split())
+    assert "SIGTERM at step 4: the same command goes on from step 4" in capsys.readouterr().out
+    assert len(records("out")) == 4 and checkpoints.steps_in("checkpoints") == [3, 4]
+
+
+def test_what_changed_since_the_checkpoint_is_refused_and_nothing_is_touched(text, tmp_path, capsys, monkeypatch):
+    run = f"{SMALL} --data {text} --steps 3 {CHECKPOINTS}".split()
+    script.main(run)  # the output is where the checkpoints are
+    monkeypatch.setattr(script, "run_training", lambda run: pytest.fail("training began"))
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/config.json").write_bytes(b"\x00{[")
+    Path("file").touch()
+    before = {path: path.read_bytes() for path in Path("checkpoints").rglob("*") if path.is_file()}
+    for changed, sentence in {
+        "--lr 0.1 --seed 3": "in which lr was 0.003 and is 0.1, seed was 0 and is 3; give what was",
+        "--lr 0.1 --output new": "checkpoints/3 is of a run in which lr was 0.003 and is 0.1",
+        "--layers 4 --output new": "in which layers was 2 and is 4",
+        "--checkpoint-dir other --output checkpoints": "which holds the run of another checkpoint_dir",
+        "--output config": "whose config.json cannot be read",
+        "--checkpoint-dir file/x --output new": "checkpoint_dir is 'file/x', which cannot be written",
+        "--checkpoint-every 0": "checkpoint_every is 0",
+    }.items():
+        with pytest.raises(SystemExit) as stop:
+            script.main([*run, *changed.split()])
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and sentence in said and said.count("\n") == 1, said
+    assert before == {path: path.read_bytes() for path in before}
+
+
+SPELLINGS = st.sampled_from(["--steps", "--checkpoint-dir", "--data", "--lr", "--model", "--tensorboard", "--step"])
+
+
+@settings(max_examples=20)
+@given(st.lists(st.one_of(SPELLINGS, st.text(st.characters(exclude_categories=["Cs"]), max_size=8)), max_size=5))
+def test_any_command_line_is_understood_or_refused_in_a_sentence(arguments):
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            script.parse(script.TrainOptions, "", arguments)
+    except SystemExit as stop:  # 0 for --help
+        assert stop.code == 0 or (stop.code == 2 and said.getvalue().startswith("error: "))
+
+
+@given(raw=st.one_of(st.binary(max_size=60), st.recursive(st.none() | st.text(), st.lists).map(repr).map(str.encode)))
+def test_any_bytes_as_an_earlier_configuration_are_refused_and_left_alone(raw, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / "any-config"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_bytes(raw)
+    options = script.TrainOptions(checkpoint=CheckpointOptions(checkpoint_dir=str(folder)))
+    with pytest.raises(ValueError, match="whose config.json cannot be read"):
+        script.check_output(folder, options, {"lr": 1})
+    assert (folder / "config.json").read_bytes() == raw
+
+
+def test_the_trace_and_its_prediction_and_tensorboard_are_written(text, tmp_path):
+    pytest.importorskip("tensorboardX")
+    options = f"{SMALL} --data {text} --steps 6 --output out --profile 2 --tensorboard --eval-batches 1"
+    script.main(options.split())
+    predicted = json.loads((tmp_path / "out/profile/predicted.trace.json").read_text())
+    assert "1f1b vocab-2" in predicted["metadata"]["predicted"]
+    assert {"F", "B", "S", "T"} <= {event.get("cat") for event in predicted["traceEvents"]}
+    traces = list((tmp_path / "out/profile").rglob("*.xplane.pb"))
+    assert len(traces) == 1 and all(name in traces[0].read_bytes() for name in (b"F0", b"B0"))
+    assert list((tmp_path / "out/tensorboard").iterdir())
+
+
 def start(*arguments):
     """Start Python by itself, as from a shell, without the eight devices of this process."""
     environment = dict(os.environ, XLA_FLAGS=FAST_COMPILE)
@@ -137,22 +310,56 @@ def start_script(arguments):
     return start(str(REPOSITORY / "experiments/train.py"), *arguments.split())
 
 
-def test_two_processes_train_as_one_does(text):
+def start_together(count, arguments):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    arguments = f"{SMALL} --data {text} --steps 4 --eval-batches 1"
-    both = f"{arguments} --output two --coordinator localhost:{port} --processes 2 --process-id"
-    processes = [start_script(f"{arguments} --output one"), start_script(f"{both} 0"), start_script(f"{both} 1")]
+    return [
+        start_script(f"{arguments} --coordinator localhost:{port} --processes {count} --process-id {i}")
+        for i in range(count)
+    ]
+
+
+def test_two_processes_train_as_one_does_and_one_goes_on_where_they_were(text):
+    arguments = f"{SMALL} --data {text} --steps 5 {CHECKPOINTS}"
+    processes = [start_script(f"{arguments} --output one --checkpoint-dir ones")]
+    processes += start_together(2, f"{arguments} --output two")
     said = [process.communicate(timeout=240) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], said
     one, two = ([record["loss"] for record in records(folder)] for folder in ("one", "two"))
-    assert len(one) == len(two) == 4 and np.allclose(one, two, rtol=1e-6)
+    assert len(one) == len(two) == 5 and np.allclose(one, two, rtol=1e-6)
     assert "loss" not in said[2][0]  # only process 0 speaks
+    shutil.rmtree("checkpoints/5")
+    script.main([*arguments.split(), "--output", "on"])
+    assert [record["loss"] for record in records("on")] == pytest.approx(one[3:], rel=1e-6)
+
+
+def test_when_a_process_dies_the_other_stops_with_a_sentence_in_bounded_time(text):
+    both = start_together(2, f"{SMALL} --data {text} --steps 100000 --output out {CHECKPOINTS} --heartbeat-timeout 10")
+    try:
+        wait_until(lambda: Path("checkpoints/3").exists() or any(p.poll() is not None for p in both))
+        both[1].kill()
+        died = time.monotonic()
+        said = both[0].communicate(timeout=60)
+        assert both[0].returncode not in (0, None) and time.monotonic() - died < 30
+        assert "process 0 of 2: another process is gone" in said[1] or "process 0 of 2: ended before" in said[1]
+        assert "go on from" in said[1] or "goes on from step" in said[1]
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+
+
+def wait_until(condition, seconds=200):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_help_names_every_option():
     said, _ = start_script("--help").communicate(timeout=120)
     names = "data output model layers hidden heads seq vocab-size tie-embeddings dtype schedule method stages"
     names += " data-parallel microbatches microbatch-size steps lr warmup seed eval-every distributed coordinator"
+    names += " checkpoint-dir checkpoint-every accept-changes max-skipped document-masks profile tensorboard"
     assert all(re.search(rf"--{name}\b", said) for name in names.split())

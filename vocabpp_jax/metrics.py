@@ -21,10 +21,20 @@ Curve = Sequence[tuple[int, float]]
 
 
 class JsonLines:
-    """Appends records to a file, one JSON object a line, each flushed before the call returns."""
+    """Appends records to a file, one JSON object a line, each flushed before the call returns.
 
-    def __init__(self, path: str | Path):
-        self._file = Path(path).open("a", encoding="utf-8")
+    With ``after``, the records of later steps than that go first, and a last line that was cut off: a run that goes on
+    from a checkpoint does those steps again.
+    """
+
+    def __init__(self, path: str | Path, after: int | None = None):
+        path = Path(path)
+        if after is not None and path.exists():
+            kept = [json.dumps(record) + "\n" for record in read_records(path) if record.get("step", 0) <= after]
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(kept), encoding="utf-8")
+            partial.replace(path)
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, **record: Any) -> None:
         """Append one record of numbers, strings and None. JSON has no infinity and no NaN: they become null."""
@@ -39,6 +49,49 @@ class JsonLines:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a file of JSON lines; a last line that was cut off is none.
+
+    Raises:
+        ValueError: another line is no JSON object.
+    """
+    records = []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            records.append(json.loads(line))
+        except (ValueError, RecursionError):
+            records.append(None)
+        if not isinstance(records[-1], dict) or not isinstance(records[-1].get("step", 0), int):
+            raise ValueError(f"{path}:{number} is no record of a run; mend it, or give another folder")
+    return records
+
+
+class TensorBoard:
+    """The numbers of each record as TensorBoard scalars. Needs the package tensorboardX.
+
+    Raises:
+        ValueError: the package is not there.
+    """
+
+    def __init__(self, folder: str | Path, after: int | None = None):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise ValueError(
+                "tensorboard needs the package tensorboardX; pip install 'vocabpp-jax[tensorboard]'"
+            ) from None
+        self._writer = SummaryWriter(str(folder), purge_step=None if after is None else after + 1)
+
+    def write(self, step: int, **record: Any) -> None:
+        """A scalar for each finite number of the record."""
+        for name, value in record.items():
+            if isinstance(value := _plain(value), int | float):
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class StepProgress:

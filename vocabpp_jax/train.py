@@ -17,11 +17,13 @@ Metrics = dict[str, jax.Array]
 
 
 class State(NamedTuple):
-    """What training carries: steps done, float32 master parameters in the pipeline's layout, optimizer state."""
+    """What training carries: steps done, float32 master parameters in the pipeline's layout, optimizer state, and how
+    many of the steps were skipped because their loss or gradient was not finite."""
 
     step: jax.Array
     params: Any
     optimizer: Any
+    skipped: jax.Array
 
 
 def global_norm(pipe: Pipeline, grads: Any) -> jax.Array:
@@ -30,18 +32,23 @@ def global_norm(pipe: Pipeline, grads: Any) -> jax.Array:
     return jnp.sqrt(jax.tree.reduce(jnp.add, squares))
 
 
+def shapes(pipe: Pipeline, optimizer: optax.GradientTransformation) -> State:
+    """Every leaf of the state as a global :class:`jax.ShapeDtypeStruct`."""
+    params, scalar = pipe.layout.shapes(), jax.ShapeDtypeStruct((), jnp.int32)
+    return State(scalar, params, jax.eval_shape(optimizer.init, params), scalar)
+
+
 def shardings(pipe: Pipeline, optimizer: optax.GradientTransformation) -> State:
     """The sharding of every leaf of the state: moments lie where their parameters do, the rest everywhere."""
     everywhere = NamedSharding(pipe.mesh, PartitionSpec())
-    params = pipe.layout.shapes()
     moments = optax.tree_utils.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, params),
+        shapes(pipe, optimizer).optimizer,
         pipe.shardings,
         transform_non_params=lambda _: everywhere,
     )
-    return State(everywhere, pipe.shardings, moments)
+    return State(everywhere, pipe.shardings, moments, everywhere)
 
 
 def init_state(pipe: Pipeline, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
@@ -49,7 +56,8 @@ def init_state(pipe: Pipeline, optimizer: optax.GradientTransformation, key: jax
 
     def init(key: jax.Array) -> State:
         params = pipe.layout.pack(pipe.model.init(key))
-        return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        none = jnp.zeros((), jnp.int32)
+        return State(none, params, optimizer.init(params), none)
 
     return jax.jit(init, out_shardings=shardings(pipe, optimizer))(key)
 
@@ -66,7 +74,10 @@ def make_step(
         clip: the largest global norm of the gradient; a longer one is shortened to it. None for no clipping.
         without_flags: names of :data:`~vocabpp_jax.flags.FLAGS`, which GPUs get, to leave out.
 
-    Metrics are scalars, the same on every device: ``loss`` (mean over valid tokens), ``grad_norm`` before clipping.
+    A step whose loss or gradient is not finite changes no parameter and nothing of the optimizer; it is counted.
+
+    Metrics are scalars, the same on every device: ``loss`` (mean over valid tokens), ``grad_norm`` before clipping,
+    ``skipped`` steps so far.
     """
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
@@ -77,7 +88,12 @@ def make_step(
             grads = jax.tree.map(lambda g: g * scale, grads)
         updates, moments = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        return State(state.step + 1, params, moments), {"loss": loss, "grad_norm": norm}
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        params, moments = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, moments), (state.params, state.optimizer)
+        )
+        new = State(state.step + 1, params, moments, state.skipped + ~finite)
+        return new, {"loss": loss, "grad_norm": norm, "skipped": new.skipped}
 
     everywhere = NamedSharding(pipe.mesh, PartitionSpec())
     return jax.jit(

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ..pipeline import DATA, Pipeline
 from ..schedules.cost import GPU
-from ..train import State, make_step, shardings
+from ..train import make_step, shapes, shardings
 
 
 class UnsupportedTarget(ValueError):
@@ -60,11 +60,9 @@ def compile_step(
     ``without`` names flags of :data:`~vocabpp_jax.flags.FLAGS` to leave out.
     """
     started = time.monotonic()
-    params = pipe.layout.shapes()
-    shapes = State(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
     state = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
+        shapes(pipe, optimizer),
         shardings(pipe, optimizer),
     )
     tokens = jax.ShapeDtypeStruct(

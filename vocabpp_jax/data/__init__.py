@@ -1,6 +1,6 @@
 """Text in, batches out: corpus → tokenizer → tokens → batches, each in the module of that name."""
 
-from vocabpp_jax.data.batches import Batch, training_batches, validation_batches
+from vocabpp_jax.data.batches import Batch, prefetched, training_batches, validation_batches
 from vocabpp_jax.data.corpus import STANDARD_LIBRARY, Corpus, open_corpus
 from vocabpp_jax.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 from vocabpp_jax.data.tokens import TokenizedCorpus, check_vocabulary, encode, load_tokens, unigram_entropy
@@ -16,6 +16,7 @@ __all__ = [
     "load_tokenizer",
     "load_tokens",
     "open_corpus",
+    "prefetched",
     "train_tokenizer",
     "training_batches",
     "unigram_entropy",

@@ -1,0 +1,326 @@
+"""A state that goes out and comes back is the same in every layout; what is damaged, foreign or changed is named."""
+
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vocabpp_jax import Pipeline, checkpoints, make_mesh, schedules, train
+from vocabpp_jax.checkpoints import canonical as canonical_module
+from vocabpp_jax.faults import Stop
+from vocabpp_jax.model import Model
+
+M, B, L, V = 3, 2, 8, 29
+KEY = jax.random.key(0)
+
+
+def small_model(layers, tied=False, width=32):
+    """One matrix a layer: what is tested here does not depend on the block, and this one compiles fast."""
+
+    def init(key):
+        normal = lambda i, *shape: 0.1 * jax.random.normal(jax.random.fold_in(key, i), shape)  # noqa: E731
+        params = {
+            "embed": {"tokens": normal(0, V, width), "positions": normal(1, L, width)},
+            "blocks": tuple({"w": normal(2 + i, width, width)} for i in range(layers)),
+            "final": {"scale": jnp.ones(width)},
+        }
+        return params if tied else params | {"head": normal(99, V, width)}
+
+    return Model(
+        layers=layers,
+        vocab_size=V,
+        width=width,
+        block=lambda params, x, side: x + jnp.tanh(x @ params["w"]),
+        final=lambda params, x: x * params["scale"],
+        init=init,
+        positions=L,
+        tied=tied,
+    )
+
+
+def setup(schedule, method, p, layers=2, tied=False, data=1, width=32):
+    mesh = make_mesh(p, data, devices=jax.devices()[: p * data])
+    pipe = Pipeline(small_model(layers, tied, width), schedules.build(schedule, method, p=p, m=M), mesh)
+    optimizer = optax.adamw(1e-2, mask=lambda _: pipe.layout.matrices())
+    return pipe, optimizer, checkpoints.Canonical(pipe, optimizer)
+
+
+def batch(seed):
+    tokens = np.random.default_rng(seed).integers(0, V, (M, B, L + 1), dtype=np.int32)
+    return {"tokens": tokens[..., :-1], "labels": tokens[..., 1:]}
+
+
+def one_step(pipe, optimizer, state, seed):
+    state, measured = train.make_step(pipe, optimizer)(state, batch(seed))
+    return state, float(measured["loss"])
+
+
+def save(folder, canonical, state, step=None, **options):
+    state = state if step is None else state._replace(step=jnp.int32(step))
+    writer = checkpoints.Writer(folder, **options)
+    writer.save(canonical, state, KEY, rows=6 * int(state.step), identity={"lr": 1e-2}, config={})
+    writer.close()
+
+
+def load(folder, canonical, identity=None, **options):
+    return checkpoints.load(folder, canonical, {"lr": 1e-2} if identity is None else identity, **options)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A state after a step, so that no moment is zero; it is donated to nothing."""
+    pipe, optimizer, canonical = setup("1f1b", "vocab-2", 2)
+    state, _ = one_step(pipe, optimizer, train.init_state(pipe, optimizer, KEY), seed=0)
+    return canonical, state
+
+
+@pytest.fixture(scope="module")
+def saved(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    writer = checkpoints.Writer(folder)
+    for step in (1, 2):
+        state = trained[1]._replace(step=jnp.int32(step))
+        writer.save(trained[0], state, KEY, rows=6 * step, identity={"lr": 1e-2}, config={"seed": 0})
+    writer.close()
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy of two checkpoints, of steps 1 and 2, to be spoilt."""
+    return Path(shutil.copytree(saved, tmp_path / "checkpoints"))
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.newest
+def test_a_round_trip_through_four_layouts_changes_no_bit_and_training_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(canonical_module, "SMALL", 64)  # split what is small too
+    layouts = [("1f1b", "vocab-2", 4), ("1f1b", "baseline", 2), ("v-half", "vocab-1", 8), ("1f1b", "vocab-2", 1)]
+    pipe, optimizer, canonical = setup(*layouts[0], layers=16)
+    state, _ = one_step(pipe, optimizer, train.init_state(pipe, optimizer, KEY), seed=0)
+    save(tmp_path / "0", canonical, state)
+    first = checkpoints.read_record(tmp_path / "0", 1)["arrays"]
+    expected = jax.device_get(canonical.flatten(state))
+    assert max(len(x.sharding.spec) for x in canonical.flatten(state).values()) > 0
+    losses = []
+    for i, layout in enumerate(layouts):
+        pipe, optimizer, canonical = setup(*layout, layers=16)
+        loaded = load(tmp_path / str(i), canonical)
+        save(tmp_path / str(i + 1), canonical, loaded.state)
+        assert checkpoints.read_record(tmp_path / str(i + 1), 1)["arrays"] == first
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(canonical.flatten(loaded.state)), expected)
+        if layout[0] == "1f1b":  # compiling a V-shape on eight devices takes long
+            losses.append(one_step(pipe, optimizer, loaded.state, seed=1)[1])
+    assert len(losses) == 3 and losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def test_the_state_comes_back_bit_for_bit_with_its_padding(trained, saved):
+    canonical, state = trained
+    loaded = load(saved, canonical)
+    expected = state._replace(step=jnp.int32(2))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(loaded.state), jax.device_get(expected))
+    jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim) or pytest.fail(), loaded.state, state)
+    assert loaded.rows == 12 and loaded.record["config"] == {"seed": 0}
+    assert jnp.array_equal(jax.random.key_data(loaded.key), jax.random.key_data(KEY))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_canonical_arrays_have_the_models_names_and_shapes(tied):
+    _, _, canonical = setup("1f1b", "baseline", 2, tied=tied)
+    shapes = {name: x.shape for name, x in canonical.shapes.items()}
+    assert shapes["params.embed.tokens"] == (V, 32) and shapes["params.blocks.1.w"] == (32, 32)
+    assert ("params.head" in shapes) == (not tied)
+    assert shapes["optimizer.0.mu.embed.tokens"] == (V, 32) and shapes["step"] == ()
+
+
+def test_large_arrays_are_split_over_the_whole_mesh():
+    _, _, canonical = setup("1f1b", "vocab-2", 2, data=2, width=512)
+    for name, x in canonical.shapes.items():
+        share = np.prod(x.sharding.shard_shape(x.shape)) / np.prod(x.shape)
+        assert share == (0.25 if np.prod(x.shape) >= canonical_module.SMALL else 1), name
+
+
+@settings(max_examples=20)
+@given(shape=st.lists(st.integers(1, 5), max_size=3), data=st.data())
+def test_a_fingerprint_tells_every_change_of_one_entry_and_every_swap(shape, data):
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    (before,) = checkpoints.fingerprints({"x": jnp.asarray(x)})
+    i = data.draw(st.integers(0, x.size - 1))
+    changed = x.copy().reshape(-1)
+    changed.view(np.uint32)[i] ^= 1 << data.draw(st.integers(0, 31))
+    assert checkpoints.fingerprints({"x": jnp.asarray(changed.reshape(shape))}) != [before]
+    swapped = np.roll(x.reshape(-1), 1).reshape(shape)
+    assert (checkpoints.fingerprints({"x": jnp.asarray(swapped)}) == [before]) == np.array_equal(swapped, x)
+
+
+def test_an_optimizer_that_no_layout_could_take_is_refused():
+    pipe, _, _ = setup("1f1b", "vocab-2", 2)
+    with pytest.raises(ValueError, match="neither a scalar nor part of a tree shaped like the parameters"):
+        checkpoints.Canonical(pipe, optax.adafactor(1e-2, min_dim_size_to_factor=4))
+
+
+# --- what is damaged
+
+
+def largest_file(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip(path, at=0.5):
+    raw = bytearray(path.read_bytes())
+    raw[int(len(raw) * at)] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda step: flip(largest_file(step / "state")),
+        lambda step: shutil.rmtree(step / "state" / "ocdbt.process_0"),
+        lambda step: (step / "run/metadata").write_bytes(b"\xff\x00garbage"),
+        lambda step: (step / "run/metadata").write_text(
+            (step / "run/metadata").read_text().replace('"rows": 12', '"rows": 13')
+        ),
+        lambda step: shutil.rmtree(step / "run"),
+    ],
+    ids=["a flipped bit", "arrays gone", "record garbage", "record changed", "record gone"],
+)
+def test_a_damaged_checkpoint_is_named_kept_aside_and_the_one_before_it_taken(spoil, trained, folder):
+    spoil(folder / "2")
+    spoilt, said = contents(folder / "2"), []
+    loaded = load(folder, trained[0], say=said.append)
+    assert int(loaded.state.step) == 1 and loaded.rows == 6
+    assert len(said) == 1 and f"{folder / '2'} is damaged" in said[0] and "goes on from step 1" in said[0]
+    assert contents(folder / "damaged-2") == spoilt and checkpoints.steps_in(folder) == [1]
+
+
+def test_where_nothing_is_whole_the_run_does_not_begin_anew(trained, folder):
+    for step in (1, 2):
+        flip(largest_file(folder / str(step) / "state"))
+    before = contents(folder)
+    with pytest.raises(ValueError, match="no checkpoint in .* is whole: .*2 is damaged"):
+        load(folder, trained[0])
+    assert contents(folder) == before
+
+
+@settings(max_examples=12)
+@given(data=st.data())
+def test_random_bytes_in_any_file_never_pass_and_never_harm_the_good_one(data, trained, saved):
+    folder = saved.parent / "fuzzed"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(saved, folder)
+    files = sorted(path for path in (folder / "2").rglob("*") if path.is_file())
+    data.draw(st.sampled_from(files)).write_bytes(data.draw(st.binary(max_size=200)))
+    good, expected = contents(folder / "1"), jax.device_get(trained[0].flatten(trained[1]))
+    try:
+        loaded = load(folder, trained[0], say=lambda text: None)
+        found = jax.device_get(trained[0].flatten(loaded.state))
+        jax.tree.map(np.testing.assert_array_equal, found | {"step": 1}, expected)
+    except ValueError as problem:
+        assert str(folder / "2") in str(problem)
+    assert contents(folder / "1") == good
+
+
+def test_a_save_that_was_cut_off_is_no_checkpoint(trained, folder):
+    (folder / "2").rename(folder / "2.orbax-checkpoint-tmp")
+    assert checkpoints.steps_in(folder) == [1] and int(load(folder, trained[0]).state.step) == 1
+
+
+# --- what is foreign or changed
+
+
+@pytest.mark.parametrize(
+    "make, sentence",
+    [
+        (lambda step: (step / "default").mkdir(parents=True), "7 is no checkpoint of this program"),
+        (lambda step: write_record(step, {"hello": 1}), "7 is no checkpoint of this program"),
+        (lambda step: write_record(step, [1]), "7 is no checkpoint of this program"),
+        (lambda step: write_record(step, None, version=2), "7 has version 2; this program reads version 1"),
+    ],
+)
+def test_a_foreign_checkpoint_is_refused_and_left_alone(make, sentence, trained, folder):
+    make(folder / "7")
+    before = contents(folder)
+    with pytest.raises(ValueError, match=sentence):
+        load(folder, trained[0])
+    assert contents(folder) == before
+
+
+def write_record(step, record, **changes):
+    if record is None:
+        record = json.loads((step.parent / "2/run/metadata").read_text()) | changes
+        record["checksum"] = checkpoints.store._checksum(record)
+    (step / "run").mkdir(parents=True)
+    (step / "run/metadata").write_text(json.dumps(record))
+
+
+def test_a_changed_configuration_is_refused_unless_accepted(trained, folder):
+    with pytest.raises(ValueError, match="in which lr was 0.01 and is 0.1, warmup was None and is 3; give what was"):
+        load(folder, trained[0], {"lr": 0.1, "warmup": 3})
+    assert int(load(folder, trained[0], {"lr": 0.1}, accept_changes=True).state.step) == 2
+
+
+def test_another_model_is_refused_by_the_name_and_both_shapes_of_an_array(folder):
+    _, _, other = setup("1f1b", "vocab-2", 2, layers=3)
+    with pytest.raises(ValueError, match=r"blocks\.2\.w, .* has none and this model has float32\[32, 32\]"):
+        load(folder, other, accept_changes=True)
+
+
+def test_an_empty_folder_has_nothing_to_go_on_from(trained, tmp_path):
+    assert load(tmp_path, trained[0]) is None and load(tmp_path / "none", trained[0]) is None
+
+
+# --- writing
+
+
+def test_the_newest_and_the_periodic_ones_are_kept(trained, tmp_path):
+    canonical, state = trained
+    writer = checkpoints.Writer(tmp_path, keep=2, keep_every=4)
+    for step in range(2, 12):
+        writer.save(canonical, state._replace(step=jnp.int32(step)), KEY, rows=0, identity={}, config={})
+    writer.close()
+    assert checkpoints.steps_in(tmp_path) == [4, 8, 10, 11]
+
+
+def test_a_full_disk_is_named_and_the_last_good_checkpoint_stays(trained, folder):
+    canonical, state = trained
+    writer, before = checkpoints.Writer(folder), contents(folder / "2")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        with pytest.raises(Stop, match=r"a checkpoint cannot be written to .*File too large"):
+            writer.save(canonical, state._replace(step=jnp.int32(3)), KEY, rows=0, identity={}, config={})
+            writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert contents(folder / "2") == before and int(load(folder, canonical).state.step) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="checkpoint_dir is .*file/checkpoints', which cannot be written"):
+        checkpoints.Writer(tmp_path / "file" / "checkpoints")
+
+
+def test_two_runs_cannot_write_to_one_folder(tmp_path):
+    writer = checkpoints.Writer(tmp_path)
+    with pytest.raises(ValueError, match="to which another run is writing"):
+        checkpoints.Writer(tmp_path)
+    writer.close()
+    checkpoints.Writer(tmp_path).close()
+
+
+def test_numbers_that_keep_nothing_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="checkpoint_keep is 0"):
+        checkpoints.Writer(tmp_path, keep=0)

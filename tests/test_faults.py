@@ -1,0 +1,94 @@
+"""Steps that are not finite change nothing and are counted; signals, hangs and deaths end in a sentence."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import optax
+import pytest
+from test_checkpoints import KEY, batch, setup
+
+from vocabpp_jax import faults, train
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
+    pipe, _, _ = setup("1f1b", "baseline", 1)
+    optimizer = optax.adamw(1e-2)
+    state, step = train.init_state(pipe, optimizer, KEY), train.make_step(pipe, optimizer)
+    state, _ = step(state, batch(0))
+    before = jax.device_get((state.params, state.optimizer))
+    good = batch(1)
+    for times, mask in enumerate((np.nan, np.inf), start=1):
+        state, measured = step(state, good | {"mask": np.full(good["tokens"].shape, mask, np.float32)})
+        assert not np.isfinite(float(measured["loss"])) and int(measured["skipped"]) == times == int(state.skipped)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get((state.params, state.optimizer)), before)
+    state, measured = step(state, good | {"mask": np.ones(good["tokens"].shape, np.float32)})
+    assert int(state.step) == 4 and int(state.skipped) == 2 and np.isfinite(float(measured["loss"]))
+    assert not np.array_equal(state.params["embed"]["tokens"], before[0]["embed"]["tokens"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_noted_and_the_handlers_are_put_back(number):
+    before = signal.getsignal(number)
+    with faults.Termination() as termination:
+        assert termination.requested(1) is None
+        os.kill(os.getpid(), number)
+        assert termination.requested(2) == number.name
+    assert signal.getsignal(number) is before
+
+
+def run(body):
+    """A process of its own, which does not need JAX's devices."""
+    code = f"import time, os, signal\nfrom vocabpp_jax import faults\n{body}"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_a_second_signal_ends_the_process():
+    ended = run("with faults.Termination():\n for _ in 'ab': os.kill(os.getpid(), signal.SIGTERM)\n print('alive')")
+    assert ended.returncode == -signal.SIGTERM and not ended.stdout
+
+
+def test_a_hang_ends_in_a_sentence_and_progress_does_not():
+    start = time.monotonic()
+    ended = run(
+        "with faults.Watchdog(0.6) as watchdog:\n"
+        " for step in range(8): time.sleep(0.2); watchdog.alive(step)\n"
+        " print('going', flush=True)\n time.sleep(100)"
+    )
+    assert ended.returncode == 1 and ended.stdout == "going\n" and time.monotonic() - start < 60
+    assert ended.stderr.startswith("error: no step has ended for 0.6 seconds after step 7;")
+
+
+def test_last_words_are_said_by_those_who_are_killed_only():
+    killed = run("with faults.LastWords('it is over'): os.kill(os.getpid(), signal.SIGKILL)")
+    assert killed.returncode == -signal.SIGKILL and killed.stderr == "error: it is over\n"
+    assert run("with faults.LastWords('it is over'): pass").stderr == ""
+    assert "it is over" not in run("with faults.LastWords('it is over'): raise KeyError").stderr
+
+
+@pytest.mark.parametrize(
+    "problem, expected",
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (ValueError('OUT_OF_RANGE: "/a/b": Failed to write: No space left [os_error_code=28]'), "No space left"),
+        (RuntimeError("first line\nsecond"), "first line"),
+        (KeyError(), "KeyError"),
+    ],
+)
+def test_reasons_are_short(problem, expected):
+    assert faults.reason(problem) == expected
+
+
+def test_an_error_of_ones_own_is_no_lost_peer():
+    assert faults.lost_peer(RuntimeError("Connection reset by peer")) is None  # there is one process
+
+
+def test_a_watchdog_without_a_limit_watches_nothing_and_a_wrong_limit_is_refused():
+    with faults.Watchdog(None):
+        pass
+    with pytest.raises(ValueError, match="hang_timeout is 0"):
+        faults.Watchdog(0)

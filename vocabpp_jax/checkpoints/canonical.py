@@ -1,0 +1,146 @@
+"""The form in which a training state is stored: the same arrays whatever pipeline made them.
+
+A state becomes one flat dictionary of named arrays: ``params.blocks.3.mlp.up.kernel``, ``optimizer.0.mu.head``,
+``step``. Layers are in depth order and vocabulary tables ``[V, D]``, unpadded and unsharded in their index space; only
+entries move, so a state that goes out and comes back is the same bit for bit. On the devices each array is split over
+the whole mesh where one of its axes allows it, so that no host holds more of it than its share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from .. import train
+from ..pipeline import Pipeline
+
+Flat = dict[str, Any]
+"""Arrays, or their shapes, by name."""
+SMALL = 2**16
+"""Arrays of fewer entries stay whole: they are cheaper to store so."""
+
+
+@dataclass(frozen=True)
+class Canonical:
+    """Takes the training states of a pipeline and an optimizer to the canonical form and back.
+
+    Raises:
+        ValueError: the optimizer keeps arrays that are neither scalars nor shaped like the parameters, such as
+            factored moments; nobody could tell how they go to another layout.
+    """
+
+    pipe: Pipeline
+    optimizer: optax.GradientTransformation
+
+    def __post_init__(self) -> None:
+        for x in jax.tree.leaves(self._state.optimizer, is_leaf=self._like_params):
+            if not self._like_params(x) and x.ndim:
+                raise ValueError(
+                    f"optimizer keeps an array of shape {list(x.shape)} that is neither a scalar nor part of a tree "
+                    "shaped like the parameters; checkpoints could not take it to another layout"
+                )
+
+    @cached_property
+    def shapes(self) -> Flat:
+        """Every canonical array as a :class:`jax.ShapeDtypeStruct` with the sharding it has on this mesh."""
+        return {
+            _name(path): jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(self.pipe.mesh, x.shape))
+            for path, x in jax.tree_util.tree_leaves_with_path(self._canonical)
+        }
+
+    def flatten(self, state: train.State) -> Flat:
+        """The canonical arrays of a state: copies, so that the state may be donated afterwards."""
+        return self._flatten(state)
+
+    def unflatten(self, flat: Flat) -> train.State:
+        """The state that canonical arrays stand for, in this pipeline's layout."""
+        return self._unflatten(flat)
+
+    @cached_property
+    def _flatten(self) -> Callable[[train.State], Flat]:
+        def flatten(state: train.State) -> Flat:
+            return {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(self._unpacked(state))}
+
+        return jax.jit(flatten, out_shardings={name: x.sharding for name, x in self.shapes.items()})
+
+    @cached_property
+    def _unflatten(self) -> Callable[[Flat], train.State]:
+        pack, structure = self.pipe.layout.pack, jax.tree.structure(self._canonical.params)
+
+        def is_params(tree: Any) -> bool:
+            return jax.tree.structure(tree) == structure
+
+        def unflatten(flat: Flat) -> train.State:
+            tree = jax.tree_util.tree_map_with_path(lambda path, _: flat[_name(path)], self._canonical)
+            return jax.tree.map(lambda x: pack(x) if is_params(x) else x, tree, is_leaf=is_params)
+
+        return jax.jit(unflatten, out_shardings=train.shardings(self.pipe, self.optimizer))
+
+    @cached_property
+    def _state(self) -> train.State:
+        """The shapes of the state in the pipeline's layout."""
+        return train.shapes(self.pipe, self.optimizer)
+
+    @cached_property
+    def _canonical(self) -> train.State:
+        """The shapes of the state with canonical parameters and moments."""
+        return jax.eval_shape(self._unpacked, self._state)
+
+    def _unpacked(self, state: train.State) -> train.State:
+        unpack = self.pipe.layout.unpack
+        return jax.tree.map(lambda x: unpack(x) if self._like_params(x) else x, state, is_leaf=self._like_params)
+
+    def _like_params(self, tree: Any) -> bool:
+        params = self._state.params
+        return jax.tree.structure(tree) == jax.tree.structure(params) and all(
+            x.shape == y.shape for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(params), strict=True)
+        )
+
+
+def fingerprints(flat: Flat) -> list[int]:
+    """A 32-bit number for every array, in the order of their names: the same on any number of devices, another after
+    any change of one entry.
+
+    It is ``Σ (2i + 1) · bits_i mod 2³²`` over the entries i, a sum of integers, which no order of adding changes.
+    """
+    sharding = next(iter(flat.values())).sharding
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
+    return np.asarray(jax.jit(_fingerprints, out_shardings=everywhere)(flat)).tolist()
+
+
+def _fingerprints(flat: Flat) -> jax.Array:
+    return jnp.stack([_fingerprint(flat[name]) for name in sorted(flat)])
+
+
+def _fingerprint(x: jax.Array) -> jax.Array:
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    index = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum((2 * index + 1) * bits, dtype=jnp.uint32)
+
+
+def _sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Split along the largest axis that the whole mesh divides, or else one of its axes does; else whole."""
+    if math.prod(shape) >= SMALL:
+        for names in (mesh.axis_names, *((name,) for name in sorted(mesh.axis_names, key=lambda n: -mesh.shape[n]))):
+            ways = math.prod(mesh.shape[name] for name in names)
+            fitting = [axis for axis, size in enumerate(shape) if size % ways == 0]
+            if fitting:
+                axis = max(fitting, key=lambda a: shape[a])
+                return NamedSharding(mesh, PartitionSpec(*[None] * axis, names))
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")

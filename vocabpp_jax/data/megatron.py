@@ -1,0 +1,99 @@
+"""Megatron's indexed datasets: token ids in ``NAME.bin``, and in ``NAME.idx`` which of them make a document.
+
+``.idx``, little-endian: the magic ``MMIDIDX\\0\\0``, version 1 as uint64, a code for the tokens' type as uint8, the
+numbers of sequences and of document bounds as uint64; then int32 lengths of the sequences in tokens, int64 offsets of
+them in bytes, and int64 bounds: document i is the sequences ``bounds[i]`` to ``bounds[i + 1]``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+_EDGE = 2**20  # bytes of the .bin, at its beginning and end, that tell it from another
+
+
+@dataclass(frozen=True)
+class IndexedDataset:
+    """The tokens of all documents one after another, memory-mapped, and where each document ends."""
+
+    tokens: np.ndarray
+    ends: np.ndarray
+    fingerprint: str
+    damaged: tuple[str, ...]
+
+
+def is_megatron(source: str) -> bool:
+    """Whether it names an indexed dataset: its ``.idx``, its ``.bin`` or both by what stands before the suffix."""
+    return Path(source).suffix in (".idx", ".bin") or (
+        not Path(source).exists() and Path(f"{source}.idx").is_file() and Path(f"{source}.bin").is_file()
+    )
+
+
+def read_indexed(source: str, damaged: Literal["refuse", "skip"] = "refuse") -> IndexedDataset:
+    """Map the dataset; of a ``.bin`` that was cut off, the documents that are there whole if ``damaged`` is "skip".
+
+    Raises:
+        ValueError: a file is missing, is no such index, contradicts itself, or is shorter than the other says.
+    """
+    stem = source.removesuffix(".idx").removesuffix(".bin")
+    index, data = Path(f"{stem}.idx"), Path(f"{stem}.bin")
+    try:
+        raw, size = index.read_bytes(), data.stat().st_size
+        digest = hashlib.blake2b(raw, digest_size=16)
+        with data.open("rb") as file:
+            digest.update(file.read(_EDGE))
+            file.seek(max(0, size - _EDGE))
+            digest.update(file.read(_EDGE))
+    except OSError as problem:
+        raise ValueError(
+            f"{problem.filename} cannot be read ({problem.strerror}); a Megatron dataset is {stem}.idx and {stem}.bin"
+        ) from None
+    lengths, bounds, kind = _parse(raw, index)
+    ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[bounds[1:]]
+    total, held = int(lengths.sum(dtype=np.int64)), size // kind.itemsize
+    left_out: tuple[str, ...] = ()
+    if held < total:
+        sentence = f"{data} holds {held} tokens; its index says {total}: it was cut off"
+        if damaged == "refuse":
+            raise ValueError(f"{sentence}; mend it, or leave out what is damaged")
+        whole = ends[ends <= held]
+        left_out = (f"{sentence}, and {len(ends) - len(whole)} documents are left out",)
+        ends = whole
+    ends = ends[np.diff(ends, prepend=0) > 0]  # empty documents end where the one before does
+    if not len(ends):
+        raise ValueError(f"{data} holds no whole document; give another dataset")
+    tokens = np.memmap(data, kind, mode="r", shape=(int(ends[-1]),))
+    return IndexedDataset(tokens, ends, digest.hexdigest(), left_out)
+
+
+def _parse(raw: bytes, path: Path) -> tuple[np.ndarray, np.ndarray, np.dtype]:
+    """Lengths of the sequences, document bounds, type of the tokens."""
+    if len(raw) < HEADER.size or not raw.startswith(MAGIC):
+        raise ValueError(f"{path} is no index of a Megatron dataset: it does not begin with {MAGIC[:7].decode()}")
+    _, version, code, sequences, documents = HEADER.unpack_from(raw)
+    if version != 1:
+        raise ValueError(f"{path} has version {version}; version 1 can be read")
+    if code not in TYPES:
+        raise ValueError(
+            f"{path} has tokens of type code {code}; those of whole numbers are {', '.join(map(str, TYPES))}"
+        )
+    if len(raw) < HEADER.size + 12 * sequences + 8 * documents:
+        raise ValueError(f"{path} was cut off: it has {len(raw)} bytes, too few for {sequences} sequences")
+    kind = np.dtype(TYPES[code]).newbyteorder("<")
+    lengths = np.frombuffer(raw, "<i4", sequences, HEADER.size)
+    pointers = np.frombuffer(raw, "<i8", sequences, HEADER.size + 4 * sequences)
+    bounds = np.frombuffer(raw, "<i8", documents, HEADER.size + 12 * sequences)
+    if (lengths < 0).any() or not np.array_equal(pointers[1:], np.cumsum(lengths, dtype=np.int64)[:-1] * kind.itemsize):
+        raise ValueError(f"{path} is damaged: its offsets are not those that its lengths add up to")
+    if not documents or bounds[0] != 0 or bounds[-1] != sequences or (np.diff(bounds) < 0).any():
+        raise ValueError(f"{path} is damaged: its document bounds do not rise from 0 to its {sequences} sequences")
+    return lengths, bounds, kind

@@ -1,0 +1,142 @@
+"""What ends a run before its time, said in a sentence: signals, full disks, processes that hang or are gone."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from types import FrameType, TracebackType
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class Stop(RuntimeError):
+    """The run cannot go on; the message is the sentence that says why."""
+
+
+class Termination:
+    """Notices SIGTERM and SIGINT inside the block, so that the run can save and leave at the end of a step.
+
+    A second signal ends the process at once. With several processes a SIGTERM to any of them reaches all, and
+    all stop after the same step; ask :meth:`requested` once a step, everywhere.
+    """
+
+    def __init__(self) -> None:
+        self._name: str | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Termination:
+        # Under jax.distributed its service handles SIGTERM and tells the other processes; of a SIGINT it would not.
+        signals = () if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in signals}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._name is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._name = signal.Signals(number).name
+
+    def requested(self, step: int) -> str | None:
+        """The signal that asked for an end, after ``step`` steps; None while there was none."""
+        if jax.process_count() == 1:
+            return self._name
+        return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
+
+
+class Watchdog:
+    """Ends the process with a sentence when no step has ended for ``seconds``: a collective whose partner is stuck
+    waits for ever, and nothing in Python could interrupt it. With None it watches nothing.
+    """
+
+    def __init__(self, seconds: float | None, status: int = 1):
+        if seconds is not None and not seconds > 0:
+            raise ValueError(f"hang_timeout is {seconds}; it must be above 0")
+        self._seconds, self._status = seconds, status
+        self._step, self._last = 0, time.monotonic()
+        self._end = threading.Event()
+
+    def __enter__(self) -> Watchdog:
+        self._last = time.monotonic()
+        if self._seconds is not None:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+
+    def alive(self, step: int) -> None:
+        """Step ``step`` has ended, or something else that counts as going on."""
+        self._step, self._last = step, time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._end.wait(min(1.0, self._seconds / 4)):
+            if time.monotonic() - self._last > self._seconds:
+                say_and_leave(
+                    f"{_who()}no step has ended for {self._seconds:g} seconds after step {self._step}; a process or "
+                    "device hangs. The last checkpoint is good: start again to go on from it",
+                    self._status,
+                )
+
+
+class LastWords:
+    """Says a sentence on standard error if the process ends inside the block without leaving it: killed, or ended by
+    a library, as jax.distributed does when another process is gone. A shell that waits for the end says it.
+    """
+
+    def __init__(self, sentence: str, wanted: bool = True):
+        self._sentence, self._wanted = f"error: {_who()}{sentence}", wanted
+
+    def __enter__(self) -> LastWords:
+        if self._wanted:
+            self._shell = subprocess.Popen(
+                ["sh", "-c", 'read line || echo "$0" >&2', self._sentence],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if self._wanted:
+            self._shell.communicate(b"left\n")
+
+
+def lost_peer(problem: BaseException) -> str | None:
+    """The sentence for an error that another process' end has caused; None for any other error."""
+    signs = "connection closed|connection reset|broken pipe|heartbeat|unavailable|gloo|nccl|socket|peer|distributed"
+    if jax.process_count() == 1 or not re.search(signs, str(problem), re.IGNORECASE):
+        return None
+    return f"{_who()}another process is gone ({reason(problem)})"
+
+
+def say_and_leave(sentence: str, status: int = 1) -> None:
+    """End the process now: no clean-up that would wait for processes that are gone."""
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def reason(problem: BaseException) -> str:
+    """Why an operation failed, in a few words: the system's where the error quotes it, else the error's first line."""
+    if isinstance(problem, OSError) and problem.strerror:
+        return problem.strerror
+    text = str(problem)
+    if system := re.search(r": ([^:\[]+?) \[(?:os_error_code|source|tensorstore)", text):
+        return system[1]
+    lines = text.strip().splitlines()
+    return lines[0][:200] if lines else type(problem).__name__
+
+
+def _who() -> str:
+    return f"process {jax.process_index()} of {jax.process_count()}: " if jax.process_count() > 1 else ""
