@@ -34,6 +34,7 @@ from vocabpp_jax import Pipeline, checkpoints, hosts, train
 from vocabpp_jax.data import TokenizedCorpus, load_tokens, prefetched
 from vocabpp_jax.faults import LastWords, Stop, Termination, Watchdog, lost_peer, reason, say_and_leave
 from vocabpp_jax.metrics import StepProgress
+from vocabpp_jax.models import Config
 from vocabpp_jax.optimizer import adamw, warmup_cosine
 from vocabpp_jax.profiling import Profile
 

@@ -93,8 +93,7 @@ def hardware_record(run: Run, seconds: float) -> dict[str, Any]:
 
 def write_prediction(run: Run, seconds: float) -> None:
     """Lay the predicted timeline of a step beside the trace of some."""
-    c = run.config
-    sizes = models.cost_sizes(c, run.options.pipeline.microbatch_size)
+    sizes = models.cost_sizes(run.config, run.options.pipeline.microbatch_size)
     trace = predicted_trace(run.pipe.schedule, sizes, jax.devices()[0], seconds)
     (run.output / "profile" / "predicted.trace.json").write_text(trace)
 
