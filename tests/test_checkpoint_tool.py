@@ -25,7 +25,7 @@ def made(tmp_path_factory):
     with checkpoints.Writer(folder) as writer:
         for step in (3, 6):
             writer.save(canonical, state._replace(step=jnp.int32(step)), KEY, rows=step, identity={}, config={})
-    return folder, jax.device_get(pipe.gather(state.params))
+    return folder, jax.device_get(jax.jit(pipe.layout.unpack)(state.params))
 
 
 @pytest.fixture

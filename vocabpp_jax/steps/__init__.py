@@ -70,7 +70,10 @@ class VocabularySteps(InputSteps, OutputSteps):
                     operand, communicate = step(state, cells)
                     if name not in LANDS_FIRST:
                         state = before_later_passes(state, operand)
-                    return state | {flight(name): communicate(operand)}
+                    result = communicate(operand)
+                    # A buffer that was sent as it is, is spent. Forgotten, it can hold the result.
+                    spent = {entry: result for entry, value in state.items() if value is operand}
+                    return state | spent | {flight(name): result}
                 case "done":
                     landed = behind_earlier_passes(state, state[flight(name)])
                     return before_later_passes(state, landed) | step(state, cells, landed)

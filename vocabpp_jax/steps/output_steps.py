@@ -151,8 +151,7 @@ class OutputSteps(VocabularyLayer):
         return part, self._sum_over_shards
 
     def done_big(self, state: State, cells: Cells, g: jax.Array) -> State:
-        # The parts are spent. Forgotten, they are summed in place.
-        return {flight("big"): g, "A": g}
+        return {flight("big"): g}
 
     def run_G(self, state: State, cells: Cells) -> State:
         """G: the final function's backward, into the last stage's inbox."""
