@@ -22,11 +22,6 @@ from .timeline import Timeline
 
 GPUS = Path(__file__).parent / "gpus"
 
-# Bytes of elementwise traffic, fitted with the A100's efficiencies (see gpus/a100-80g.toml); of a bfloat16 model.
-LAYER_TRAFFIC = 48  # forward, for each of a layer's bsh elements; the backward moves twice that
-LOGIT_TRAFFIC = 30  # softmax and its gradient, for each logit
-EDGE_TRAFFIC = 50  # casts, norms and gradients of [bs, h] in a vocabulary pass, an element
-
 
 @dataclass(frozen=True)
 class Sizes:
@@ -116,7 +111,11 @@ class GPU:
     half_size: float
     attention_efficiency: float
     traffic_efficiency: float
+    layer_traffic: float
+    logit_traffic: float
+    edge_traffic: float
     launch: float
+    contention: float
     intra_bandwidth: float
     inter_bandwidth: float
     intra_latency: float
@@ -193,12 +192,15 @@ class Cost:
             functions are recomputed (what the sizes say, two bytes an element), 34 as in Megatron without recomputing
             (Korthikanti et al. 2022, with flash attention).
         state_bytes: a parameter's weights, gradient, and Adam state together.
+        table_bytes: what IB moves for each of the embedding's elements, where a framework adds a dense gradient to
+            the accumulated one: 8 in float32. A scatter-add of the rows in use moves none of it.
     """
 
     sizes: Sizes
     gpu: GPU
     activation_bytes: float | None = None
     state_bytes: float = 18.0
+    table_bytes: float = 0.0
 
     # --- seconds ------------------------------------------------------------------------------------------------------
 
@@ -207,7 +209,7 @@ class Cost:
         z, gpu = self.sizes, self.gpu
         products = gpu.matmul(2 * z.tokens * z.layer_parameters, min(z.hidden, z.tokens))
         attention = 2 * z.scores / (gpu.peak_flops * gpu.attention_efficiency)
-        traffic = gpu.traffic(LAYER_TRAFFIC * z.bsh)
+        traffic = gpu.traffic(gpu.layer_traffic * z.bsh)
         # A flash attention's backward recomputes the scores: 2.5 times the forward.
         return products + attention + traffic, products + 2.5 * attention + 1.5 * traffic, products + 0.5 * traffic
 
@@ -223,16 +225,18 @@ class Cost:
         forward, inputs, weights = self.layer()
         B = inputs if schedule.splits_backward else inputs + weights
         rows = z.vocab_size if not schedule.sharded else -(-z.vocab_size // p)
-        softmax = gpu.traffic(LOGIT_TRAFFIC * z.tokens * rows / 2)
-        edge = gpu.traffic(EDGE_TRAFFIC * z.bsh) + gpu.launch
+        softmax = gpu.traffic(gpu.logit_traffic * z.tokens * rows / 2)
+        edge = gpu.traffic(gpu.edge_traffic * z.bsh) + gpu.launch
         product = self.head(rows)
+        # Collectives that run beside passes take some of the device from them; synchronous ones do not.
+        slower = 1 + gpu.contention * (p > 1 and schedule.sharded and schedule.method != "interlaced")
         half = 2 if schedule.method == "vocab-2" else 1  # Algorithm 2 makes the input gradient in S, the others in T
         stream = 2 * z.bsh
         vector = 4 * z.tokens
         return Durations(
-            F=tuple(counts * forward + gpu.launch),
-            B=tuple(counts * B + gpu.launch),
-            W=tuple(counts * weights + gpu.launch),
+            F=tuple(slower * (counts * forward + gpu.launch)),
+            B=tuple(slower * (counts * B + gpu.launch)),
+            W=tuple(slower * (counts * weights + gpu.launch)),
             S=half * product + softmax + edge,
             T=(3 - half) * product + softmax + edge,
             S1=product + softmax / 2 + edge / 2,
@@ -240,7 +244,7 @@ class Cost:
             H=3 * product + 2 * softmax + 2 * edge,
             G=edge / 2,
             IF=edge / 2,
-            IB=edge,
+            IB=edge + gpu.traffic(self.table_bytes * z.hidden * rows),
             CI=gpu.all_reduce(stream, p),
             C0=gpu.broadcast(stream, p),
             CB=gpu.broadcast(stream, p),

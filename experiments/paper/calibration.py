@@ -1,0 +1,201 @@
+"""The GPU model behind the predicted MFU: few constants, fitted by least squares, then frozen.
+
+What is fitted to what:
+
+* six constants of ``schedules/gpus/a100-80g.toml`` (:data:`FITTED`) to the pass times measured on eight A100s
+  (``docs/paper/pass_times_8xA100.csv``) and the MFU of Table 5's *baseline* rows;
+* two of them again (:data:`V_HALF`) to Table 6's *baseline* rows, which ran on another software stack, with other
+  kernels.
+
+Nothing else is: every row of another method is a prediction. Residuals are logarithms of predicted over published, and
+so are the unknowns, so that a step is in percent and no constant can become negative.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from paper.settings import MICROBATCHES, PUBLISHED, Setting, published
+from vocabpp_jax.schedules import Schedule, build, lower
+from vocabpp_jax.schedules.cost import GPU, Cost, Sizes, load_gpu
+from vocabpp_jax.schedules.measured import MeasuredRun, read_pass_times
+from vocabpp_jax.schedules.program import Program
+from vocabpp_jax.schedules.simulate import FREE, Durations, Rules, simulate
+from vocabpp_jax.schedules.timeline import Timeline
+
+A100 = load_gpu("a100-80g")
+FITTED = (
+    "matmul_efficiency",
+    "attention_efficiency",
+    "layer_traffic",
+    "logit_traffic",
+    "launch",
+    "contention",
+)
+V_HALF = {"matmul_efficiency": 0.896, "attention_efficiency": 0.414}
+"""What Table 6's software reaches, frozen."""
+MFU_WEIGHT = 2.0
+"""A published MFU counts as much as so many pass times: it is an average over a whole run, a pass time over a pass."""
+PEAK_OF_TABLE_5_ON_8 = 320e12
+"""FLOP/s that the published MFU of these rows was divided by; the same runs' published TFLOP/s show it."""
+DENSE_GRADIENT = 8.0
+"""Bytes: the published system adds a dense float32 gradient of the embedding for every microbatch."""
+
+Constants = Mapping[str, float]
+
+
+def frozen(table: int) -> GPU:
+    """The A100 as a table's software uses it."""
+    return dataclasses.replace(A100, **V_HALF) if table == 6 else A100
+
+
+def sizes(row: Setting) -> Sizes:
+    """The model's dimensions."""
+    config = row.model.config()
+    return Sizes(config.layers, config.hidden, config.seq, config.vocab_size, tied=config.tie_embeddings)
+
+
+@functools.cache
+def _program(schedule: Schedule) -> Program:
+    return lower(schedule)
+
+
+@functools.cache
+def _schedule(row: Setting) -> Schedule:
+    return row.pipeline.build(row.model.config())
+
+
+def program(row: Setting) -> Program:
+    """The row's lowered schedule. Rows that differ in their vocabulary alone share it."""
+    if row.method == "redis":  # its layers depend on the vocabulary
+        return _program(_schedule(row))
+    return _program(_schedule(dataclasses.replace(row, seq=2048, vocab_size=32_000, mfu=None, memory=None)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """One simulated iteration of a row."""
+
+    row: Setting
+    cost: Cost
+    timeline: Timeline
+
+    @property
+    def mfu(self) -> float:
+        """Percent, by the convention of the row's table."""
+        seconds, peak = self.timeline.makespan, self.cost.gpu.peak_flops
+        if (self.row.table, self.row.gpus) == (5, 8):
+            peak = PEAK_OF_TABLE_5_ON_8
+        return 100 * self.cost.sizes.iteration_flops(MICROBATCHES) / (seconds * self.row.gpus * peak)
+
+
+def predict(
+    row: Setting,
+    gpu: GPU | None = None,
+    rules: Rules = FREE,
+    change: Callable[[Durations], Durations] = lambda durations: durations,
+) -> Prediction:
+    """Simulates a row: its schedule, its model, the GPU of its table, a process a device as in the published system.
+
+    ``change`` edits the durations, for ablations. Under other rules than FREE it is this library's own program, whose
+    embedding gradient is not dense.
+    """
+    cost = Cost(sizes(row), gpu or frozen(row.table), table_bytes=DENSE_GRADIENT if rules is FREE else 0.0)
+    lowered = program(row)
+    return Prediction(row, cost, simulate(lowered, change(cost.durations(lowered.schedule)), rules))
+
+
+# --- the fit ---------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def pass_times() -> tuple[MeasuredRun, ...]:
+    """The measured runs, without redis, whose stages hold different numbers of layers."""
+    runs = read_pass_times((PUBLISHED / "pass_times_8xA100.csv").read_text())
+    return tuple(run for run in runs if run.method != "redis")
+
+
+@functools.cache
+def _eight(method: str) -> Schedule:
+    return build("1f1b", method, p=8, m=1)
+
+
+def compared_pass_times(gpu: GPU) -> list[tuple[str, float, float]]:
+    """Name, measured and modelled milliseconds: F and B of a stage, and the output layer, whole or sharded.
+
+    Means over devices; the baseline's over those in the middle, which hold no vocabulary.
+    """
+    found = []
+    for run in pass_times():
+        z = Sizes(layers=32, hidden=3072, seq=run.seq_length, vocab_size=run.vocab_size)
+        d = Cost(z, gpu, table_bytes=DENSE_GRADIENT).durations(_eight(run.method)).scaled(1e3)
+        where = f"{run.method} V={run.vocab_size}"
+        stages = slice(1, -1) if run.method == "baseline" else slice(None)
+        F, B = np.mean(run.F[stages]), np.mean(run.B[stages])
+        found += [(f"F {where}", F, d.F[1]), (f"B {where}", B, d.B[1])]
+        if run.method == "baseline":
+            found.append((f"F+B with the head {where}", run.F[-1] + run.B[-1], d.F[-1] + d.B[-1] + d.H))
+        else:
+            found.append((f"S+T {where}", np.mean(run.S_and_T), d.S + d.T))
+    return found
+
+
+def baselines(table: int) -> list[Setting]:
+    """The rows of a table that may be fitted to."""
+    return [row for row in published(table) if row.method == "baseline" and row.mfu is not None]
+
+
+def residuals(table: int, constants: Constants) -> np.ndarray:
+    """Logarithms of modelled over published, of everything that a table's constants are fitted to."""
+    gpu = dataclasses.replace(frozen(table), **constants)
+    times = compared_pass_times(gpu) if table == 5 else []
+    mfu = [MFU_WEIGHT * np.log(predict(row, gpu).mfu / row.mfu) for row in baselines(table)]
+    return np.array([*(np.log(model / measured) for _, measured, model in times), *mfu])
+
+
+def jacobian(of: Callable[[Constants], np.ndarray], at: Constants, r: np.ndarray) -> np.ndarray:
+    """What one percent of each constant does to the residuals, by differences, a column a constant."""
+    step = 0.01
+    return np.stack([(of({**at, name: at[name] * np.exp(step)}) - r) / step for name in at], axis=1)
+
+
+def gauss_newton(
+    of: Callable[[Constants], np.ndarray],
+    start: Constants,
+    iterations: int = 12,
+    progress: Callable[[str], None] = lambda line: None,
+) -> tuple[dict[str, float], np.ndarray]:
+    """The constants of least squares, and the standard error of each as a share of it.
+
+    Damped as Levenberg and Marquardt do: a step that does not help is taken again, shorter.
+    """
+    at, r, damping = dict(start), of(start), 1e-3
+    for n in range(iterations):
+        J = jacobian(of, at, r)
+        while damping < 1e3:
+            step = -np.linalg.solve(J.T @ J + damping * np.eye(len(at)), J.T @ r)
+            tried = {name: at[name] * float(np.exp(np.clip(x, -0.5, 0.5))) for name, x in zip(at, step, strict=True)}
+            new = of(tried)
+            if new @ new < r @ r:
+                break
+            damping *= 10
+        else:
+            break
+        gain, at, r, damping = 1 - (new @ new) / (r @ r), tried, new, damping / 10
+        progress(f"least squares, step {n + 1}: {np.sqrt(r @ r / len(r)):.2%} root mean square")
+        if gain < 1e-5:
+            break
+    J = jacobian(of, at, r)
+    variance = r @ r / max(1, len(r) - len(at))
+    return at, np.sqrt(np.diag(np.linalg.pinv(J.T @ J)) * variance)
+
+
+def fit(table: int, progress: Callable[[str], None] = lambda line: None) -> tuple[dict[str, float], np.ndarray]:
+    """Fits a table's constants, from the frozen ones on."""
+    names = FITTED if table == 5 else tuple(V_HALF)
+    start = {name: getattr(frozen(table), name) for name in names}
+    return gauss_newton(functools.partial(residuals, table), start, progress=progress)
