@@ -1,0 +1,121 @@
+"""What the published tables do not have, simulated at their settings: other schedules with vocabulary passes, tied
+embeddings, and interlaced without its collectives."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from paper.calibration import predict
+from paper.page import Files, Say, table
+from paper.settings import Setting, published
+from vocabpp_jax.schedules import methods_of
+from vocabpp_jax.schedules.simulate import Durations
+
+VOCABULARIES = (32_000, 256_000)
+SEQ = 2048
+
+
+def new_rows() -> list[Setting]:
+    """V-Half with Algorithm 2, V-Min and V-ZB where Table 6 stands; ZB-H1 and ZB-H2 where Table 5 does; tied tables."""
+    there = {(row.table, row.gpus, row.order, row.method) for n in (5, 6) for row in published(n)}
+    found = []
+    for number, schedules in ((5, ("zb-h1", "zb-h2")), (6, ("v-half", "v-min", "v-zb"))):
+        for gpus in sorted({row.gpus for row in published(number)}):
+            for schedule in schedules:
+                for method in ("baseline", "vocab-1", "vocab-2"):
+                    if method in methods_of(schedule) and (number, gpus, schedule, method) not in there:
+                        found += [Setting(number, gpus, SEQ, method, V, schedule=schedule) for V in VOCABULARIES]
+            own = "1f1b" if number == 5 else "v-half"
+            found += [Setting(number, gpus, SEQ, "vocab-2", V, schedule=own, tied=True) for V in VOCABULARIES]
+    return found
+
+
+def simulated(rows: list[Setting], say: Say = lambda _: None) -> list[dict[str, Any]]:
+    """MFU, bubble and estimated memory of the fullest and the emptiest device, a line a row."""
+    lines = []
+    for n, row in enumerate(rows, start=1):
+        done = predict(row)
+        peaks = [size / 2**30 for size in done.cost.peak_bytes(done.timeline)]
+        lines.append(
+            {
+                "GPUs": row.gpus,
+                "schedule": row.order,
+                "method": row.method + (", tied" if row.tied else ""),
+                "V": row.vocab_size,
+                "MFU": done.mfu,
+                "bubble": done.timeline.bubble_ratio,
+                "GB most": max(peaks),
+                "least": min(peaks),
+            }
+        )
+        if n % 10 == 0 or n == len(rows):
+            say(f"simulated {n}/{len(rows)} rows beyond the tables")
+    return lines
+
+
+def section(files: Files, say: Say) -> str:
+    """The part of the page for the rows beyond the tables."""
+    known = [
+        Setting(number, gpus, SEQ, method, V)
+        for number, gpus, method in ((5, 8, "vocab-2"), (5, 32, "vocab-2"), (6, 16, "vocab-1"), (6, 32, "vocab-1"))
+        for V in VOCABULARIES
+    ]
+    lines = simulated(known + new_rows(), say)
+    lines.sort(key=lambda line: (line["GPUs"], line["V"]))
+    link = files.csv("beyond", lines)
+    return "\n\n".join(
+        [
+            f"**Simulated** with the frozen calibration at the settings of Table 5 (1F1B and zero-bubble schedules, 8 and 32 "
+            f"GPUs) and Table 6 (V-shaped ones, 16 and 32), s={SEQ}, 128 microbatches; rows of the tables themselves for "
+            "comparison. The software of Table 6 is faster, so compare V-shaped schedules with one another. Memory is the "
+            "estimate of `schedules.cost`: 18 bytes a parameter, 20 bytes for each of a layer's bsh elements in flight; "
+            f"compile for the truth. {link}",
+            table(lines, {"GPUs": "d", "V": "d", "MFU": ".1f", "bubble": ".1%", "GB most": ".1f", "least": ".1f"}),
+        ]
+    )
+
+
+# --- the ablation ----------------------------------------------------------------------------------------------------
+
+
+def silent(durations: Durations) -> Durations:
+    """The same passes, with collectives that take no time."""
+    return dataclasses.replace(durations, CI=0.0, C0=0.0, max=0.0, stats=0.0, big=0.0, CB=0.0)
+
+
+def ablation() -> list[dict[str, Any]]:
+    """Interlaced with and without the time of its synchronous collectives, and the vocabulary passes beside it."""
+    lines = []
+    for gpus in (8, 32):
+        for V in VOCABULARIES:
+            row = Setting(5, gpus, SEQ, "interlaced", V)
+            whole, without = (predict(row, change=change).timeline.makespan for change in (lambda d: d, silent))
+            beside = predict(dataclasses.replace(row, method="vocab-2")).timeline.makespan
+            lines.append(
+                {
+                    "GPUs": gpus,
+                    "V": V,
+                    "interlaced, ms": 1e3 * whole,
+                    "without collectives, ms": 1e3 * without,
+                    "faster by": 1 - without / whole,
+                    "vocab-2, ms": 1e3 * beside,
+                }
+            )
+    return lines
+
+
+def ablation_section(files: Files, say: Say) -> str:
+    """The part of the page for the ablation."""
+    say("simulating interlaced without its collectives")
+    lines = ablation()
+    link = files.csv("ablation", lines)
+    percent = {"GPUs": "d", "V": "d", "faster by": ".1%"} | dict.fromkeys([k for k in lines[0] if "ms" in k], ".0f")
+    return "\n\n".join(
+        [
+            "**Simulated**: an iteration of 1F1B interlaced, 4B on 8 GPUs and 21B on 32, s=2048, with its synchronous "
+            "collectives and as if they took no time. Between nodes they are what makes it slower than vocabulary passes "
+            f"that hide theirs. {link}",
+            table(lines, percent),
+        ]
+    )

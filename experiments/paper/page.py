@@ -1,0 +1,122 @@
+"""The results page, its tables and pictures: one part a section, each replaced when its section runs again."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+Say = Callable[[str], None]
+
+METHOD_COLORS = {
+    "baseline": "#bbbbbb",
+    "redis": "#ccbb44",
+    "vocab-1": "#4477aa",
+    "vocab-2": "#228833",
+    "interlaced": "#ee6677",
+}
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where results go: ``page``, and the folder of the same name beside it for tables and pictures; ``cache`` keeps
+    what takes long."""
+
+    page: Path
+    cache: Path
+
+    @property
+    def folder(self) -> Path:
+        """The folder for tables and pictures."""
+        return self.page.with_suffix("")
+
+    def csv(self, name: str, rows: Sequence[Row]) -> str:
+        """Writes a table; its link."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{name}.csv"
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({key: _number(value) for key, value in row.items()} for row in rows)
+        return f"[{path.name}]({self.folder.name}/{path.name})"
+
+    def picture(self, name: str, figure: Figure, alt: str) -> str:
+        """Writes a picture; the Markdown that shows it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{name}.png"
+        figure.savefig(path, dpi=110, metadata={"Software": None})
+        return f"![{alt}]({self.folder.name}/{path.name})"
+
+    def read(self, name: str) -> list[dict[str, str]]:
+        """A table that an earlier section has written; ValueError where it has not."""
+        path = self.folder / f"{name}.csv"
+        if not path.exists():
+            raise ValueError(f"{path} is not there; run the section that writes it first: --only {name}")
+        with path.open() as file:
+            return list(csv.DictReader(file))
+
+
+def _number(value: Any) -> Any:
+    """Floats with five significant digits."""
+    return f"{value:.5g}" if isinstance(value, float) else "" if value is None else value
+
+
+def table(rows: Sequence[Row], formats: Mapping[str, str] | None = None) -> str:
+    """Rows as a Markdown table; ``formats`` has a format specification for a column, .2f where there is none."""
+    formats = formats or {}
+
+    def cell(name: str, value: Any) -> str:
+        if value is None:
+            return "–"
+        return format(value, formats.get(name, ".2f")) if isinstance(value, float | int) else str(value)
+
+    names = list(rows[0])
+    numeric = {n: any(isinstance(row[n], float | int) for row in rows) for n in names}
+    lines = ["| " + " | ".join(names) + " |", "|" + "|".join("---:" if numeric[n] else "---" for n in names) + "|"]
+    lines += ["| " + " | ".join(cell(n, row[n]) for n in names) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def canvas(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, Any]:
+    """A figure and its axes without boxes."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.ravel():
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes if rows > 1 else axes[0] if columns > 1 else axes[0, 0]
+
+
+HEAD = """# Results
+
+The tables and figures of [arXiv 2411.05288](https://arxiv.org/abs/2411.05288) that can be had, ours beside the
+published ones. This page is written by
+
+    python experiments/reproduce.py
+
+and a part of it again by `--only SECTION`, with the name in brackets behind a heading. Every part says how it came about:
+
+* **measured**: run on the named hardware;
+* **compiled**: read from what the compiler made of the real program, for the named hardware, without running it;
+* **simulated**: pass times from a model of the GPU, put together by the event simulator ([simulator.md](simulator.md));
+* **computed**: arithmetic on sizes.
+
+What is published is in [paper/](paper): memory in GB of 1024 MiB, MFU in percent. On eight GPUs the published MFU of
+Table 5 is of a peak of 320 TFLOP/s, not 312, and so is ours beside it.
+"""
+
+
+def update(page: Path, order: Sequence[str], parts: Mapping[str, str]) -> None:
+    """Writes the page: the given parts new, the others as they were, in order."""
+    old = page.read_text() if page.exists() else ""
+    kept = {name: body for name, body in re.findall(r"<!-- (\w+) -->\n(.*?)<!-- end -->", old, re.DOTALL)}
+    kept |= {name: body.strip() + "\n" for name, body in parts.items()}
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(
+        HEAD + "".join(f"\n<!-- {name} -->\n{kept[name]}<!-- end -->\n" for name in order if name in kept)
+    )
