@@ -66,11 +66,11 @@ def section(files: Files, say: Say) -> str:
     link = files.csv("beyond", lines)
     return "\n\n".join(
         [
-            f"**Simulated** with the frozen calibration at the settings of Table 5 (1F1B and zero-bubble schedules, 8 and 32 "
-            f"GPUs) and Table 6 (V-shaped ones, 16 and 32), s={SEQ}, 128 microbatches; rows of the tables themselves for "
-            "comparison. The software of Table 6 is faster, so compare V-shaped schedules with one another. Memory is the "
-            "estimate of `schedules.cost`: 18 bytes a parameter, 20 bytes for each of a layer's bsh elements in flight; "
-            f"compile for the truth. {link}",
+            "**Simulated** with the frozen calibration at the settings of Table 5 (1F1B and zero-bubble schedules, 8 "
+            f"and 32 GPUs) and Table 6 (V-shaped ones, 16 and 32), s={SEQ}, 128 microbatches; rows of the tables "
+            "themselves for comparison. The software of Table 6 is faster, so compare V-shaped schedules with one "
+            "another. Memory is the estimate of `schedules.cost`: 18 bytes a parameter, 20 bytes for each of a "
+            f"layer's bsh elements in flight; compile for the truth. {link}",
             table(lines, {"GPUs": "d", "V": "d", "MFU": ".1f", "bubble": ".1%", "GB most": ".1f", "least": ".1f"}),
         ]
     )
@@ -113,9 +113,9 @@ def ablation_section(files: Files, say: Say) -> str:
     percent = {"GPUs": "d", "V": "d", "faster by": ".1%"} | dict.fromkeys([k for k in lines[0] if "ms" in k], ".0f")
     return "\n\n".join(
         [
-            "**Simulated**: an iteration of 1F1B interlaced, 4B on 8 GPUs and 21B on 32, s=2048, with its synchronous "
-            "collectives and as if they took no time. Between nodes they are what makes it slower than vocabulary passes "
-            f"that hide theirs. {link}",
+            "**Simulated**: an iteration of 1F1B interlaced, 4B on 8 GPUs and 21B on 32, s=2048, with its "
+            "synchronous collectives and as if they took no time. Between nodes they are what makes it slower than "
+            f"vocabulary passes that hide theirs. {link}",
             table(lines, percent),
         ]
     )

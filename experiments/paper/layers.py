@@ -180,12 +180,13 @@ def section(files: Files, say: Say) -> str:
     ]
     return "\n\n".join(
         [
-            "Table 4, **computed**, and counted by the compiler in our own layers (`cost_analysis` of the compiled forward "
-            "and backward, float32, b=1, s=256, h=512, V=2048, CPU). The compiler adds softmax, norms and activations, "
-            f"which the formulas leave out, and counts no gathers. {links[0]}",
+            "Table 4, **computed**, and counted by the compiler in our own layers (`cost_analysis` of the compiled "
+            "forward and backward, float32, b=1, s=256, h=512, V=2048, CPU). The compiler adds softmax, norms and "
+            f"activations, which the formulas leave out, and counts no gathers. {links[0]}",
             table(formulas),
             table(checked, {"formula": ".4g", "compiler": ".4g", "compiler / formula": ".3f"}),
-            f"Figure 2, **computed**: vocabulary layers of Gemma2-9B (h=3584, s=4096) in transformer layers. {links[1]}",
+            "Figure 2, **computed**: vocabulary layers of Gemma2-9B (h=3584, s=4096) in transformer layers. "
+            f"{links[1]}",
             files.picture("figure2", _draw2(two), "Weight of Gemma2-9B's vocabulary layers by vocabulary"),
             f"Figure 3, **computed**: the 7B model with V=128k on 16 stages of two layers. The output layer weighs "
             f"{rho:.2f} layers in compute and {mu:.2f} in parameters (published: 2.4 and 2.6). In layers, the slowest "

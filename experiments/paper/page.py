@@ -99,7 +99,8 @@ published ones. This page is written by
 
     python experiments/reproduce.py
 
-and a part of it again by `--only SECTION`, with the name in brackets behind a heading. Every part says how it came about:
+and a part of it again by `--only SECTION`, with the name in brackets behind a heading. Every part says how it came
+about:
 
 * **measured**: run on the named hardware;
 * **compiled**: read from what the compiler made of the real program, for the named hardware, without running it;
@@ -117,6 +118,4 @@ def update(page: Path, order: Sequence[str], parts: Mapping[str, str]) -> None:
     kept = {name: body for name, body in re.findall(r"<!-- (\w+) -->\n(.*?)<!-- end -->", old, re.DOTALL)}
     kept |= {name: body.strip() + "\n" for name, body in parts.items()}
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(
-        HEAD + "".join(f"\n<!-- {name} -->\n{kept[name]}<!-- end -->\n" for name in order if name in kept)
-    )
+    page.write_text(HEAD + "".join(f"\n<!-- {name} -->\n{kept[name]}<!-- end -->\n" for name in order if name in kept))

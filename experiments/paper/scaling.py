@@ -29,6 +29,10 @@ V = 256_000
 """The vocabulary of Table 3: its text names none, and this is the largest of the tables."""
 
 
+PARTS = ("products", "softmax", "edges", "table", "launches")
+"""What a shard's time is made of; a layer has some of them."""
+
+
 def published_rows() -> list[dict[str, str]]:
     """Table 3."""
     with (PUBLISHED / "table3_scaling.csv").open() as file:
@@ -81,7 +85,7 @@ def simulated() -> list[dict[str, Any]]:
                 "whole, ms": sum(whole.values()),
                 "shard, ms": sum(shard.values()),
             }
-            | {f"{name}, ms": shard.get(name) for name in ("products", "softmax", "edges", "table", "launches")}
+            | {f"{name}, ms": shard.get(name) for name in PARTS}
         )
     return lines
 
@@ -99,9 +103,7 @@ def output_step(method: str, shard: Shard) -> Callable[..., Any]:
         if method == "vocab-1":
             dx = vocab.input_gradient(dy, w)
         else:
-            dx = vocab.partial_input_gradient(
-                vocab.unscaled_input_gradient(p, w), w, scale, weight, labels, shard
-            )
+            dx = vocab.partial_input_gradient(vocab.unscaled_input_gradient(p, w), w, scale, weight, labels, shard)
         return dx, vocab.weight_gradient(grad, dy, x)
 
     return jax.jit(step, donate_argnums=3)
@@ -134,8 +136,10 @@ def measured(tokens: int = 256, hidden: int = 512, vocabulary: int = 32_000) -> 
         for p in (8, 16, 32):
             shard = seconds(method, -(-vocabulary // p), tokens, hidden, vocabulary)
             name = method if method == "input" else f"output {method}"
-            lines.append({"layer": name, "shards": p, "scaling": 100 * whole / (p * shard)}
-                         | {"whole, ms": 1e3 * whole, "shard, ms": 1e3 * shard})
+            lines.append(
+                {"layer": name, "shards": p, "scaling": 100 * whole / (p * shard)}
+                | {"whole, ms": 1e3 * whole, "shard, ms": 1e3 * shard}
+            )
     return lines
 
 
@@ -151,22 +155,22 @@ def section(files: Files, say: Say) -> str:
     shown += [key for key in lines[0] if key.endswith("ms")]
     return "\n\n".join(
         [
-            "Scaling in percent: the whole layer's time over p times a shard's, collectives left out. **Simulated** with "
-            "the frozen calibration, nothing fitted to this table; models of Table 1 for their number of GPUs, V=256k "
-            f"assumed. Off by {np.mean(output):.1f} points on average for the output layer, {np.mean(inputs):.1f} for the "
-            f"input layer. {links[0]}",
+            "Scaling in percent: the whole layer's time over p times a shard's, collectives left out. **Simulated** "
+            "with the frozen calibration, nothing fitted to this table; models of Table 1 for their number of GPUs, "
+            f"V=256k assumed. Off by {np.mean(output):.1f} points on average for the output layer, "
+            f"{np.mean(inputs):.1f} for the input layer. {links[0]}",
             table([{key: line[key] for key in shown} for line in lines], {"s": "d", "GPUs": "d", "error": "+.1f"}),
-            "The model gives both algorithms the same passes in all; published, Algorithm 2 is four to five points behind, "
-            "for it scales the sum of its input gradient once more. The input layer scales badly because every shard still "
-            "writes the whole stream and only the gradient of the table is divided. It is the worst modelled pass: the "
-            "published percentage falls with s, so each token costs more there than the six bytes an element that the model "
-            "moves. It takes a hundredth of a microbatch's time, and was left so.",
+            "The model gives both algorithms the same passes in all; published, Algorithm 2 is four to five points "
+            "behind, for it scales the sum of its input gradient once more. The input layer scales badly because "
+            "every shard still writes the whole stream and only the gradient of the table is divided. It is the "
+            "worst modelled pass: the published percentage falls with s, so each token costs more there than the six "
+            "bytes an element that the model moves. It takes a hundredth of a microbatch's time, and was left so.",
             f"The same **measured** with our own layers in float32 on one CPU ({platform.machine()}, {os.cpu_count()} "
             "cores), b=1, s=256, h=512, V=32000: one shard at a time, alone on the machine. All shards at once on "
-            "simulated devices would say nothing, since those share the cores. More than 100 means that a shard's logits stay in "
-            "caches that the whole layer's leave, which says nothing about a GPU either: it shows that sharding adds no "
-            "arithmetic of its own. A scatter-add touches only rows in use, "
-            f"so our input layer has no dense gradient. {links[1]}",
+            "simulated devices would say nothing, since those share the cores. More than 100 means that a shard's "
+            "logits stay in caches that the whole layer's leave, which says nothing about a GPU either: it shows "
+            "that sharding adds no arithmetic of its own. A scatter-add touches only rows in use, so our input layer "
+            f"has no dense gradient. {links[1]}",
             table(own, {"shards": "d", "scaling": ".1f"}),
         ]
     )
