@@ -36,6 +36,15 @@ def test_the_frozen_calibration_keeps_its_bars(found, number):
     assert tables.errors(predictions)[0] <= tables.BARS[number][0]
 
 
+@pytest.mark.parametrize("number", TABLES)
+def test_the_bars_hold_whether_nodes_have_100_or_200_gigabits(number):
+    gpu = calibration.frozen(number)
+    faster = dataclasses.replace(gpu, inter_bandwidth=2 * gpu.inter_bandwidth)
+    rows = [row for row in published(number) if row.mfu is not None and row.gpus > 8]
+    off = [abs(calibration.predict(row, faster).mfu - row.mfu) for row in rows]
+    assert np.mean(off) <= tables.BARS[number][0] and max(off) <= tables.BARS[number][1]
+
+
 @pytest.mark.parametrize(("number", "pairs"), [(5, 100), (6, 14)])
 def test_methods_come_in_the_published_order_wherever_that_is_clear(found, number, pairs):
     clear, wrong = tables.order(found[number])

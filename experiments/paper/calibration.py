@@ -7,8 +7,8 @@ What is fitted to what:
 * two of them again (:data:`V_HALF`) to Table 6's *baseline* rows, which ran on another software stack, with other
   kernels.
 
-Nothing else is: every row of another method is a prediction. Residuals are logarithms of predicted over published, and
-so are the unknowns, so that a step is in percent and no constant can become negative.
+Nothing else is fitted: every row of another method is a prediction. The network is assumed. Residuals are logarithms of
+predicted over published, and so are the unknowns, so that a step is in percent and no constant can become negative.
 """
 
 from __future__ import annotations
@@ -235,16 +235,16 @@ def section(files: Files, say: Say) -> str:
             f"Fitted, by least squares on the logarithms, to {len(times)} mean pass times measured on eight A100s "
             f"([paper/pass_times_8xA100.csv](paper/pass_times_8xA100.csv)) and {len(baselines(5))} baseline rows of "
             f"Table 5, each counting {MFU_WEIGHT:g} times; then the two constants of Table 6, whose software is "
-            f"another, to its {len(baselines(6))} baseline rows. Then frozen: no row of another method was looked at. "
+            f"another, to its {len(baselines(6))} baseline rows. Then frozen; all other rows are predictions. "
             f"The model's pass times are off by {np.mean(off):.1%} on average, {max(off):.1%} at most (S+T of the "
             f"smallest vocabulary). All numbers: {links[0]}, {links[1]}.",
             table(rows, dict.fromkeys(("frozen", "fitted again"), ".3g") | {"standard error": ".0%"}),
             f"Assumed, not fitted: {A100.intra_bandwidth / 1e9:.0f} GB/s between GPUs of a node and "
-            f"{A100.inter_bandwidth / 1e9:g} GB/s between nodes (RoCE, 100 Gb/s). No table states the network and "
+            f"{A100.inter_bandwidth / 1e9:g} GB/s between nodes (RoCE, 100 Gb/s). No table states the network, and "
             "baselines cannot tell: theirs is the same to a tenth of a point from 6 to 50 GB/s. Interlaced on 32 "
-            "GPUs can: twice the bandwidth makes its rows 3.8 points too fast and turns one pair of methods round, "
-            "which is why 100 Gb/s was assumed and not 200; the bars of both tables hold with either. Also modelled: "
-            "the published system adds a dense float32 gradient of the embedding for every microbatch, 8 bytes an "
+            "GPUs can, and was looked at when choosing between adapters of 100 and of 200 Gb/s: with 200 its rows "
+            "come out almost four points too fast. The bars of both tables hold with either. Also modelled: the "
+            "published system adds a dense float32 gradient of the embedding for every microbatch, 8 bytes an "
             "element, which its measured times of the input layer show.",
         ]
     )

@@ -67,7 +67,8 @@ def balance(files: Files) -> list[dict[str, Any]]:
 
 def section(files: Files, say: Say) -> str:
     """The part of the page for the claims."""
-    tables = {number: outcomes(number, files.cache / "memory.jsonl", say=say) for number in (5, 6)}
+    say("simulating Tables 5 and 6")
+    tables = {number: outcomes(number, files.cache / "memory.jsonl") for number in (5, 6)}
     lines = speedups(tables)
     link = files.csv("claims", lines)
     text = [

@@ -146,10 +146,10 @@ def _draw(found: dict[str, list[float]]) -> Figure:
         x, color = np.arange(1, len(values) + 1), METHOD_COLORS.get(method, "black")
         above.plot(x, values, color=color, linewidth=1, label=method)
         if method != REFERENCE:
-            off = np.abs(np.array(values) - found[REFERENCE])
-            below.semilogy(x, np.maximum(off, 1e-9), color=color, linewidth=0.8, label=method)
+            off = np.maximum.accumulate(np.abs(np.array(values) - found[REFERENCE]))
+            below.semilogy(x, np.where(off > 0, off, np.nan), color=color, linewidth=1, label=method)
     above.set_ylabel("loss, nats a token")
-    below.set_ylabel(f"distance from {REFERENCE}")
+    below.set_ylabel(f"largest distance from {REFERENCE} so far")
     above.legend(frameon=False)
     figure.supxlabel("step")
     return figure

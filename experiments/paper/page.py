@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,10 +113,19 @@ Table 5 is of a peak of 320 TFLOP/s, not 312, and so is ours beside it.
 """
 
 
+def _wrapped(body: str) -> str:
+    """Paragraphs in lines of 120; headings, tables and pictures as they are."""
+    parts = body.strip().split("\n\n")
+    prose = [not part.startswith(("#", "|", "!")) for part in parts]
+    fill = {"width": 120, "break_long_words": False, "break_on_hyphens": False}
+    lines = [textwrap.fill(part, **fill) if it else part for part, it in zip(parts, prose, strict=True)]
+    return "\n\n".join(lines) + "\n"
+
+
 def update(page: Path, order: Sequence[str], parts: Mapping[str, str]) -> None:
     """Writes the page: the given parts new, the others as they were, in order."""
     old = page.read_text() if page.exists() else ""
     kept = {name: body for name, body in re.findall(r"<!-- (\w+) -->\n(.*?)<!-- end -->", old, re.DOTALL)}
-    kept |= {name: body.strip() + "\n" for name, body in parts.items()}
+    kept |= {name: _wrapped(body) for name, body in parts.items()}
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(HEAD + "".join(f"\n<!-- {name} -->\n{kept[name]}<!-- end -->\n" for name in order if name in kept))

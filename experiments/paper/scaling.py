@@ -164,13 +164,13 @@ def section(files: Files, say: Say) -> str:
             "behind, for it scales the sum of its input gradient once more. The input layer scales badly because "
             "every shard still writes the whole stream and only the gradient of the table is divided. It is the "
             "worst modelled pass: the published percentage falls with s, so each token costs more there than the six "
-            "bytes an element that the model moves. It takes a hundredth of a microbatch's time, and was left so.",
+            "bytes an element that the model moves. It takes a few hundredths of a microbatch's time, and was left so.",
             f"The same **measured** with our own layers in float32 on one CPU ({platform.machine()}, {os.cpu_count()} "
-            "cores), b=1, s=256, h=512, V=32000: one shard at a time, alone on the machine. All shards at once on "
-            "simulated devices would say nothing, since those share the cores. More than 100 means that a shard's "
-            "logits stay in caches that the whole layer's leave, which says nothing about a GPU either: it shows "
-            "that sharding adds no arithmetic of its own. A scatter-add touches only rows in use, so our input layer "
-            f"has no dense gradient. {links[1]}",
+            "cores), b=1, s=256, h=512, V=32000: one shard at a time, alone on a device, the least time of seven. "
+            "All shards at once on simulated devices would say nothing, since those share the cores. More than 100 "
+            "means that a shard's logits stay in caches that the whole layer's leave, which says nothing about a GPU "
+            "either: it shows that sharding adds no arithmetic of its own. A scatter-add touches only rows in use, "
+            f"so our input layer has no dense gradient. {links[1]}",
             table(own, {"shards": "d", "scaling": ".1f"}),
         ]
     )
