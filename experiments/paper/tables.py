@@ -217,7 +217,7 @@ def _draw(found: Sequence[Outcome], number: int):
             ):
                 if rows:
                     blank = [np.nan if y is None else y for y in ours]
-                    ax.plot(x, blank, color=color, label=f"{method}, ours")
+                    ax.plot(x, blank, "-x", color=color, markersize=4, label=f"{method}, ours")
                     ax.plot(x, [np.nan if y is None else y for y in theirs], "o", color=color, markersize=4)
         axes[0, n].set_title(f"{gpus} GPUs, s={seq}")
         for ax in axes[:, n]:
