@@ -21,6 +21,7 @@ import numpy as np
 
 from paper.page import Files, Say, table
 from paper.settings import MICROBATCHES, PUBLISHED, Setting, published
+from vocabpp_jax import models
 from vocabpp_jax.schedules import Schedule, build, lower
 from vocabpp_jax.schedules.cost import GPU, Cost, Sizes, load_gpu
 from vocabpp_jax.schedules.measured import MeasuredRun, read_pass_times
@@ -52,12 +53,6 @@ Constants = Mapping[str, float]
 def frozen(table: int) -> GPU:
     """The A100 as a table's software uses it."""
     return dataclasses.replace(A100, **V_HALF) if table == 6 else A100
-
-
-def sizes(row: Setting) -> Sizes:
-    """The model's dimensions."""
-    config = row.model.config()
-    return Sizes(config.layers, config.hidden, config.seq, config.vocab_size, tied=config.tie_embeddings)
 
 
 @functools.cache
@@ -105,7 +100,11 @@ def predict(
     ``change`` edits the durations, for ablations. Under other rules than FREE it is this library's own program, whose
     embedding gradient is not dense.
     """
-    cost = Cost(sizes(row), gpu or frozen(row.table), table_bytes=DENSE_GRADIENT if rules is FREE else 0.0)
+    cost = Cost(
+        models.cost_sizes(row.model.config()),
+        gpu or frozen(row.table),
+        table_bytes=DENSE_GRADIENT if rules is FREE else 0.0,
+    )
     lowered = program(row)
     return Prediction(row, cost, simulate(lowered, change(cost.durations(lowered.schedule)), rules))
 

@@ -38,7 +38,7 @@ def model_config() -> GPTConfig:
 def pipelined(method: str, config: GPTConfig, steps: int) -> tuple[Any, Step]:
     """State and train step of a pipeline."""
     schedule = schedules.build("1f1b", method, p=STAGES, m=MICROBATCHES)
-    pipe = Pipeline(models.gpt(config), schedule, make_mesh(STAGES, 1, jax.devices()[:STAGES]))
+    pipe = Pipeline(models.build(config), schedule, make_mesh(STAGES, 1, jax.devices()[:STAGES]))
     optimizer = adamw(PEAK_LR, steps, steps // 10, decay_mask=lambda _: pipe.layout.matrices())
     step = train.make_step(pipe, optimizer, clip=CLIP)
 
@@ -51,7 +51,7 @@ def pipelined(method: str, config: GPTConfig, steps: int) -> tuple[Any, Step]:
 
 def on_one_device(config: GPTConfig, steps: int) -> tuple[Any, Step]:
     """The same with plain autodiff of the whole model."""
-    model = models.gpt(config)
+    model = models.build(config)
     decays = jax.tree.map(lambda shape: len(shape.shape) > 1, model.param_shapes())
     optimizer = adamw(PEAK_LR, steps, steps // 10, decay_mask=lambda _: decays)
 

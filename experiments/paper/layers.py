@@ -52,7 +52,12 @@ def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
 def output_layer(rows: int, tokens: int, hidden: int) -> dict[str, float]:
     """FLOPs of S and T of one shard, by algorithm, as :mod:`vocabpp_jax.vocab` writes them."""
     shard = Shard(0, rows)
-    w, x, grad, labels = _array(rows, hidden), _array(tokens, hidden), _array(rows, hidden), _array(tokens, dtype=int)
+    w, x, grad, labels = (
+        _array(rows, hidden),
+        _array(tokens, hidden),
+        _array(rows, hidden),
+        _array(tokens, dtype=jnp.int32),
+    )
     p, vector = _array(tokens, rows), _array(tokens)
     stats = Stats(vector, vector, vector)
 
@@ -82,7 +87,7 @@ def output_layer(rows: int, tokens: int, hidden: int) -> dict[str, float]:
 
 def input_layer(rows: int, tokens: int, hidden: int) -> float:
     """FLOPs of IF and IB of one shard."""
-    ids, x, w = _array(tokens, dtype=int), _array(tokens, hidden), _array(rows, hidden)
+    ids, x, w = _array(tokens, dtype=jnp.int32), _array(tokens, hidden), _array(rows, hidden)
     return flops(lambda w, ids: vocab.lookup(w, ids, 0), w, ids) + flops(
         lambda w, ids, g: vocab.scatter(w, ids, 0, g), w, ids, x
     )
@@ -93,7 +98,7 @@ def transformer_layer(tokens: int, hidden: int) -> float:
     config = GPTConfig(
         layers=1, heads=hidden // 64, hidden=hidden, seq=tokens, vocab_size=8, residuals="everything", dtype="float32"
     )
-    model = models.gpt(config)
+    model = models.build(config)
 
     def both(params, x, g):
         y, back = jax.vjp(lambda params, x: model.block(params, x, {}), params, x)
@@ -147,7 +152,7 @@ def figure2(seq: int = 4096) -> list[dict[str, float]]:
 def figure3(stages: int = 16, seq: int = 2048, V: int = 128_000) -> list[dict[str, Any]]:
     """Compute and parameters of every stage of the 7B model in transformer layers, by how its layers are laid out."""
     size = models.named("7B", seq=seq, vocab_size=V)
-    z = Sizes(size.layers, size.hidden, seq, V)
+    z = models.cost_sizes(size)
     rho, mu = head_in_layers(size.hidden, seq, V), z.table_parameters / z.layer_parameters
     splits = {
         "even": even_split(size.layers, stages),

@@ -65,8 +65,8 @@ def simulated() -> list[dict[str, Any]]:
     gpu, lines = frozen(5), []
     for row in published_rows():
         p, seq = int(row["gpus"]), int(row["seq_length"])
-        size = models.named(MODELS[5, p])
-        z = Sizes(size.layers, size.hidden, seq, V)
+        size = models.named(MODELS[5, p], seq=seq, vocab_size=V)
+        z = models.cost_sizes(size)
         parts_of = input_parts if row["layer"] == "input" else output_parts
         whole, shard = parts_of(z, gpu, 1), parts_of(z, gpu, p)
         d = Cost(z, gpu, table_bytes=DENSE_GRADIENT).durations(build("1f1b", "vocab-1", p=p, m=1)).scaled(1e3)
