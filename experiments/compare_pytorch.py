@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import sys
 import tempfile
 import time
@@ -31,7 +30,7 @@ import numpy as np
 import exchange
 from compare_report import losses_table, ratios_of, speed_table
 from megatron_logs import read_log
-from options import ModelOptions, OptionalStr, PipelineOptions, or_fail, parse
+from options import ModelOptions, OptionalStr, PipelineOptions, or_fail, parse, write_json
 from processes import Group, GroupFailed, free_port
 from speed_report import IDEAL as ALONE
 from speed_report import insert_table
@@ -248,11 +247,7 @@ def main(arguments: list[str] | None = None) -> None:
     if result["rows"] or runs:
         tables.append(speed_table(result["rows"], result["ratios"], runs))
     print("\n".join(tables), file=sys.stderr if options.json == "-" else sys.stdout)
-    text = json.dumps(result, indent=1)
-    if options.json == "-":
-        print(text)
-    elif options.json:
-        Path(options.json).write_text(text + "\n")
+    write_json(options.json, result)
     if options.docs:
         or_fail(lambda: insert_table(Path(options.docs), f"pytorch-{options.what}", "\n".join(tables)))
     if not result.get("holds", True):

@@ -10,9 +10,7 @@ attention; what is kept for the backward as --residuals says. Needs jax's GPU pa
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +22,7 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
-from options import ModelOptions, OptionalStr, PipelineOptions, fail, or_fail, parse
+from options import ModelOptions, OptionalStr, PipelineOptions, fail, or_fail, parse, write_json, write_text
 from vocabpp_jax import Pipeline, compiled, make_mesh, models
 from vocabpp_jax.optimizer import adamw
 from vocabpp_jax.schedules.cost import GPU, load_gpu
@@ -98,6 +96,10 @@ def prepare(model: ModelOptions, pipeline: PipelineOptions, gpu: GPU) -> Pipelin
     data = 1 if pipeline.data_parallel is None else pipeline.data_parallel
     if data < 1:
         raise ValueError(f"data_parallel is {data}; it must be at least 1")
+    if pipeline.tensor_parallel > 1:
+        raise ValueError(
+            f"tensor_parallel is {pipeline.tensor_parallel}; the report knows pipelines without it, so give 1"
+        )
     mesh = make_mesh(pipeline.stages, data, compiled.devices(gpu, pipeline.stages * data))
     return Pipeline(models.build(config), schedule, mesh, compute_dtype=config.dtype)
 
@@ -207,27 +209,15 @@ def draw(reports: dict[str, Report], path: Path, published: dict[str, float] | N
     plt.close(fig)
 
 
-def write(option: str, path: str, text: str) -> None:
-    """A file, or one sentence on why not."""
-    try:
-        Path(path).write_text(text)
-    except OSError as problem:
-        fail(f"{option} is {path}; it cannot be written: {problem.strerror}")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(MemoryOptions, __doc__, arguments)
     if options.plot and Path(options.plot).suffix not in (".png", ".svg", ".pdf"):
         fail(f"plot is {options.plot}; its name must end in .png, .svg or .pdf")
     found, text = or_fail(lambda: report(options))
     show(found, Console(stderr=options.json == "-"))
-    if options.json == "-":
-        json.dump(found.as_json(), sys.stdout, indent=2)
-        print()
-    elif options.json:
-        write("json", options.json, json.dumps(found.as_json(), indent=2) + "\n")
+    write_json(options.json, found.as_json(), indent=2)
     if options.hlo:
-        write("hlo", options.hlo, text)
+        write_text("hlo", options.hlo, text)
     if options.plot:
         title = f"{options.model.model}\n{options.pipeline.schedule}\n{options.pipeline.method}"
         draw({title: found}, Path(options.plot))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, NoReturn, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 
 import jax
 import tyro
@@ -194,6 +196,22 @@ def parse(options: type[Options], description: str, arguments: Sequence[str] | N
         lines = [line.strip("│ ") for line in said.getvalue().splitlines() if not line.startswith(("╭", "╰"))]
         sentence = re.split(r"\n(?:─|\n)", "\n".join(lines))[0]
         fail(" ".join(sentence.split()))
+
+
+def write_json(path: str | None, value: Any, indent: int = 1) -> None:
+    """What ``--json`` asks for: a file, - for standard output, or nothing. A file that cannot be is a sentence."""
+    if path == "-":
+        print(json.dumps(value, indent=indent))
+    elif path:
+        write_text("json", path, json.dumps(value, indent=indent) + "\n")
+
+
+def write_text(option: str, path: str, text: str) -> None:
+    """A file that an option names, or one sentence on why it cannot be."""
+    try:
+        Path(path).write_text(text)
+    except OSError as problem:
+        fail(f"{option} is {path}; it cannot be written: {problem.strerror}")
 
 
 def or_fail(prepare: Callable[[], Result]) -> Result:

@@ -10,7 +10,6 @@ timed in turns. With --account every pass is timed too, and the step's time is t
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import time
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from options import ModelOptions, OptionalStr, PipelineOptions, or_fail, parse
+from options import ModelOptions, OptionalStr, PipelineOptions, or_fail, parse, write_json
 from processes import Group, GroupFailed
 from speed_report import IDEAL, insert_table
 
@@ -124,11 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(1) from None
     table = table_of(options, result)
     print(table, file=sys.stderr if options.json == "-" else sys.stdout)
-    text = json.dumps(result, indent=1)
-    if options.json == "-":
-        print(text)
-    elif options.json:
-        Path(options.json).write_text(text + "\n")
+    write_json(options.json, result)
     if options.docs:
         or_fail(lambda: insert_table(Path(options.docs), "overhead", table))
 

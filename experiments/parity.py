@@ -26,7 +26,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from options import ClusterOptions, ModelOptions, OptionalStr, PipelineOptions, fail, or_fail, parse
+from options import ClusterOptions, ModelOptions, OptionalStr, PipelineOptions, or_fail, parse, write_json
 from vocabpp_jax import Pipeline, make_mesh, models, schedules
 
 # Relative error of a gradient, in float32. In bfloat16 a reference in bfloat16 sets the scale; see `allowed`.
@@ -312,15 +312,7 @@ def main() -> None:
     or_fail(lambda: prepare(options).program)
     result = compare(options)
     show(result, console)
-    if options.json:
-        text = json.dumps(result.as_json(), indent=2)
-        if options.json == "-":
-            print(text)
-        else:
-            try:
-                Path(options.json).write_text(text + "\n")
-            except OSError as problem:
-                fail(f"json is {options.json}; it cannot be written: {problem.strerror}")
+    write_json(options.json, result.as_json(), indent=2)
     sys.exit(not result.holds)
 
 

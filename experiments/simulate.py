@@ -9,7 +9,6 @@ Pass times come from a model's sizes and a GPU's roofline, or from a file of mea
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from options import OptionalInt, OptionalStr, fail, or_fail, parse
+from options import OptionalInt, OptionalStr, fail, or_fail, parse, write_json
 from vocabpp_jax import models
 from vocabpp_jax.schedules import (
     METHODS,
@@ -259,10 +258,7 @@ def write(options: SimulateOptions, result: Result, data: dict) -> None:
         Path(options.trace).write_text(formats.to_trace(result.timeline, microseconds=1e3))
     if options.csv:
         Path(options.csv).write_text(formats.to_csv(result.timeline.schedule))
-    if options.json == "-":
-        print(json.dumps(data, indent=1))
-    elif options.json:
-        Path(options.json).write_text(json.dumps(data, indent=1) + "\n")
+    write_json(options.json, data)
 
 
 def main(arguments: list[str] | None = None) -> None:

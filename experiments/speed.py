@@ -29,7 +29,7 @@ import jax
 
 import speed_stage
 from comparators import COMPARATORS
-from options import ClusterOptions, ModelOptions, OptionalStr, PipelineOptions, fail, or_fail, parse
+from options import ClusterOptions, ModelOptions, OptionalStr, PipelineOptions, fail, or_fail, parse, write_json
 from processes import Group, GroupFailed, Here, free_port
 from speed_report import IDEAL, insert_table, rows_of, write_report
 from vocabpp_jax.models import model_flops
@@ -257,11 +257,7 @@ def report(options: SpeedOptions, found: dict[str, Any]) -> None:
     """Write everything that was asked for."""
     table = write_report(Path(options.output), found)
     print(table, file=sys.stderr if options.json == "-" else sys.stdout)
-    text = json.dumps(found, indent=1)
-    if options.json == "-":
-        print(text)
-    elif options.json:
-        Path(options.json).write_text(text + "\n")
+    write_json(options.json, found)
     if options.docs:
         or_fail(lambda: insert_table(Path(options.docs), "speed-others" if options.comparators else "speed", table))
 

@@ -42,6 +42,7 @@ def test_without_the_gpu_packages_one_sentence_names_the_extra(capsys):
         (["--schedule", "v-half", "--method", "redis"], "method is 'redis'"),
         (["--model", "5B"], "5B"),
         (["--data-parallel", "0"], "data_parallel is 0"),
+        (["--tensor-parallel", "2"], "tensor_parallel is 2"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused_in_a_sentence(arguments, said, capsys):

@@ -93,11 +93,11 @@ class Loop:
     @cached_property
     def reached(self) -> tuple[str, ...]:
         """The body and every computation that it calls, directly or not."""
-        found, waiting = [], [self.body]
+        found, waiting = {}, [self.body]
         while waiting:
             name = waiting.pop()
             if name not in found:
-                found.append(name)
+                found[name] = None
                 waiting += [c for line in self.computations.get(name, ()) for c in _called(line)]
         return tuple(found)
 

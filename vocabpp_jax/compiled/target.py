@@ -29,7 +29,7 @@ def devices(gpu: GPU, count: int) -> list[jax.Device]:
         ValueError: more than one node, and the last not full.
     """
     nodes, rest = divmod(count, gpu.gpus_per_node)
-    if nodes and rest and count > gpu.gpus_per_node:
+    if nodes and rest:
         raise ValueError(f"{count} devices do not fill nodes of {gpu.gpus_per_node}; use a multiple")
     if not gpu.target:
         raise UnsupportedTarget(f"gpu is {gpu.name}; its file has no table [target], so nothing can be compiled for it")

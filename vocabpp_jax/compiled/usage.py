@@ -26,9 +26,8 @@ def state_bytes(pipe: Pipeline, optimizer: optax.GradientTransformation) -> Stat
     params = pipe.layout.shapes()
     placed = shardings(pipe, optimizer)
     parameters = _bytes(params, placed.params)
-    return StateBytes(
-        parameters, _bytes(jax.eval_shape(optimizer.init, params), placed.optimizer), _bytes(params, placed.params)
-    )
+    # Gradients are accumulated in float32 too, and lie where their parameters do.
+    return StateBytes(parameters, _bytes(jax.eval_shape(optimizer.init, params), placed.optimizer), parameters)
 
 
 def used_parameters(pipe: Pipeline) -> tuple[int, ...]:

@@ -20,7 +20,8 @@ from .output_steps import OutputSteps
 F32 = jnp.float32
 
 # Sums whose landing comes before any pass that replaces what they are made of. It keeps those passes behind; to read
-# the operand for that, as for the others, would keep it alive beside the sum that the backend makes in its place.
+# the operand for that, as for the others, would keep it alive beside the sum that the backend makes in its place. In a
+# schedule where such a pass does come earlier (gpipe), the compiler copies what it replaces.
 LANDS_FIRST = ("big",)
 
 
