@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,29 +83,30 @@ class Executor:
         return state | self.steps.initial_state(rings)
 
     def run_segment(self, segment: Segment, state: State) -> State:
-        """One scan. Collectives under way when a step ends are carried to the next."""
+        """One scan. Collectives under way when a step ends are carried to the next; transfers land before it ends."""
         columns, table = _columns(segment)
         mine = lax.dynamic_index_in_dim(jnp.asarray(table), lax.axis_index(PIPE), axis=1, keepdims=False)
         local = _landed_within(self.program)
         kept = tuple(n for n in state if n not in local)
 
         def interval(carry: State, row: jax.Array) -> tuple[State, None]:
+            under_way: list[Transfer] = []
             for instruction, places in zip(segment.body, columns, strict=True):
+                carry, under_way = _landed(carry, under_way, instruction.slot)
                 cells = {name: row[c] for name, c in places.items()}
-                carry = self.execute(instruction, cells, carry)
+                if instruction.op == "permute":
+                    under_way.append(_sent(carry, instruction, cells))
+                else:
+                    carry = self.execute(instruction, cells, carry)
+            carry, _ = _landed(carry, under_way, self.program.schedule.interval)
             return {n: carry[n] for n in kept}, None
 
         return lax.scan(interval, {n: state[n] for n in kept}, mine)[0]
 
     def execute(self, instruction: Instruction, cells: Cells, state: State) -> State:
-        """One instruction."""
+        """One instruction that is not a transfer between devices."""
         c = instruction.chunk
         match instruction.op, instruction.name:
-            case "permute", _:
-                with jax.named_scope("transfer"):
-                    leaving = behind_earlier_passes(state, state["out"])
-                    arrived = lax.ppermute(leaving, PIPE, instruction.pairs)
-                return state | {"inbox": put_if(state["inbox"], cells["deliver"], arrived)}
             case "keep", _:
                 return state | {"inbox": put_if(state["inbox"], cells["deliver"], state["out"])}
             case "run", "F":
@@ -222,6 +223,30 @@ class Executor:
             "clobbered": clobbered,
             "in_flight": jnp.maximum(state["in_flight"], flags.sum(dtype=jnp.int32)),
         }
+
+
+class Transfer(NamedTuple):
+    """What is on its way: the slot before which it must be in the inbox, the cell, and what arrives."""
+
+    due: int
+    cell: jax.Array
+    arriving: jax.Array
+
+
+def _sent(state: State, instruction: Instruction, cells: Cells) -> Transfer:
+    """Sends what the passes of this slot made."""
+    with jax.named_scope("transfer"):
+        leaving = behind_earlier_passes(state, state["out"])
+        return Transfer(instruction.due, cells["deliver"], lax.ppermute(leaving, PIPE, instruction.pairs))
+
+
+def _landed(state: State, under_way: list[Transfer], slot: int) -> tuple[State, list[Transfer]]:
+    """Puts what is due by ``slot`` into the inbox, and no sooner: the passes until then need not wait for it."""
+    for transfer in under_way:
+        if transfer.due <= slot:
+            arrived = behind_earlier_passes(state, transfer.arriving)
+            state = state | {"inbox": put_if(state["inbox"], transfer.cell, arrived)}
+    return state, [transfer for transfer in under_way if transfer.due > slot]
 
 
 def _replaced(items: tuple, j: int, item: Any) -> tuple:
