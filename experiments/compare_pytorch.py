@@ -109,7 +109,10 @@ class Both:
     def arguments(self, vocab_size: int, schedule: str, method: str) -> dict[str, Any]:
         """What our ranks need to know."""
         options = self.options
-        pipeline = dataclasses.replace(options.pipeline, schedule=schedule, method=method, data_parallel=1)
+        given = options.pipeline
+        pipeline = dataclasses.replace(
+            given, schedule=schedule, method=method, data_parallel=1, no_overlap=not options.gpus
+        )
         model = dataclasses.replace(options.model, vocab_size=vocab_size)
         return {"model": dataclasses.asdict(model), "pipeline": dataclasses.asdict(pipeline)}
 

@@ -108,6 +108,9 @@ class PipelineOptions:
     """Microbatches in a step."""
     microbatch_size: int = 2
     """Sequences in a microbatch, for each copy of the model."""
+    no_overlap: bool = False
+    """Wait for every collective of the vocabulary layers where it stands, all of them in one place of an interval: for
+    CPUs, whose collectives let no pass run beside them."""
 
     def build(self, config: Config) -> Schedule:
         """The schedule for a model. Raises ValueError for an unknown name or what cannot be scheduled."""
@@ -129,6 +132,7 @@ class PipelineOptions:
             m=self.microbatches,
             chunks=self.chunks,
             layer_counts=counts,
+            overlap=not self.no_overlap,
         )
 
     def mesh(self) -> jax.sharding.Mesh:

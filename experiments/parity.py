@@ -28,6 +28,7 @@ from rich.table import Table
 
 from options import ClusterOptions, ModelOptions, OptionalStr, PipelineOptions, or_fail, parse, write_json
 from vocabpp_jax import Pipeline, make_mesh, models, schedules
+from vocabpp_jax.schedules.vocabulary import SHARDED
 
 # Relative error of a gradient, in float32. In bfloat16 a reference in bfloat16 sets the scale; see `allowed`.
 TOLERANCE = 1e-5
@@ -191,6 +192,9 @@ def matrix() -> Iterator[ParityOptions]:
                 for tied in (False, True):
                     yield case(schedule, method, p, m, tied)
         yield case(schedule, method, 4, 5, False, data=2)
+        if method in SHARDED:
+            for p, m in itertools.product((2, 4), (1, 5)):
+                yield case(schedule, method, p, m, False, overlap=False)
     for schedule, method, p, tied in itertools.product(
         ("1f1b", "v-half"), ("vocab-1", "vocab-2"), (2, 4), (False, True)
     ):
@@ -213,6 +217,7 @@ def case(
     tied: bool,
     data: int = 1,
     *,
+    overlap: bool = True,
     model: str = "gpt-tiny",
     loss: tuple[str, ...] = (),
     tensor: int = 1,
@@ -228,7 +233,7 @@ def case(
         ),
         pipeline=PipelineOptions(
             schedule=schedule, method=method, stages=p, microbatches=m, microbatch_size=2, data_parallel=data,
-            tensor_parallel=tensor,
+            tensor_parallel=tensor, no_overlap=not overlap,
         ),
     )  # fmt: skip
 
@@ -239,6 +244,7 @@ def name_of(options: ParityOptions) -> str:
     tied = "tied" if options.model.tie_embeddings else "untied"
     name = f"{x.schedule} {x.method} p={x.stages} m={x.microbatches} {tied} data={x.data_parallel}"
     name += f" tensor={x.tensor_parallel}" if x.tensor_parallel > 1 else ""
+    name += " no overlap" if x.no_overlap else ""
     name += f" {options.model.model}" if options.model.model != "gpt-tiny" else ""
     return name + "".join(f" {field}" for field in ModelOptions.LOSS if getattr(options.model, field))
 

@@ -31,11 +31,11 @@ from vocabpp_jax.schedules.draw import draw, save, title_of
 from vocabpp_jax.schedules.layers import redistributed
 from vocabpp_jax.schedules.measured import MeasuredRun, errors, read_pass_times
 from vocabpp_jax.schedules.place import INSERTED, place
-from vocabpp_jax.schedules.simulate import COMPILED, FREE, Rules, simulate
+from vocabpp_jax.schedules.simulate import COMPILED, FREE, ON_CPUS, Rules, simulate
 from vocabpp_jax.schedules.timeline import Timeline
 
-RULES = {"compiled": COMPILED, "asynchronous": Rules("asynchronous"), "free": FREE}
-OptionalRules = Annotated[Literal["compiled", "asynchronous", "free"] | None, tyro.conf.arg(metavar="RULES")]
+RULES = {"compiled": COMPILED, "asynchronous": Rules("asynchronous"), "on-cpus": ON_CPUS, "free": FREE}
+OptionalRules = Annotated[Literal["compiled", "asynchronous", "on-cpus", "free"] | None, tyro.conf.arg(metavar="RULES")]
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,14 @@ class SimulateOptions:
     times: OptionalStr = None
     """CSV of measured pass times in the columns of docs/paper/pass_times_8xA100.csv. Prints what they predict for each
     row against what was measured; the network is --gpu's."""
+    no_overlap: bool = False
+    """Wait for every collective of the vocabulary layers where it stands, as suits CPUs."""
     place: bool = False
     """Search where vocabulary passes stand best for these pass times; for 1f1b with vocab-1, vocab-2 or interlaced."""
     rules: OptionalRules = None
     """What waits for what: compiled, one program for all devices, its transfers blocking; asynchronous, the same with
-    transfers in flight until they are needed; free, a process a device. compiled if not given, free with --times."""
+    transfers in flight until they are needed; on-cpus, compiled with collectives that block too; free, a process a
+    device. compiled if not given, free with --times."""
     compare: bool = False
     """Print every schedule with every method, sorted by time."""
     json: OptionalStr = None
@@ -157,7 +160,15 @@ def run(options: SimulateOptions, schedule: str, method: str, placed: bool) -> R
             stages=options.stages,
             rho=z.head_flops / z.layer_flops,
         )
-    built = build(schedule, method, p=options.stages, m=m, chunks=options.chunks, layer_counts=counts)
+    built = build(
+        schedule,
+        method,
+        p=options.stages,
+        m=m,
+        chunks=options.chunks,
+        layer_counts=counts,
+        overlap=not options.no_overlap,
+    )
     if placed:
         halves = cost.sizes.layers >= 2 * options.stages
         built, _ = place(method, options.stages, m, cost.durations, rules=rules, halves=halves)

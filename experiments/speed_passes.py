@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vocabpp_jax import Pipeline
-from vocabpp_jax.schedules import COMPILED, Durations, Instruction, Program, Rules, Segment, simulate
+from vocabpp_jax.schedules import COMPILED, ON_CPUS, Durations, Instruction, Program, Segment, simulate
 
 RINGS = {"deliver": "inbox"}  # the tables that are not named after the ring they index
+LONG = ("F", "B", "W", "S", "S1", "S2", "T", "H")  # all else takes so little that it needs more intervals to be seen
 _SUBTRACTED = {"CI": ("C0", "IF"), "big": ("G",), "CB": ("IB",)}
 
 
@@ -45,31 +46,30 @@ class Excerpt(Pipeline):
 
 @dataclass
 class PassTimes:
-    """Measures passes once for all schedules that share them. Times are seconds."""
+    """Measures passes once for all schedules that share them. Times are seconds.
+
+    Attributes:
+        intervals: how often a pass runs in a timed program; ``more`` times as often where it is short.
+        repeats: how often the program is timed.
+        known: what has been measured.
+    """
 
     intervals: int = 12
     repeats: int = 3
+    more: int = 8
     known: dict[Any, float] = field(default_factory=dict)
 
     def predict(self, pipe: Pipeline, params: Any, batch: Any, timed: Callable[[Callable], float]) -> dict[str, Any]:
         """The simulated step, in ms: the passes, and beside them what a step without any costs."""
-        measured = found = self.durations(pipe, params, batch, timed)
+        found = self.durations(pipe, params, batch, timed)
         outside = self._excerpt(pipe, params, batch, timed, (), None)
-        program, rules, copying = pipe.program, COMPILED, 0.0
-        blocking = simulate(program, found).makespan
-        if pipe.mesh.devices.flat[0].platform == "cpu":
-            # What a core is to do next waits for its data alone. But the core that computes is also the one that
-            # copies, so that no pass hides a collective's work.
-            copying, found = without_collectives(program, found)
-            rules = Rules("asynchronous")
-        timeline = simulate(program, found, rules)
+        on_cpus = pipe.mesh.devices.flat[0].platform == "cpu"
+        timeline = simulate(pipe.program, found, ON_CPUS if on_cpus else COMPILED)
         return {
-            "predicted_ms": 1e3 * (timeline.makespan + copying + outside),
-            "predicted_blocking_ms": 1e3 * (blocking + outside),
+            "predicted_ms": 1e3 * (timeline.makespan + outside),
             "outside_ms": 1e3 * outside,
-            "collectives_ms": 1e3 * copying,
             "busy_ms": (1e3 * timeline.busy).tolist(),
-            "pass_ms": {f.name: _thousandfold(getattr(measured, f.name)) for f in fields(measured)},
+            "pass_ms": {f.name: _thousandfold(getattr(found, f.name)) for f in fields(found)},
         }
 
     def account(self, pipe: Pipeline, params: Any, batch: Any, timed: Callable) -> dict[str, float]:
@@ -157,15 +157,19 @@ class PassTimes:
         if key not in self.known:
             nothing = self._excerpt(pipe, params, batch, timed, (), None)
             some = self._excerpt(pipe, params, batch, timed, body, devices)
-            self.known[key] = max(0.0, (some - nothing) / self.intervals)
+            self.known[key] = max(0.0, (some - nothing) / self._intervals(body))
         return self.known[key]
+
+    def _intervals(self, body: tuple[Instruction, ...]) -> int:
+        return self.intervals * (1 if any(i.name in LONG for i in body) else self.more)
 
     def _excerpt(self, pipe, params, batch, timed, body, devices) -> float:
         """Seconds of a whole step that runs only a body."""
         key = ("nothing", pipe.layout, pipe.schedule.method, pipe.schedule.name)
         if not body and key in self.known:
             return self.known[key]
-        body = tuple(again(pipe, i, self.intervals, devices) for i in body)
+        intervals = self._intervals(body)
+        body = tuple(again(pipe, i, intervals, devices) for i in body)
         excerpt = Excerpt(
             pipe.model,
             pipe.schedule,
@@ -173,7 +177,7 @@ class PassTimes:
             pipe.compute_dtype,
             whole=pipe.program,
             body=body,
-            intervals=self.intervals,
+            intervals=intervals,
         )
         step = jax.jit(excerpt.value_and_grad).lower(params, batch).compile()
         jax.block_until_ready(step(params, batch))
@@ -191,18 +195,6 @@ def again(pipe: Pipeline, instruction: Instruction, intervals: int, devices: tup
         cells = pipe.schedule.m if name == "microbatch" else pipe.program.rings[RINGS.get(name, name)]
         tables[name] = np.where(here, (np.arange(intervals) % cells)[:, None], -1).astype(np.int32)
     return replace(instruction, tables=tables)
-
-
-def without_collectives(program: Program, durations: Durations) -> tuple[float, Durations]:
-    """The time of all collectives of a step together, and the durations with none for them."""
-    names = {i.name for s in program.segments for i in s.body if i.op == "start"}
-    total = sum(
-        segment.intervals * getattr(durations, i.name)
-        for segment in program.segments
-        for i in segment.body
-        if i.op == "start"
-    )
-    return total, replace(durations, **dict.fromkeys(names, 0.0))
 
 
 def _early(pipe: Pipeline) -> bool:

@@ -11,13 +11,14 @@ from .program import Instruction, Program, Segment, lower
 from .reorder import reorder
 from .rings import sums_before_T
 from .schedule import Pass, Schedule, Step, Vocabulary
-from .simulate import COMPILED, FREE, Durations, Rules, simulate
+from .simulate import COMPILED, FREE, ON_CPUS, Durations, Rules, simulate
 from .timeline import Timeline
 
 __all__ = [
     "COMPILED",
     "FREE",
     "METHODS",
+    "ON_CPUS",
     "SCHEDULES",
     "Block",
     "Durations",

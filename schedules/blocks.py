@@ -98,6 +98,14 @@ def one_f_one_b(p: int) -> Block:
     )
 
 
+def in_step(p: int) -> Block:
+    """1F1B with all devices in the same kind of pass at once, so that none waits where each waits for the others.
+
+    An output moves on a whole interval later: 2(p - d) - 1 microbatches in flight.
+    """
+    return interleaved_one_f_one_b(p, 1)
+
+
 def interlaced(p: int) -> Block:
     """1F1B for synchronous vocabulary passes (Lin et al. 2024): every device is between passes when the last F ends.
 

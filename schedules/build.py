@@ -40,6 +40,7 @@ def build(
     layer_counts: Sequence[int] | None = None,
     reordered: bool = True,
     inserted: int | None = None,
+    overlap: bool = True,
 ) -> Schedule:
     """The named schedule with the named vocabulary method.
 
@@ -53,19 +54,32 @@ def build(
         inserted: intervals between the last stage's F and its B, for the vocabulary passes; as published where not
             given. Fewer hold fewer microbatches in flight: vocab-1 can do with 1 in schedules with W passes, v-half
             with none.
+        overlap: whether collectives of the vocabulary layers may be under way beside passes. Without, as suits CPUs,
+            all steps of an interval follow each other, and 1f1b keeps its devices in step; then it holds
+            2(p - d) - 1 microbatches in flight on device d, and nothing is reordered.
 
     Raises:
         ValueError: an unknown name, or a combination that makes no sense, with those that do.
     """
     _refuse_nonsense(schedule, method, p, m, chunks, layer_counts)
-    block = blocks.interlaced(p) if method == "interlaced" else _BLOCKS[schedule](p, m, chunks or 2)
+    waits = not overlap and method in SHARDED
+    block = _block(schedule, method, p, m, chunks, waits)
     if layer_counts is not None and len(layer_counts) != len(block.placement):
         raise ValueError(
             f"layer_counts has {len(layer_counts)} entries; {schedule} on {p} devices has {len(block.placement)} stages"
         )
-    built = reorder(block, method, m, schedule, inserted) if reordered and can_reorder(block) else None
-    built = built or repeat(block, method, m, schedule, inserted)
+    built = None
+    if reordered and can_reorder(block) and not waits:
+        built = reorder(block, method, m, schedule, inserted)
+    built = built or repeat(block, method, m, schedule, inserted, overlap)
     return built if layer_counts is None else replace(built, layer_counts=tuple(layer_counts))
+
+
+def _block(schedule: str, method: str, p: int, m: int, chunks: int | None, waits: bool) -> Block:
+    """The block, in the variant whose devices wait for a collective at the same time where all of them do."""
+    if schedule == "1f1b" and waits:
+        return blocks.in_step(p)
+    return blocks.interlaced(p) if method == "interlaced" else _BLOCKS[schedule](p, m, chunks or 2)
 
 
 def _refuse_nonsense(schedule, method, p, m, chunks, layer_counts) -> None:
@@ -88,13 +102,15 @@ def _refuse_nonsense(schedule, method, p, m, chunks, layer_counts) -> None:
         raise ValueError(f"layer_counts is {tuple(layer_counts)}; a stage has 0 layers or more")
 
 
-def repeat(block: Block, method: str, m: int, name: str = "custom", inserted: int | None = None) -> Schedule:
+def repeat(
+    block: Block, method: str, m: int, name: str = "custom", inserted: int | None = None, overlap: bool = True
+) -> Schedule:
     """A schedule from a building block: room for the vocabulary passes, then ``m`` copies an interval apart.
 
     Raises:
         ValueError: an unknown method, or fewer ``inserted`` intervals than its passes need.
     """
-    block, vocabulary = insert(block, method, m, inserted)
+    block, vocabulary = insert(block, method, m, inserted, overlap)
     if inserted is not None and vocabulary.inserted_intervals != inserted:
         raise ValueError(
             f"inserted is {inserted}; {method} on this block takes {vocabulary.inserted_intervals} intervals or more"

@@ -9,6 +9,7 @@ carried through that list. Rules, for the compiled program (:data:`COMPILED`):
 * a collective begins when the last device has started it and the previous one has ended, and runs beside the passes;
   a device waits for it where the program says ``done``.
 
+:data:`ON_CPUS` has collectives block as transfers do: XLA's CPU runtime runs one thing at a time.
 :data:`FREE` are the rules of a framework that runs one process a device: a sender does not wait, a receiver waits
 where it uses the data, and nothing runs that carries no data.
 """
@@ -87,14 +88,18 @@ class Rules:
         transfers: "blocking": both ends of a permute wait for each other and for the data; "asynchronous": both go on
             and wait before the slot in which the first receiver reads its data, or at the end of the interval, which
             no transfer outlives; "eager": the sender never waits, and a receiver only where it reads.
+        collectives: "overlapping": devices go on and wait for the result behind its "done"; "blocking": all wait at its
+            "start" until it is through, as on CPUs.
         idle: whether transfers and collectives also run in intervals in which they carry nothing.
     """
 
     transfers: Literal["blocking", "asynchronous", "eager"] = "blocking"
+    collectives: Literal["overlapping", "blocking"] = "overlapping"
     idle: bool = True
 
 
 COMPILED = Rules()
+ON_CPUS = Rules(collectives="blocking")
 FREE = Rules(transfers="eager", idle=False)
 
 
@@ -231,6 +236,8 @@ class _Engine:
                 begin = max(float(ready), self.collectives_end)
                 self.collectives_end = self.pending[instruction.name] = begin + takes
                 track.start[n], track.end[n] = begin, begin + takes
+                if self.rules.collectives == "blocking":
+                    self.clock = np.full_like(self.clock, begin + takes)
 
         return step
 

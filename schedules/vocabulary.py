@@ -14,6 +14,9 @@ An interval of the lowered program opens at the slot in which C0 runs. A collect
 lands behind them or behind those of a later slot of the same interval: a scan step does not cut it, and in as many
 slots as the longest pass takes every device has a pass to hide it with. S stands in one slot on all devices, and so
 does T. A device that is in the middle of a pass there runs them before it.
+
+Where collectives cannot run beside passes, as on CPUs, each would make all devices wait for the slowest at another
+place. There all steps stand behind the last F, one after the other, with nothing between them but themselves.
 """
 
 from __future__ import annotations
@@ -29,11 +32,13 @@ METHODS = tuple(BARRIERS)
 SHARDED = tuple(m for m in METHODS if m not in ("baseline", "redis"))
 
 
-def insert(block: Block, method: str, m: int, inserted: int | None = None) -> tuple[Block, Vocabulary]:
+def insert(
+    block: Block, method: str, m: int, inserted: int | None = None, overlap: bool = True
+) -> tuple[Block, Vocabulary]:
     """The block with room for a method's vocabulary passes, and when those run for ``m`` microbatches.
 
     ``inserted`` intervals stand between the last stage's F and its B, or more where the passes need them; where not
-    given, as many as published. Each is one more microbatch in flight.
+    given, as many as published. Each is one more microbatch in flight. Without ``overlap`` there are none.
 
     Raises:
         ValueError: an unknown method, or intervals for a method that has no barriers.
@@ -49,8 +54,8 @@ def insert(block: Block, method: str, m: int, inserted: int | None = None) -> tu
     if method not in SHARDED:
         first_B = [block.B[0] + block.backward_slots - 1 + t for t in shifts] if block.B else []
         steps = unsharded(block.placement, [block.F[0] + t for t in shifts], [block.F[-1] + t for t in shifts], first_B)
-    elif method == "interlaced":
-        steps = list(_synchronous(block))
+    elif method == "interlaced" or not overlap:
+        steps = list(_synchronous(block, method))
     else:
         output = _output_steps(block, method)
         if block.B:
@@ -186,17 +191,28 @@ def unsharded(
     return (*steps, step("IB", 0, first_B, AFTER)) if len(first_B) else steps
 
 
-def _synchronous(block: Block) -> Iterator[Step]:
-    """Interlaced (Lin et al. 2024): all steps behind the last F, with every device waiting for each collective."""
+_SOFTMAX = ("run S", "start stats", "done stats")
+_SUM = ("start big", "done big")
+_IN_A_ROW = {
+    "interlaced": (*_SOFTMAX, "run T", *_SUM),
+    "vocab-1": (*_SOFTMAX, "run T", *_SUM),
+    "vocab-2": (*_SOFTMAX, *_SUM, "run T"),
+    "vocab-naive": ("run S1", "start max", "done max", "run S2", "start stats", "done stats", "run T", *_SUM),
+}
+
+
+def _synchronous(block: Block, method: str) -> Iterator[Step]:
+    """All steps behind the last F, with every device waiting for each collective: interlaced (Lin et al. 2024)."""
     K, end = block.interval, block.F[-1]
     before = block.F[0] - 1 - (block.F[0] - 1 - end) % K
     yield from _stand(block, before, ("run IF", "start CI", "done CI"))
-    yield from _stand(block, end, ("start C0", "done C0", "run S", "start stats", "done stats"))
     if block.B:
-        yield from _stand(block, end, ("run T", "start big", "done big"))
-        yield _on(block, block.placement[-1], "G", end)
+        # Before S: where one collective makes devices wait for each other, the next costs no more waiting.
         ready = block.B[0] + block.backward_slots - 1
         yield from _stand(block, ready + (end - ready) % K, ("start CB", "done CB", "run IB"))
+    yield from _stand(block, end, ("start C0", "done C0", *(_IN_A_ROW[method] if block.B else _SOFTMAX)))
+    if block.B:
+        yield _on(block, block.placement[-1], "G", end)
 
 
 def _stand(block: Block, slot: int, steps: Iterable[str]) -> Iterator[Step]:

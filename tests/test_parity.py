@@ -42,6 +42,16 @@ SELECTION = [
     ("v-zb", "vocab-1", 2, 2, False, 1),
     ("v-zb", "vocab-2", 3, 3, True, 1),
 ]
+WITHOUT_OVERLAP = [
+    ("1f1b", "vocab-1", 2, 5),
+    ("1f1b", "vocab-2", 4, 5),
+    ("1f1b", "vocab-naive", 2, 3),
+    ("1f1b", "interlaced", 3, 4),
+    ("gpipe", "vocab-2", 2, 3),
+    ("interleaved-1f1b", "vocab-1", 2, 3),
+    ("zb-h1", "vocab-2", 3, 4),
+    ("v-half", "vocab-1", 2, 5),
+]
 NEWEST = {("1f1b", "vocab-2", 1), ("1f1b", "vocab-1", 3), ("v-half", "vocab-2", 2)}
 
 
@@ -54,6 +64,13 @@ NEWEST = {("1f1b", "vocab-2", 1), ("1f1b", "vocab-1", 3), ("v-half", "vocab-2", 
 )
 def test_a_pipeline_computes_what_one_device_computes(schedule, method, p, m, tied, data):
     result = compare(case(schedule, method, p, m, tied, data))
+    assert max(result.loss_error, result.max_grad_error) <= 1e-5, result.grad_errors
+    assert result.in_flight == result.promised_in_flight and not result.clobbered
+
+
+@pytest.mark.parametrize(("schedule", "method", "p", "m"), WITHOUT_OVERLAP)
+def test_waiting_for_every_collective_changes_no_gradient(schedule, method, p, m):
+    result = compare(case(schedule, method, p, m, True, overlap=False))
     assert max(result.loss_error, result.max_grad_error) <= 1e-5, result.grad_errors
     assert result.in_flight == result.promised_in_flight and not result.clobbered
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from vocabpp_jax.schedules import build, lower
 from vocabpp_jax.schedules.measured import errors, read_pass_times
 from vocabpp_jax.schedules.place import place
-from vocabpp_jax.schedules.simulate import COMPILED, FREE, Durations, Rules, simulate
+from vocabpp_jax.schedules.simulate import COMPILED, FREE, ON_CPUS, Durations, Rules, simulate
 
 PUBLISHED = Path(__file__).parent.parent / "docs" / "paper"
 ASYNCHRONOUS = Rules("asynchronous")
@@ -55,6 +55,19 @@ def test_v_half_with_vocabulary_passes_waits_no_longer_than_v_half():
     assert plain < simulate(program("v-half", p=8, m=32, reordered=False), units).bubble_ratio
     for method in ("vocab-1", "vocab-2"):
         assert simulate(program("v-half", method, p=8, m=32), units).bubble_ratio < plain + 0.01
+
+
+@pytest.mark.parametrize("method", ["vocab-1", "vocab-2", "vocab-naive", "interlaced"])
+@pytest.mark.parametrize("p", [2, 4, 7])
+def test_devices_in_step_lose_nothing_where_collectives_block(method, p):
+    times = Durations(F=1, B=2.3, S=0.6, T=0.4, S1=0.4, S2=0.2, big=0.1, stats=0.01, transfer=0.02)
+    beside, behind = (
+        simulate(lower(build("1f1b", method, p=p, m=32, overlap=overlap)), times, ON_CPUS) for overlap in (True, False)
+    )
+    networks = 0.1 + 0.01 + 2 * 0.02
+    assert behind.steady_interval == pytest.approx(1 + 2.3 + 0.6 + 0.4 + networks, abs=0.02)
+    assert beside.steady_interval > behind.steady_interval + 0.8
+    assert behind.peak_in_flight == tuple(2 * (p - d) - 1 for d in range(p))
 
 
 def test_an_unbalanced_head_is_what_everyone_waits_for():

@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vocabpp_jax.schedules import SCHEDULES, build, evaluation, lower, methods_of
-from vocabpp_jax.schedules.schedule import BEFORE, LANDINGS
+from vocabpp_jax.schedules import SCHEDULES, build, check, evaluation, lower, methods_of
+from vocabpp_jax.schedules.schedule import AFTER, BEFORE, LANDINGS
 from vocabpp_jax.schedules.vocabulary import BARRIERS, SHARDED
 
 CASES = [(s, method) for s in SCHEDULES for method in methods_of(s) if method in SHARDED]
@@ -39,6 +39,22 @@ def test_no_interval_cuts_a_collective_and_a_slot_of_passes_hides_it(schedule, m
         start, done = ends(built, name)
         assert start.place == BEFORE and done.place == LANDINGS and start.at[0] <= done.at[0]
         assert (start.at[0] - opens) // built.interval == (done.at[0] - opens) // built.interval
+
+
+@pytest.mark.parametrize("schedule, method", CASES)
+@settings(max_examples=20)
+@given(**SIZES)
+def test_without_overlap_everything_stands_behind_the_last_forward(schedule, method, p, m):
+    built = build(schedule, method, p=p, m=m, overlap=False)
+    check(built)
+    lower(built)
+    last = next(x.last for x in built.passes[built.placement[-1]] if (x.kind, x.stage) == ("F", built.stages - 1))
+    for step in built.vocabulary.steps:
+        assert step.place == AFTER
+        assert all((t - last) % built.interval == 0 for t in step.at if t is not None)
+    order = [(s.op, s.name) for s in built.vocabulary.steps]
+    for name in collectives(built):
+        assert order.index(("done", name)) == order.index(("start", name)) + 1
 
 
 @pytest.mark.parametrize("method", ["vocab-1", "vocab-2", "vocab-naive"])
