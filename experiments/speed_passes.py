@@ -6,7 +6,7 @@ that run it, against a program of none. Sums that are not stored anywhere are ti
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from statistics import median
 from typing import Any
@@ -62,7 +62,7 @@ class PassTimes:
     def predict(self, pipe: Pipeline, params: Any, batch: Any, timed: Callable[[Callable], float]) -> dict[str, Any]:
         """The simulated step, in ms: the passes, and beside them what a step without any costs."""
         found = self.durations(pipe, params, batch, timed)
-        outside = self._excerpt(pipe, params, batch, timed, (), None)
+        outside = self.known[_nothing(pipe)]
         on_cpus = pipe.mesh.devices.flat[0].platform == "cpu"
         timeline = simulate(pipe.program, found, ON_CPUS if on_cpus else COMPILED)
         return {
@@ -76,7 +76,7 @@ class PassTimes:
         """Milliseconds a step by the kind of pass, where all devices take turns on one core: then the time of a pass
         on several is the sum of theirs."""
         found = self.durations(pipe, params, batch, timed)
-        outside = self._excerpt(pipe, params, batch, timed, (), None)
+        outside = self.known[_nothing(pipe)]
         total: dict[str, float] = {"outside passes": outside}
         per_microbatch = {f.name: getattr(found, f.name) for f in fields(found) if f.name != "transfer"}
         for kind, times in per_microbatch.items():
@@ -91,100 +91,119 @@ class PassTimes:
         return {kind: 1e3 * seconds for kind, seconds in total.items()}
 
     def durations(self, pipe: Pipeline, params: Any, batch: Any, timed: Callable) -> Durations:
-        """The time of every pass and collective that the pipeline's program has."""
-        schedule, layout = pipe.schedule, pipe.layout
-        whole: dict[tuple[str, str], Instruction] = {}
-        for segment in pipe.program.segments:
-            for i in segment.body:
-                whole.setdefault((i.op, i.name if i.op != "permute" else str(i.pairs)), i)
+        """The time of every pass and collective that the pipeline's program has.
 
-        def seconds(body: list[Instruction], devices: tuple[int, ...] | None = None, key: Any = None) -> float:
-            return self._pass(pipe, params, batch, timed, tuple(body), devices, key)
+        All are timed in rounds, each once a round, so that a moment in which the machine is slow is one round's.
+        """
+        excerpts: dict[Any, Excerpt] = {}
 
-        times: dict[str, Any] = {"B": 0.0, "transfer": 0.0}
-        kinds = {name for op, name in whole if op == "run"}
-        for kind in ("F", "B", "W"):
-            if kind in kinds:
-                times[kind] = self._stages(pipe, whole["run", kind], seconds)
-        shared = (schedule.splits_backward, layout.sharded, "S1" in kinds, _early(pipe))
-        for kind in sorted(kinds - {"F", "B", "W", "IF"}):  # in the same order on every rank
-            i = whole["run", kind]
-            devices = np.flatnonzero((i.tables["microbatch"] >= 0).any(axis=0))
-            took = seconds([i], tuple(devices.tolist()), (kind, shared))
-            times[kind] = tuple(took if d in devices else 0.0 for d in range(schedule.p))
-        for name in sorted({name for op, name in whole if op == "start"}, key=lambda n: (n in _SUBTRACTED, n)):
-            reads = {"CI": "IF", "big": "G", "CB": "IB"}.get(name)
-            ends = [whole["start", name], whole["done", name]]
-            if name == "CI":  # the lookup lands nowhere but in its sum
-                both = seconds([whole["run", "IF"], *ends], None, (name, shared))
-                times["CI"] = min(both, times["C0"])
-                times["IF"] = (both - times["CI"],) * schedule.p
-            elif reads:
-                took = seconds([*ends, whole["run", reads]], None, (name, shared))
-                times[name] = max(0.0, took - max(times[reads]))
-            else:
-                times[name] = seconds(ends, None, (name, shared))
-        if "IF" in kinds and "CI" not in times:
-            first = schedule.placement[0]
-            took = seconds([whole["run", "IF"]], (first,), ("IF", shared))
-            times["IF"] = tuple(took if d == first else 0.0 for d in range(schedule.p))
-        times["transfer"] = self._transfers(schedule.p, whole, seconds)
-        return Durations(**times)
+        def ask(body: Sequence[Instruction], devices: tuple[int, ...] | None, key: Any) -> float:
+            excerpts[key] = self._excerpt(pipe, body, devices)
+            return 0.0
 
-    def _stages(self, pipe: Pipeline, instruction: Instruction, seconds: Callable) -> tuple[float, ...]:
-        """The time of a pass for every stage: measured once for every number of layers that a stage has."""
-        layout, found = pipe.layout, {}
-        for c, stages in enumerate(layout.stage_of):
-            for count in sorted({layout.layer_counts[s] for s in stages} - set(found)):
-                devices = tuple(d for d, s in enumerate(stages) if layout.layer_counts[s] == count)
-                key = (instruction.name, count, layout.depth, len(devices), pipe.schedule.splits_backward)
-                found[count] = seconds([replace(instruction, chunk=c)], devices, key)
-        return tuple(found[count] for count in layout.layer_counts)
+        durations_of(pipe, ask)
+        _, B, L = batch["tokens"].shape
+        named = lambda key: (key, pipe.model.vocab_size, B, L)  # noqa: E731
+        missing = {key: excerpt for key, excerpt in excerpts.items() if named(key) not in self.known}
+        nothing = _nothing(pipe)
+        if missing or nothing not in self.known:
+            took = self._time({nothing: self._excerpt(pipe, [], None)} | missing, params, batch, timed)
+            self.known[nothing] = took[nothing]
+            for key, excerpt in missing.items():
+                self.known[named(key)] = max(0.0, (took[key] - took[nothing]) / excerpt.intervals)
+        return durations_of(pipe, lambda body, devices, key: self.known[named(key)])
 
-    def _transfers(self, p: int, whole: dict, seconds: Callable) -> tuple[tuple[float, ...], ...]:
-        """The time of a transfer from every device to every other: of those that cross together, together."""
-        matrix = np.zeros((p, p))
-        for (op, _), i in whole.items():
-            if op == "permute":
-                took = seconds([i], None, ("permute", i.pairs))
-                for source, target in i.pairs:
-                    matrix[source, target] = max(matrix[source, target], took)
-        return tuple(map(tuple, matrix.tolist()))
-
-    def _pass(self, pipe, params, batch, timed, body, devices, key) -> float:
-        """Seconds of one pass of a body, on some devices or on all."""
-        key = (key, pipe.model.vocab_size, batch["tokens"].shape[1:])
-        if key not in self.known:
-            nothing = self._excerpt(pipe, params, batch, timed, (), None)
-            some = self._excerpt(pipe, params, batch, timed, body, devices)
-            self.known[key] = max(0.0, (some - nothing) / self._intervals(body))
-        return self.known[key]
-
-    def _intervals(self, body: tuple[Instruction, ...]) -> int:
-        return self.intervals * (1 if any(i.name in LONG for i in body) else self.more)
-
-    def _excerpt(self, pipe, params, batch, timed, body, devices) -> float:
-        """Seconds of a whole step that runs only a body."""
-        key = ("nothing", pipe.layout, pipe.schedule.method, pipe.schedule.name)
-        if not body and key in self.known:
-            return self.known[key]
-        intervals = self._intervals(body)
-        body = tuple(again(pipe, i, intervals, devices) for i in body)
-        excerpt = Excerpt(
+    def _excerpt(self, pipe: Pipeline, body: Sequence[Instruction], devices: tuple[int, ...] | None) -> Excerpt:
+        """A step that runs only a body, on some devices or on all."""
+        intervals = self.intervals * (1 if any(i.name in LONG for i in body) else self.more)
+        return Excerpt(
             pipe.model,
             pipe.schedule,
             pipe.mesh,
             pipe.compute_dtype,
             whole=pipe.program,
-            body=body,
+            body=tuple(again(pipe, i, intervals, devices) for i in body),
             intervals=intervals,
         )
-        step = jax.jit(excerpt.value_and_grad).lower(params, batch).compile()
-        jax.block_until_ready(step(params, batch))
-        took = median(timed(lambda: step(params, batch)) for _ in range(self.repeats))
-        if not body:
-            self.known[key] = took
-        return took
+
+    def _time(self, excerpts: dict[Any, Excerpt], params: Any, batch: Any, timed: Callable) -> dict[Any, float]:
+        """Seconds of each, the median of the rounds."""
+        steps = {}
+        for key, excerpt in excerpts.items():
+            steps[key] = jax.jit(excerpt.value_and_grad).lower(params, batch).compile()
+            jax.block_until_ready(steps[key](params, batch))
+        rounds = [
+            {key: timed(lambda step=step: step(params, batch)) for key, step in steps.items()}
+            for _ in range(self.repeats)
+        ]
+        return {key: median(took[key] for took in rounds) for key in steps}
+
+
+Seconds = Callable[[Sequence[Instruction], "tuple[int, ...] | None", Any], float]
+
+
+def durations_of(pipe: Pipeline, seconds: Seconds) -> Durations:
+    """Durations from the seconds of bodies: what runs, on which devices (None for all), and what it is known by."""
+    schedule, layout = pipe.schedule, pipe.layout
+    whole: dict[tuple[str, str], Instruction] = {}
+    for segment in pipe.program.segments:
+        for i in segment.body:
+            whole.setdefault((i.op, i.name if i.op != "permute" else str(i.pairs)), i)
+    times: dict[str, Any] = {"B": 0.0}
+    kinds = {name for op, name in whole if op == "run"}
+    for kind in ("F", "B", "W"):
+        if kind in kinds:
+            times[kind] = _stages(pipe, whole["run", kind], seconds)
+    shared = (schedule.splits_backward, layout.sharded, "S1" in kinds, _early(pipe))
+    for kind in sorted(kinds - {"F", "B", "W", "IF"}):  # in the same order on every rank
+        i = whole["run", kind]
+        devices = np.flatnonzero((i.tables["microbatch"] >= 0).any(axis=0))
+        took = seconds([i], tuple(devices.tolist()), (kind, shared))
+        times[kind] = tuple(took if d in devices else 0.0 for d in range(schedule.p))
+    for name in sorted({name for op, name in whole if op == "start"}, key=lambda n: (n in _SUBTRACTED, n)):
+        reads = {"CI": "IF", "big": "G", "CB": "IB"}.get(name)
+        ends = [whole["start", name], whole["done", name]]
+        if name == "CI":  # the lookup lands nowhere but in its sum
+            both = seconds([whole["run", "IF"], *ends], None, (name, shared))
+            times["CI"] = min(both, times["C0"])
+            times["IF"] = (both - times["CI"],) * schedule.p
+        elif reads:
+            took = seconds([*ends, whole["run", reads]], None, (name, shared))
+            times[name] = max(0.0, took - max(times[reads]))
+        else:
+            times[name] = seconds(ends, None, (name, shared))
+    if "IF" in kinds and "CI" not in times:
+        first = schedule.placement[0]
+        took = seconds([whole["run", "IF"]], (first,), ("IF", shared))
+        times["IF"] = tuple(took if d == first else 0.0 for d in range(schedule.p))
+    return Durations(**times, transfer=_transfers(schedule.p, whole, seconds))
+
+
+def _stages(pipe: Pipeline, instruction: Instruction, seconds: Seconds) -> tuple[float, ...]:
+    """The time of a pass for every stage: measured once for every number of layers that a stage has."""
+    layout, found = pipe.layout, {}
+    for c, stages in enumerate(layout.stage_of):
+        for count in sorted({layout.layer_counts[s] for s in stages} - set(found)):
+            devices = tuple(d for d, s in enumerate(stages) if layout.layer_counts[s] == count)
+            key = (instruction.name, count, layout.depth, len(devices), pipe.schedule.splits_backward)
+            found[count] = seconds([replace(instruction, chunk=c)], devices, key)
+    return tuple(found[count] for count in layout.layer_counts)
+
+
+def _transfers(p: int, whole: dict, seconds: Seconds) -> tuple[tuple[float, ...], ...]:
+    """The time of a transfer from every device to every other: of those that cross together, together."""
+    matrix = np.zeros((p, p))
+    for (op, _), i in whole.items():
+        if op == "permute":
+            took = seconds([i], None, ("permute", i.pairs))
+            for source, target in i.pairs:
+                matrix[source, target] = max(matrix[source, target], took)
+    return tuple(map(tuple, matrix.tolist()))
+
+
+def _nothing(pipe: Pipeline) -> Any:
+    """What a step without any pass is known by."""
+    return ("nothing", pipe.layout, pipe.schedule.method, pipe.schedule.name)
 
 
 def again(pipe: Pipeline, instruction: Instruction, intervals: int, devices: tuple[int, ...] | None) -> Instruction:
