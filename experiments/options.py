@@ -38,7 +38,7 @@ class ModelOptions:
     model: str = "gpt-micro"
     """Named size: gpt-tiny, gpt-micro (two CPU cores train it in minutes), gpt-mini, gpt-small, one of the published
     4B, 7B, 10B, 16B, 21B, 30B, or another architecture: llama-tiny, llama-3-8b, qwen-tiny, qwen3-8b, gemma-tiny,
-    gemma2-9b and their like."""
+    gemma2-9b and their like. Or a Hugging Face folder, whose config.json says what it is."""
     layers: OptionalInt = None
     """Transformer layers, at least one a stage."""
     hidden: OptionalInt = None
@@ -75,7 +75,14 @@ class ModelOptions:
         given = {name: value for name, value in given.items() if value is not None and value is not False}
         if given.pop("untie_embeddings", False):
             given["tie_embeddings"] = False
+        if self.folder:
+            return dataclasses.replace(models.huggingface.load_config(self.folder), **given)
         return models.named(self.model, **given)
+
+    @property
+    def folder(self) -> Path | None:
+        """The Hugging Face folder, where the model is one."""
+        return Path(self.model) if os.sep in self.model or Path(self.model).is_dir() else None
 
     def build(self) -> Model:
         """The model with its loss. Raises ValueError for what makes none."""

@@ -135,7 +135,7 @@ class Stage:
         optimizer = optax.adamw(lr, **exchange.ADAM, weight_decay=0.0)
         weights = exchange.read_weights(Path(folder))
         canonical = jax.tree_util.tree_map_with_path(lambda path, _: weights[name_of(path)], pipe.model.param_shapes())
-        state = train.init_state(pipe, optimizer, jax.random.key(0))._replace(params=pipe.shard(canonical))
+        state = train.start_from(pipe, optimizer, pipe.shard(canonical))
         step = train.make_step(pipe, optimizer, clip=None)
         sharding, found = NamedSharding(pipe.mesh, contender.batch_spec), []
         for batch in itertools.islice(exchange.read_batches(Path(folder)), steps):

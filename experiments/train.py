@@ -34,7 +34,7 @@ from vocabpp_jax import Pipeline, checkpoints, hosts, train
 from vocabpp_jax.data import TokenizedCorpus, load_tokens, prefetched
 from vocabpp_jax.faults import LastWords, Stop, Termination, Watchdog, lost_peer, reason, say_and_leave
 from vocabpp_jax.metrics import StepProgress
-from vocabpp_jax.models import Config
+from vocabpp_jax.models import Config, huggingface
 from vocabpp_jax.optimizer import adamw, warmup_cosine
 from vocabpp_jax.profiling import Profile
 
@@ -50,6 +50,8 @@ def prepare(options: TrainOptions) -> Run:
     schedule = options.pipeline.build(config)
     options.cluster.join(simulated_devices=options.pipeline.devices)
     pipe = Pipeline(options.model.build(), schedule, options.pipeline.mesh(), compute_dtype=config.dtype)
+    if options.pretrained:
+        hosts.agree(lambda: huggingface.check(options.model.folder, pipe))
     optimizer = adamw(
         options.lr,
         options.steps,
@@ -103,13 +105,27 @@ class Training:
         else:
             everywhere = train.shardings(run.pipe, run.optimizer).step
             self.key = jax.jit(jax.random.key, static_argnums=0, out_shardings=everywhere)(options.seed)
-            self.state, self.rows = train.init_state(run.pipe, run.optimizer, self.key), 0
+            self.state, self.rows = self._begun(), 0
         self.begin, self._skipped = int(self.state.step), int(self.state.skipped)
         self._batches, self._validation = run.data(self.rows)
         self._step = train.make_step(run.pipe, run.optimizer, clip=options.clip)
         self._evaluate = train.make_evaluation(run.pipe)
         schedule = warmup_cosine(options.lr, options.steps, options.warmup_steps, options.lr / 10)
         self._rates = jax.vmap(schedule)(np.arange(options.steps)).tolist()
+
+    def _begun(self) -> train.State:
+        """Step 0: parameters drawn from the key, or those of a Hugging Face folder."""
+        run, folder = self.run, self.run.options.model.folder
+        if not run.options.pretrained:
+            return train.init_state(run.pipe, run.optimizer, self.key)
+        say_once(f"starting from the weights in {folder}")
+        return train.start_from(run.pipe, run.optimizer, huggingface.load(folder, run.pipe))
+
+    def export(self) -> None:
+        """Write the weights as a Hugging Face folder, where one is asked for."""
+        if folder := self.run.options.export:
+            huggingface.save(folder, self.run.config, self.state.params, self.run.pipe)
+            say_once(f"weights written to {folder}")
 
     def steps(self, profile: Profile) -> Iterator[dict[str, Any]]:
         """Take the steps that are left; after each, what was measured."""
@@ -191,7 +207,9 @@ def run_training(run: Run) -> None:
                     break
     if signal and not last:
         say_once(f"{signal} at step {step}: {whole_ones(run)}")
-    elif first:
+        return
+    training.export()
+    if first:
         summarise(run)
 
 

@@ -87,6 +87,10 @@ class TrainOptions:
     """Batches in a validation, the same ones each time; fewer if the data has no more."""
     seed: int = 0
     """Decides the initial parameters and the order of the data."""
+    pretrained: bool = False
+    """Start from the weights in the Hugging Face folder that --model names."""
+    export: OptionalStr = None
+    """Write the weights at the end to this Hugging Face folder, which must not be there yet."""
     data: DataOptions = field(default_factory=DataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     pipeline: PipelineOptions = field(default_factory=PipelineOptions)
@@ -112,11 +116,20 @@ class TrainOptions:
         for name, value in (("seed", self.seed), ("max_skipped", self.checkpoint.max_skipped)):
             if value < 0:
                 raise ValueError(f"{name} is {value}; it must not be negative")
+        if self.pretrained and not self.model.folder:
+            raise ValueError(f"pretrained is set and model is {self.model.model!r}; name a Hugging Face folder")
+        if self.pretrained and self.data.tokenizer is None and not self.data.data.endswith((".idx", ".bin")):
+            raise ValueError(
+                "pretrained is set and tokenizer is not; give the tokenizer.json that the model was made with"
+            )
+        if self.export and Path(self.export).exists():
+            raise ValueError(f"export is {self.export!r}, which exists; give a folder that does not")
 
     def output_folder(self) -> Path:
         """The folder that the run is to write to."""
         pipeline = self.pipeline
-        name = f"{self.model.model}-{pipeline.schedule}-{pipeline.method}-p{pipeline.stages}"
+        model = self.model.folder.name if self.model.folder else self.model.model
+        name = f"{model}-{pipeline.schedule}-{pipeline.method}-p{pipeline.stages}"
         new = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
         return Path(self.output or self.checkpoint.checkpoint_dir or new)
 
@@ -126,7 +139,7 @@ class TrainOptions:
         How the model is laid over devices, how it computes (dtype, residuals) and where it writes may change.
         """
         model = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("dtype", "residuals")}
-        own = {name: getattr(self, name) for name in ("steps", "lr", "weight_decay", "clip", "seed")}
+        own = {name: getattr(self, name) for name in ("steps", "lr", "weight_decay", "clip", "seed", "pretrained")}
         masks = {"document_masks": self.data.document_masks}
         return _plain(model | own | {"warmup": self.warmup_steps} | masks | corpus)
 

@@ -48,6 +48,12 @@ def load(folder: str | File, pipe: Pipeline) -> Params:
     return assemble(pipe, _reader(File(folder), architecture, config, pipe.model.param_shapes()))
 
 
+def check(folder: str | File, pipe: Pipeline) -> None:
+    """Raises what :func:`load` would, without reading a weight."""
+    architecture, config = _read_config(File(folder))
+    _reader(File(folder), architecture, config, pipe.model.param_shapes())
+
+
 def load_canonical(folder: str | File) -> tuple[Config, Params]:
     """A folder's configuration and weights as canonical parameters in this host's memory. Raises as :func:`load`."""
     architecture, config = _read_config(File(folder))

@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 from jax.experimental.compilation_cache import compilation_cache
 
 from train_options import CheckpointOptions
-from vocabpp_jax import checkpoints
+from vocabpp_jax import checkpoints, models
 from vocabpp_jax.data import train_tokenizer
+from vocabpp_jax.models import huggingface
 
 REPOSITORY = Path(__file__).parent.parent
 SMALL = "--vocab-size 300 --layers 2 --hidden 32 --heads 2 --seq 16 --stages 2 --data-parallel 1 --microbatches 3"
@@ -92,6 +93,19 @@ def test_the_other_options_train_too(text):
     assert len(records("out")) == 2 and records("out")[0]["loss"] == pytest.approx(np.log(300), abs=0.3)
 
 
+def test_training_goes_from_one_hugging_face_folder_to_another(text, tmp_path):
+    config = models.named("llama-tiny", vocab_size=300)
+    before = models.build(config).init(jax.random.key(1))
+    huggingface.save(tmp_path / "before", config, before)
+    (tmp_path / "tokenizer.json").write_text(train_tokenizer([Path(text).read_text()], 300).to_str())
+    options = f"--model {tmp_path}/before --pretrained --tokenizer tokenizer.json --data {text} --steps 1 --warmup 0"
+    options += f" --lr 1e-4 --weight-decay 0 --output out --stages {config.layers} --data-parallel 1 --seq 16"
+    script.main([*options.split(), "--eval-batches", "1", "--export", "after"])
+    _, after = huggingface.load_canonical("after")
+    moved = jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), before, after)
+    assert all(0 < distance < 2e-4 for distance in jax.tree.leaves(moved)), moved  # Adam's first step is the rate
+
+
 def test_without_data_parallel_all_devices_are_used(monkeypatch):
     monkeypatch.setattr(script, "load_tokens", lambda *_, **__: pytest.fail("reads data too early"))
     assert jax.device_count() == 8
@@ -110,6 +124,9 @@ def test_without_data_parallel_all_devices_are_used(monkeypatch):
         ("--hidden 0", "hidden is 0"),
         ("--schedule 2f2b", "schedule is '2f2b'; the schedules are"),
         ("--method vocab-3", "method is 'vocab-3'"),
+        ("--pretrained", "pretrained is set and model is 'gpt-micro'"),
+        ("--export .", "export is '.', which exists"),
+        ("--model ./none", "none has no config.json"),
         ("--model 5B", "'5B'; it must be one of gpt-tiny"),
         ("--dtype float16", "dtype is 'float16'; it must be one of float32, bfloat16"),
         ("--microbatches 0", "microbatches is 0"),

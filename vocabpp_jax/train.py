@@ -62,6 +62,13 @@ def init_state(pipe: Pipeline, optimizer: optax.GradientTransformation, key: jax
     return jax.jit(init, out_shardings=shardings(pipe, optimizer))(key)
 
 
+def start_from(pipe: Pipeline, optimizer: optax.GradientTransformation, params: Any) -> State:
+    """A state at step 0 with parameters that are there, float32 in the pipeline's layout; they become part of it."""
+    placed = shardings(pipe, optimizer)
+    step, skipped = (jax.device_put(jnp.zeros((), jnp.int32), placed.step) for _ in range(2))
+    return State(step, params, jax.jit(optimizer.init, out_shardings=placed.optimizer)(params), skipped)
+
+
 def make_step(
     pipe: Pipeline,
     optimizer: optax.GradientTransformation,
