@@ -24,6 +24,7 @@ from rich.table import Table
 
 from options import ModelOptions, OptionalStr, PipelineOptions, fail, or_fail, parse, write_json, write_text
 from vocabpp_jax import Pipeline, compiled, make_mesh, models
+from vocabpp_jax.models.config import attention_implementation
 from vocabpp_jax.optimizer import adamw
 from vocabpp_jax.schedules.cost import GPU, load_gpu
 
@@ -84,9 +85,9 @@ class Report:
 
 
 def on_gpu(options: ModelOptions) -> models.Config:
-    """The model as a GPU would run it: with flash attention where its dtype allows it."""
+    """The model as a GPU would run it: with flash attention where that takes it."""
     config = options.config()
-    return dataclasses.replace(config, attention="cudnn") if config.dtype == "bfloat16" else config
+    return dataclasses.replace(config, attention=attention_implementation(config, "gpu"))
 
 
 def prepare(model: ModelOptions, pipeline: PipelineOptions, gpu: GPU) -> Pipeline:

@@ -85,6 +85,11 @@ class Config:
         return self.hidden // self.heads
 
     @property
+    def fits_cudnn(self) -> bool:
+        """Whether cuDNN's flash attention computes this attention on every GPU since Ampere."""
+        return self.dtype == "bfloat16" and self.head_width % 8 == 0 and self.head_width <= _AUTO_CUDNN_HEAD
+
+    @property
     def shared_heads(self) -> int:
         """Heads that can be told apart: a tensor axis must divide it."""
         return self.heads
@@ -129,12 +134,12 @@ class Config:
         return self.init_std / (2 * self.layers) ** 0.5
 
 
-def attention_implementation(config: Config) -> str:
-    """``xla`` or ``cudnn``: what ``config.attention`` means for the default backend, which this initialises."""
+def attention_implementation(config: Config, backend: str | None = None) -> str:
+    """``xla`` or ``cudnn``: what ``config.attention`` means for a backend, or for the default one, which this
+    initialises."""
     if config.attention != "auto":
         return config.attention
-    fits = config.dtype == "bfloat16" and config.head_width % 8 == 0 and config.head_width <= _AUTO_CUDNN_HEAD
-    return "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
+    return "cudnn" if config.fits_cudnn and (backend or jax.default_backend()) == "gpu" else "xla"
 
 
 @dataclass(frozen=True)

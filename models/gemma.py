@@ -45,6 +45,10 @@ class GemmaConfig(RotaryConfig):
         return _norm(self)(self.hidden)
 
     @property
+    def fits_cudnn(self) -> bool:
+        return False  # its kernels have no soft cap
+
+    @property
     def embed_scale(self) -> float:
         return self.hidden**0.5
 

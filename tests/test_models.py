@@ -92,7 +92,9 @@ def test_a_wrong_field_is_refused_by_name_value_and_what_would_do(wrong, said):
 )
 def test_auto_attention_is_cudnn_only_where_cudnn_takes_it(monkeypatch, backend, dtype, hidden, expected):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert attention_implementation(dataclasses.replace(CONFIG, dtype=dtype, hidden=hidden)) == expected
+    config = dataclasses.replace(CONFIG, dtype=dtype, hidden=hidden)
+    assert attention_implementation(config) == attention_implementation(config, backend) == expected
+    assert attention_implementation(models.named("gemma-tiny", dtype="bfloat16"), "gpu") == "xla"  # capped scores
 
 
 def test_chosen_attention_does_not_depend_on_the_backend(monkeypatch):
