@@ -94,7 +94,7 @@ def test_auto_attention_is_cudnn_only_where_cudnn_takes_it(monkeypatch, backend,
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     config = dataclasses.replace(CONFIG, dtype=dtype, hidden=hidden)
     assert attention_implementation(config) == attention_implementation(config, backend) == expected
-    assert attention_implementation(models.named("gemma-tiny", dtype="bfloat16"), "gpu") == "xla"  # capped scores
+    assert attention_implementation(named("gemma-tiny", dtype="bfloat16"), "gpu") == "xla"  # capped scores
 
 
 def test_chosen_attention_does_not_depend_on_the_backend(monkeypatch):
