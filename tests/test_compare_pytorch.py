@@ -96,6 +96,7 @@ def test_kernels_and_schedule_explain_the_measured_ratio():
     assert ratio["product"] == pytest.approx(2.5) and ratio["measured_ratio"] == pytest.approx(2.75)
 
 
+@pytest.mark.torch
 def test_pytorch_s_pipelines_train_to_the_same_losses(tmp_path):
     pytest.importorskip("torch", reason="the extra torch is not installed")
     small = "--layers 4 --hidden 16 --heads 2 --seq 8 --vocab-size 37 --microbatches 4 --share-cores".split()

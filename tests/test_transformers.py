@@ -12,7 +12,7 @@ from vocabpp_jax import models
 from vocabpp_jax.models import huggingface
 from vocabpp_jax.stream import leaves
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.torch]
 torch = pytest.importorskip("torch", reason="a test extra: pip install vocabpp-jax[transformers]")
 transformers = pytest.importorskip("transformers", reason="a test extra: pip install vocabpp-jax[transformers]")
 
