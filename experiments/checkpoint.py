@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a look into a file needs no GPU
 
-from options import OptionalInt, OptionalStr, fail, or_fail, parse
+from options import OptionalInt, OptionalStr, fail, or_fail, parse, write_json
 from vocabpp_jax.checkpoints import inspection
 from vocabpp_jax.hosts import quiet_libraries
 
@@ -99,25 +97,14 @@ def show(options: CheckpointOptions, result: dict) -> None:
         print(f"written: {file}, the parameters of step {result['step']}")
 
 
-def write(path: str, result: dict) -> None:
-    """The result as a file of JSON."""
-    try:
-        Path(path).write_text(json.dumps(result, indent=1) + "\n")
-    except OSError as problem:
-        raise ValueError(f"json is {path!r}, which cannot be written ({problem.strerror})") from None
-
-
 def main(arguments: list[str] | None = None) -> None:
     """The command. Status 1 where verify finds something damaged."""
     options = parse(CheckpointOptions, __doc__, arguments)
     quiet_libraries()
     result = or_fail(lambda: run(options))
-    if options.json == "-":
-        print(json.dumps(result, indent=1))
-    else:
+    if options.json != "-":
         show(options, result)
-        if options.json:
-            or_fail(lambda: write(options.json, result))
+    write_json(options.json, result)
     bad = [e["step"] for e in result.get("checkpoints", []) if e.get("problem") or e.get("problems")]
     if options.action == "verify" and bad:
         fail(f"damaged: the checkpoints of step {', '.join(map(str, bad))} in {options.folder}", status=1)

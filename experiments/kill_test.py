@@ -7,7 +7,6 @@ run that was never killed. Exits with status 1 if not.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -18,7 +17,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from options import OptionalStr, fail, parse
+from options import OptionalStr, fail, parse, write_json
 from vocabpp_jax.checkpoints import read_record, steps_in
 from vocabpp_jax.metrics import read_records
 
@@ -142,10 +141,9 @@ def main(arguments: list[str] | None = None) -> None:
         fail(f"kills is {options.kills} and steps {options.steps}; both must be at least 1")
     with tempfile.TemporaryDirectory() as folder:
         result = kill_test(options, Path(folder))
-    text = json.dumps(result, indent=1)
-    if options.json and options.json != "-":
-        Path(options.json).write_text(text + "\n")
-    print(text if options.json == "-" else {name: value for name, value in result.items() if name != "deaths"})
+    write_json(options.json, result)
+    if options.json != "-":
+        print({name: value for name, value in result.items() if name != "deaths"})
     if result["checkpoints_lost"] or result["different_losses"] or result["different_arrays"]:
         fail("the run that was killed is not the run that was not", status=1)
 

@@ -92,7 +92,7 @@ def test_an_export_holds_the_canonical_parameters_bit_for_bit(output, folder, ma
         ("export checkpoints --output taken", "taken is there already"),
         ("export checkpoints --output taken/x.safetensors", "taken"),
         ("export checkpoints --output a.safetensors --shard-gb 0.000001", "give a folder, or a larger --shard-gb"),
-        ("list checkpoints --json none/x.json", "which cannot be written"),
+        ("list checkpoints --json none/x.json", "json is none/x.json; it cannot be written"),
         ("paint checkpoints", "invalid choice 'paint'"),
     ],
 )
