@@ -7,7 +7,9 @@ import dataclasses
 
 import jax
 import pytest
-from parity import ParityOptions, case, combinations, compare
+
+from parity_compare import Case, compare
+from parity_matrix import case, combinations
 
 # schedule, method, stages, microbatches, tied, data: a stage alone, odd numbers, fewer microbatches than stages, more
 # than three a stage, multiples of three (V-Min's own case), even and odd (V-Half's).
@@ -137,4 +139,4 @@ def test_nothing_masked_and_everything_of_one_microbatch_masked_both_hold():
     options = case("1f1b", "vocab-2", 2, 3, False)
     for fraction in (0.0, 0.9):
         assert compare(dataclasses.replace(options, mask_fraction=fraction)).holds
-    assert isinstance(options, ParityOptions) and jax.device_count() == 8
+    assert isinstance(options, Case) and jax.device_count() == 8
