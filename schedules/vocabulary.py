@@ -41,7 +41,7 @@ def insert(
     given, as many as published. Each is one more microbatch in flight. Without ``overlap`` there are none.
 
     Raises:
-        ValueError: an unknown method, or intervals for a method that has no barriers.
+        ValueError: an unknown method, or intervals for a method that has no barriers, or without overlap.
     """
     if method not in BARRIERS:
         raise ValueError(f"method is {method!r}; the methods are {', '.join(METHODS)}")
@@ -50,6 +50,8 @@ def insert(
         raise ValueError(
             f"inserted is {inserted} with method {method!r}; 0 intervals or more can be inserted for {fit}"
         )
+    if inserted and not overlap:
+        raise ValueError(f"inserted is {inserted} without overlap, where passes need no intervals; leave it out")
     shifts, count = tuple(block.shift(i) for i in range(m)), 0
     if method not in SHARDED:
         first_B = [block.B[0] + block.backward_slots - 1 + t for t in shifts] if block.B else []
