@@ -24,7 +24,7 @@ from jax import lax
 
 from .layout import PIPE, Layout
 from .linearize import Linearized
-from .rings import Cells, State, after, behind_earlier_passes, get, put, put_if, when, zeros
+from .rings import Cells, State, after, before_later_passes, behind_earlier_passes, get, put, put_if, when, zeros
 from .schedules import Instruction, Program, Segment
 from .steps import VocabularySteps, flight
 
@@ -95,7 +95,8 @@ class Executor:
                 carry, under_way = _landed(carry, under_way, instruction.slot)
                 cells = {name: row[c] for name, c in places.items()}
                 if instruction.op == "permute":
-                    under_way.append(_sent(carry, instruction, cells))
+                    carry, transfer = _sent(carry, instruction, cells)
+                    under_way.append(transfer)
                 else:
                     carry = self.execute(instruction, cells, carry)
             carry, _ = _landed(carry, under_way, self.program.schedule.interval)
@@ -233,11 +234,12 @@ class Transfer(NamedTuple):
     arriving: jax.Array
 
 
-def _sent(state: State, instruction: Instruction, cells: Cells) -> Transfer:
-    """Sends what the passes of this slot made."""
+def _sent(state: State, instruction: Instruction, cells: Cells) -> tuple[State, Transfer]:
+    """Sends what the passes of this slot made, from a buffer that later passes do not write."""
     with jax.named_scope("transfer"):
         leaving = behind_earlier_passes(state, state["out"])
-        return Transfer(instruction.due, cells["deliver"], lax.ppermute(leaving, PIPE, instruction.pairs))
+        arriving = lax.ppermute(leaving, PIPE, instruction.pairs)
+    return before_later_passes(state, leaving), Transfer(instruction.due, cells["deliver"], arriving)
 
 
 def _landed(state: State, under_way: list[Transfer], slot: int) -> tuple[State, list[Transfer]]:
