@@ -109,10 +109,8 @@ class Both:
     def arguments(self, vocab_size: int, schedule: str, method: str) -> dict[str, Any]:
         """What our ranks need to know."""
         options = self.options
-        given = options.pipeline
-        pipeline = dataclasses.replace(
-            given, schedule=schedule, method=method, data_parallel=1, no_overlap=not options.gpus
-        )
+        given = options.pipeline.on("gpu" if options.gpus else "cpu")
+        pipeline = dataclasses.replace(given, schedule=schedule, method=method, data_parallel=1)
         model = dataclasses.replace(options.model, vocab_size=vocab_size)
         return {"model": dataclasses.asdict(model), "pipeline": dataclasses.asdict(pipeline)}
 

@@ -81,8 +81,9 @@ class ModelOptions:
 
     @property
     def folder(self) -> Path | None:
-        """The Hugging Face folder, where the model is one."""
-        return Path(self.model) if os.sep in self.model or Path(self.model).is_dir() else None
+        """The Hugging Face folder, where the model is one. A name stays a name beside a folder that is called so."""
+        named = self.model in models.SIZES
+        return Path(self.model) if not named and (os.sep in self.model or Path(self.model).is_dir()) else None
 
     def build(self) -> Model:
         """The model with its loss. Raises ValueError for what makes none."""
@@ -118,6 +119,10 @@ class PipelineOptions:
     no_overlap: bool = False
     """Wait for every collective of the vocabulary layers where it stands, all of them in one place of an interval: for
     CPUs, whose collectives let no pass run beside them."""
+
+    def on(self, platform: str) -> PipelineOptions:
+        """The same for what it is to be timed on: a CPU that waits for a collective does nothing else meanwhile."""
+        return dataclasses.replace(self, no_overlap=self.no_overlap or platform == "cpu")
 
     def build(self, config: Config) -> Schedule:
         """The schedule for a model. Raises ValueError for an unknown name or what cannot be scheduled."""

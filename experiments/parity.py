@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paper.page import table
 from rich.console import Console
 from rich.table import Table
 
 from options import ClusterOptions, OptionalStr, or_fail, parse, write_json
 from parity_compare import Case, Parity, compare, prepare
-from parity_matrix import COLUMNS, run_all, summary
+from parity_matrix import run_all, summary
 from speed_report import insert_table
 
 
@@ -54,13 +55,15 @@ def show(result: Parity, console: Console) -> None:
 
 def show_all(results: list[dict[str, Any]], console: Console, docs: str | None) -> None:
     """The table of the matrix, also on a page."""
-    table, rows = Table(*COLUMNS), summary(results)
+    rows = summary(results)
+    if not rows:
+        return
+    shown = Table(*rows[0])
     for row in rows:
-        table.add_row(*row)
-    console.print(table)
+        shown.add_row(*row.values())
+    console.print(shown)
     if docs:
-        lines = [f"| {' | '.join(row)} |" for row in (COLUMNS, ("---",) * 2 + ("---:",) * 5, *rows)]
-        or_fail(lambda: insert_table(Path(docs), "parity", "\n".join(lines)))
+        or_fail(lambda: insert_table(Path(docs), "parity", table(rows)))
 
 
 def main() -> None:

@@ -111,34 +111,23 @@ def run_all(path: Path, only: str, jobs: int, console: Console) -> list[dict[str
     return [done[name_of(options)] for options in cases]
 
 
-COLUMNS = (
-    "schedule",
-    "method",
-    "cases",
-    "largest loss error",
-    "largest gradient error",
-    "in flight as promised",
-    "hold",
-)
-
-
-def summary(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """A row of :data:`COLUMNS` for every schedule and method that has results."""
+def summary(results: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """A row for every schedule and method that has results."""
     rows = []
     for schedule, method in combinations():
         of = [r for r in results if r["case"].startswith(f"{schedule} {method} ")]
         if of:
             as_promised = all(r["in_flight"] == r["promised_in_flight"] for r in of)
             rows.append(
-                (
-                    schedule,
-                    method,
-                    str(len(of)),
-                    f"{max(r['loss_error'] for r in of):.1e}",
-                    f"{max(r['max_grad_error'] for r in of):.1e}",
-                    "yes" if as_promised else "no",
-                    f"{sum(r['holds'] for r in of)}/{len(of)}",
-                )
+                {
+                    "schedule": schedule,
+                    "method": method,
+                    "cases": str(len(of)),
+                    "largest loss error": f"{max(r['loss_error'] for r in of):.1e}",
+                    "largest gradient error": f"{max(r['max_grad_error'] for r in of):.1e}",
+                    "in flight as promised": "yes" if as_promised else "no",
+                    "hold": f"{sum(r['holds'] for r in of)}/{len(of)}",
+                }
             )
     return rows
 

@@ -160,11 +160,10 @@ def measure(options: SpeedOptions, vocab_size: int, limit_s: float) -> dict[str,
 def prepare(options: SpeedOptions, group: Any, result: dict[str, Any], left: Left) -> None:
     """Have everything built and compiled, or noted among what is left out."""
     model, cases = dataclasses.asdict(options.at(result["vocab_size"])), options.cases()
-    # A CPU that waits for a collective does nothing else meanwhile.
-    given = dataclasses.replace(options.pipeline, data_parallel=1, no_overlap=result["devices"]["platform"] == "cpu")
+    given = options.pipeline.on(result["devices"]["platform"])
     for name in (IDEAL, *cases, *options.comparators):
         schedule, method = cases.get(name, ("1f1b", "vocab-2"))
-        pipeline = dataclasses.replace(given, schedule=schedule, method=method)
+        pipeline = dataclasses.replace(given, schedule=schedule, method=method, data_parallel=1)
         arguments = {"model": model, "pipeline": dataclasses.asdict(pipeline)}
         try:
             ready = group.ask("prepare", left(), name=name, comparator=None if name in cases else name, **arguments)

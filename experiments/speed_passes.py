@@ -20,7 +20,7 @@ from vocabpp_jax.schedules import COMPILED, ON_CPUS, Durations, Instruction, Pro
 
 RINGS = {"deliver": "inbox"}  # the tables that are not named after the ring they index
 LONG = ("F", "B", "W", "S", "S1", "S2", "T", "H")  # all else takes so little that it needs more intervals to be seen
-_SUBTRACTED = {"CI": ("C0", "IF"), "big": ("G",), "CB": ("IB",)}
+_TIMED_WITH = {"CI": "IF", "big": "G", "CB": "IB"}  # sums that are not stored anywhere, and the pass beside them
 
 
 @dataclass(frozen=True)
@@ -160,11 +160,11 @@ def durations_of(pipe: Pipeline, seconds: Seconds) -> Durations:
         devices = np.flatnonzero((i.tables["microbatch"] >= 0).any(axis=0))
         took = seconds([i], tuple(devices.tolist()), (kind, shared))
         times[kind] = tuple(took if d in devices else 0.0 for d in range(schedule.p))
-    for name in sorted({name for op, name in whole if op == "start"}, key=lambda n: (n in _SUBTRACTED, n)):
-        reads = {"CI": "IF", "big": "G", "CB": "IB"}.get(name)
+    for name in sorted({name for op, name in whole if op == "start"}, key=lambda n: (n in _TIMED_WITH, n)):
+        reads = _TIMED_WITH.get(name)
         ends = [whole["start", name], whole["done", name]]
         if name == "CI":  # the lookup lands nowhere but in its sum
-            both = seconds([whole["run", "IF"], *ends], None, (name, shared))
+            both = seconds([whole["run", reads], *ends], None, (name, shared))
             times["CI"] = min(both, times["C0"])
             times["IF"] = (both - times["CI"],) * schedule.p
         elif reads:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path as File
 from typing import Any
 
@@ -44,14 +45,13 @@ def load(folder: str | File, pipe: Pipeline) -> Params:
         ValueError: what :func:`load_config` refuses; a tensor that is missing, of another shape, or that nothing here
             takes; a truncated file. All of it is found before the first weight is read.
     """
-    architecture, config = _read_config(File(folder))
-    return assemble(pipe, _reader(File(folder), architecture, config, pipe.model.param_shapes()))
+    return assemble(pipe, check(folder, pipe))
 
 
-def check(folder: str | File, pipe: Pipeline) -> None:
-    """Raises what :func:`load` would, without reading a weight."""
+def check(folder: str | File, pipe: Pipeline) -> Callable[[Path, Index], np.ndarray]:
+    """Raises what :func:`load` would, without reading a weight; returns what reads them."""
     architecture, config = _read_config(File(folder))
-    _reader(File(folder), architecture, config, pipe.model.param_shapes())
+    return _reader(File(folder), architecture, config, pipe.model.param_shapes())
 
 
 def load_canonical(folder: str | File) -> tuple[Config, Params]:
@@ -130,7 +130,9 @@ def _read_config(folder: File) -> tuple[Architecture, Config]:
         raise ValueError(f"{file} lacks the field {missing}, which a {name} has") from None
 
 
-def _reader(folder: File, architecture: Architecture, config: Config, shapes: Params) -> Any:
+def _reader(
+    folder: File, architecture: Architecture, config: Config, shapes: Params
+) -> Callable[[Path, Index], np.ndarray]:
     """``(path, index) -> array`` for the canonical leaves of ``shapes``, once all of them are known to be there."""
     tensors = Tensors(folder)
     entries = tensors.entries

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.compilation_cache import compilation_cache
 
+from options import ModelOptions
 from train_options import CheckpointOptions
 from vocabpp_jax import checkpoints, models
 from vocabpp_jax.data import train_tokenizer
@@ -104,6 +105,11 @@ def test_training_goes_from_one_hugging_face_folder_to_another(text, tmp_path):
     _, after = huggingface.load_canonical("after")
     moved = jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), before, after)
     assert all(0 < distance < 2e-4 for distance in jax.tree.leaves(moved)), moved  # Adam's first step is the rate
+
+
+def test_a_named_model_is_that_one_beside_a_folder_that_is_called_so(tmp_path):
+    (tmp_path / "gpt-tiny").mkdir()
+    assert ModelOptions("gpt-tiny").config() == models.named("gpt-tiny")
 
 
 def test_without_data_parallel_all_devices_are_used(monkeypatch):

@@ -53,20 +53,18 @@ def shardings(pipe: Pipeline, optimizer: optax.GradientTransformation) -> State:
 
 def init_state(pipe: Pipeline, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
     """A state at step 0, made where it will live. The same key gives the same model whatever the layout."""
-
-    def init(key: jax.Array) -> State:
-        params = pipe.layout.pack(pipe.model.init(key))
-        none = jnp.zeros((), jnp.int32)
-        return State(none, params, optimizer.init(params), none)
-
-    return jax.jit(init, out_shardings=shardings(pipe, optimizer))(key)
+    draw = jax.jit(lambda key: pipe.layout.pack(pipe.model.init(key)), out_shardings=pipe.shardings)
+    return start_from(pipe, optimizer, draw(key))
 
 
 def start_from(pipe: Pipeline, optimizer: optax.GradientTransformation, params: Any) -> State:
-    """A state at step 0 with parameters that are there, float32 in the pipeline's layout; they become part of it."""
-    placed = shardings(pipe, optimizer)
-    step, skipped = (jax.device_put(jnp.zeros((), jnp.int32), placed.step) for _ in range(2))
-    return State(step, params, jax.jit(optimizer.init, out_shardings=placed.optimizer)(params), skipped)
+    """A state at step 0 with parameters that are there, float32 in the pipeline's layout, whose buffers it takes."""
+
+    def begin(params: Any) -> State:
+        none = jnp.zeros((), jnp.int32)
+        return State(none, params, optimizer.init(params), none)
+
+    return jax.jit(begin, donate_argnums=0, out_shardings=shardings(pipe, optimizer))(params)
 
 
 def make_step(
