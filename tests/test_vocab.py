@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vocabpp_jax import vocab
-from vocabpp_jax.vocab import Loss, Shard, Stats, whole
+from vocabpp_jax.vocab import Loss, Shard, Stats, Target, whole
 
 N, D = 7, 5
 PLAIN = Loss()
@@ -43,20 +43,19 @@ def algorithm(number: int, w, x, labels, weight, p, loss=PLAIN):
     parts = shards(w, p)
     logits = [vocab.logits(wk, x, s, loss) for wk, s in parts]
     slopes = [vocab.slopes(y, labels, s, jnp.float32, loss) for y, (_, s) in zip(logits, parts, strict=True)]
-    local = [vocab.local_softmax(y, labels, s, jnp.float32, loss) for y, (_, s) in zip(logits, parts, strict=True)]
+    local = [vocab.exponentials(y, labels, s, jnp.float32, loss) for y, (_, s) in zip(logits, parts, strict=True)]
     whole = vocab.combine(jax.tree.map(lambda *xs: jnp.stack(xs), *(stats for _, stats in local)))
     dw, dx = [], 0
     for (wk, s), (soft, stats), slope in zip(parts, local, slopes, strict=True):
         scale = vocab.factor(stats, whole, loss)
-        target = (weight, labels, s, loss, slope)
-        dy = vocab.logit_gradient(soft, scale, *target)
-        dw.append(vocab.weight_gradient(jnp.zeros(wk.shape), dy, x))
+        target = Target(weight, labels, s, loss, slope)
+        dw.append(vocab.weight_gradient(jnp.zeros(wk.shape), soft, x, scale, target))
         if number == 1:
-            dx += vocab.input_gradient(dy, wk)
+            dx += vocab.input_gradient(soft, wk, scale, target)
         else:
             a = vocab.unscaled_input_gradient(soft, wk)
             uniform = vocab.uniform_input_gradient(wk, s, loss, slope) if loss.label_smoothing else None
-            dx += vocab.partial_input_gradient(a, wk, scale, *target, uniform)
+            dx += vocab.partial_input_gradient(a, wk, scale, target, uniform)
     padding = jnp.concatenate(dw)[w.shape[0] :]
     np.testing.assert_array_equal(padding, np.zeros_like(padding))
     return jnp.sum(weight * vocab.losses(whole, loss)), jnp.concatenate(dw)[: w.shape[0]], dx
@@ -125,7 +124,7 @@ def test_shards_of_the_input_layer_add_up_to_the_lookup_and_its_transpose(V, p, 
 
 def test_statistics_and_losses_are_float32_in_bfloat16_compute():
     w, x, labels, _ = problem(11)
-    soft, stats = vocab.local_softmax(
+    soft, stats = vocab.exponentials(
         vocab.logits(w.astype(jnp.bfloat16), x.astype(jnp.bfloat16), Shard(0, 11)), labels, Shard(0, 11), jnp.bfloat16
     )
     assert soft.dtype == jnp.bfloat16 and all(s.dtype == jnp.float32 for s in stats)

@@ -16,7 +16,7 @@ from vocabpp_jax import models, vocab
 from vocabpp_jax.models import GPTConfig
 from vocabpp_jax.schedules.cost import Sizes
 from vocabpp_jax.schedules.layers import even_split, head_in_layers, optimal_split, published_split
-from vocabpp_jax.vocab import Shard, Stats
+from vocabpp_jax.vocab import Shard, Stats, Target
 
 GEMMA2_9B = {"hidden": 3584, "layers": 42}
 """What Figure 2 is about; a layer of it is counted as a GPT's of this width."""
@@ -62,21 +62,18 @@ def output_layer(rows: int, tokens: int, hidden: int) -> dict[str, float]:
     stats = Stats(vector, vector, vector)
 
     def S(w, x, labels):
-        return vocab.local_softmax(vocab.logits(w, x, shard), labels, shard, jnp.float32)
+        return vocab.exponentials(vocab.logits(w, x, shard), labels, shard, jnp.float32)
 
     def S2(w, x, labels):
         p, stats = S(w, x, labels)
         return p, stats, vocab.unscaled_input_gradient(p, w)
 
-    def dY(p, labels, local, whole, weight):
-        return vocab.logit_gradient(p, vocab.factor(local, whole), weight, labels, shard)
-
     def T(p, labels, local, whole, weight, w, x, grad):
-        dy = dY(p, labels, local, whole, weight)
-        return vocab.input_gradient(dy, w), vocab.weight_gradient(grad, dy, x)
+        scale, target = vocab.factor(local, whole), Target(weight, labels, shard)
+        return vocab.input_gradient(p, w, scale, target), vocab.weight_gradient(grad, p, x, scale, target)
 
     def T2(p, labels, local, whole, weight, x, grad):
-        return vocab.weight_gradient(grad, dY(p, labels, local, whole, weight), x)
+        return vocab.weight_gradient(grad, p, x, vocab.factor(local, whole), Target(weight, labels, shard))
 
     after = (p, labels, stats, stats, vector)
     return {

@@ -23,7 +23,7 @@ from paper.settings import MODELS, PUBLISHED
 from vocabpp_jax import models, vocab
 from vocabpp_jax.schedules import build
 from vocabpp_jax.schedules.cost import GPU, Cost, Sizes
-from vocabpp_jax.vocab import Shard
+from vocabpp_jax.vocab import Shard, Target
 
 V = 256_000
 """The vocabulary of Table 3: its text names none, and this is the largest of the tables."""
@@ -97,14 +97,13 @@ def output_step(method: str, shard: Shard) -> Callable[..., Any]:
     """S and T of one shard, with the statistics that only it knows standing for the global ones."""
 
     def step(w, x, labels, grad):
-        p, stats = vocab.local_softmax(vocab.logits(w, x, shard), labels, shard, jnp.float32)
-        scale, weight = vocab.factor(stats, stats), jnp.ones(x.shape[0])
-        dy = vocab.logit_gradient(p, scale, weight, labels, shard)
+        p, stats = vocab.exponentials(vocab.logits(w, x, shard), labels, shard, jnp.float32)
+        scale, target = vocab.factor(stats, stats), Target(jnp.ones(x.shape[0]), labels, shard)
         if method == "vocab-1":
-            dx = vocab.input_gradient(dy, w)
+            dx = vocab.input_gradient(p, w, scale, target)
         else:
-            dx = vocab.partial_input_gradient(vocab.unscaled_input_gradient(p, w), w, scale, weight, labels, shard)
-        return dx, vocab.weight_gradient(grad, dy, x)
+            dx = vocab.partial_input_gradient(vocab.unscaled_input_gradient(p, w), w, scale, target)
+        return dx, vocab.weight_gradient(grad, p, x, scale, target)
 
     return jax.jit(step, donate_argnums=3)
 

@@ -17,7 +17,7 @@ from jax import lax
 from .. import vocab
 from ..rings import Cells, State, get, put, put_if, when, zeros
 from ..schedules import sums_before_T
-from ..vocab import Loss, Shard, Slopes, Stats
+from ..vocab import Loss, Shard, Slopes, Stats, Target
 from .layer import Start, VocabularyLayer, flight
 
 F32 = jnp.float32
@@ -62,7 +62,7 @@ class OutputSteps(VocabularyLayer):
 
         def passed(state: State) -> State:
             y, labels = self._logits(self._hidden(state, cells)), self._labels(cells)
-            p, stats = vocab.local_softmax(y, labels, self.shard, self.head.dtype, self.loss)
+            p, stats = vocab.exponentials(y, labels, self.shard, self.head.dtype, self.loss)
             slopes = self._slopes(y, labels)
             record = get(state["P"], cells["P"]) | {"local": stats}
             if self.trains:
@@ -120,23 +120,17 @@ class OutputSteps(VocabularyLayer):
         updated = {"loss": state["loss"] + loss}
         if not self.trains:
             return updated
-        local = self._local(state, cells)
-        if "S1" in self.names:
-            scale = vocab.z_factor(whole, self.loss) / whole.sum
-        else:
-            scale = vocab.factor(local, whole, self.loss)
-        return updated | self._noted(state, cells, factor=scale)
+        return updated | self._noted(state, cells, factor=vocab.factor(self._local(state, cells), whole, self.loss))
 
     def run_T(self, state: State, cells: Cells) -> State:
         """T: the weight gradient; behind the barrier (Algorithm 1) also this shard's part of the input gradient."""
 
         def passed(state: State) -> State:
             record = get(state["P"], cells["P"])
-            target = (self._weight(cells), self._labels(cells), self.shard, self.loss, record["slopes"])
-            dy = vocab.logit_gradient(record["softmax"], record["factor"], *target).astype(self.head.dtype)
-            total = vocab.weight_gradient(state[self.head_gradient], dy, self._hidden(state, cells))
+            p, scale, target = record["softmax"], record["factor"], self._target(cells, record["slopes"])
+            total = vocab.weight_gradient(state[self.head_gradient], p, self._hidden(state, cells), scale, target)
             state = state | {self.head_gradient: total}
-            return state if self.early else state | {"A": vocab.input_gradient(dy, self.head)}
+            return state if self.early else state | {"A": vocab.input_gradient(p, self.head, scale, target)}
 
         names = (self.head_gradient,) if self.early else (self.head_gradient, "A")
         return when(cells["microbatch"] >= 0, state, names, passed)
@@ -146,8 +140,8 @@ class OutputSteps(VocabularyLayer):
         if self.early:
             cell = jnp.maximum(cells["P"], 0)
             scale, slopes = get(state["P"]["factor"], cell), get(state["P"]["slopes"], cell)
-            target = (self._weight(cells), self._labels(cells), self.shard, self.loss, slopes, state.get("uniform"))
-            part = vocab.partial_input_gradient(part, self.head, scale, *target)
+            target = self._target(cells, slopes)
+            part = vocab.partial_input_gradient(part, self.head, scale, target, state.get("uniform"))
         return part, self._sum_over_shards
 
     def done_big(self, state: State, cells: Cells, g: jax.Array) -> State:
@@ -216,6 +210,9 @@ class OutputSteps(VocabularyLayer):
 
     def _weight(self, cells: Cells) -> jax.Array:
         return get(self.batch["weight"], jnp.maximum(cells["microbatch"], 0)).reshape(-1)
+
+    def _target(self, cells: Cells, slopes: Slopes | None) -> Target:
+        return Target(self._weight(cells), self._labels(cells), self.shard, self.loss, slopes)
 
     def _local(self, state: State, cells: Cells) -> Stats:
         return get(state["P"]["local"], jnp.maximum(cells["P"], 0))

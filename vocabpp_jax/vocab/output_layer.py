@@ -2,13 +2,15 @@
 
 On shard k, with ``Y = X W_kᵀ`` and the one-hot labels ``G``, local quantities are primed::
 
-    m' = max Y      sum' = Σ exp(Y - m')      P' = exp(Y - m') / sum'
-    m  = max m'     sum  = Σ sum' e^(m' - m)  softmax = P' · (sum' e^(m' - m) / sum)
+    m' = max Y      P' = exp(Y - m')          sum' = Σ P'
+    m  = max m'     sum  = Σ sum' e^(m' - m)  softmax = P' · f,  f = e^(m' - m) / sum
     loss = log sum + m - Y[label]     ∇X = Σ_k (softmax - G) W_k     ∇W_k = (softmax - G)ᵀ X
 
-Everything that differs between shards once the global m and sum are known is one factor a row. That is why the
+Everything that differs between shards once the global m and sum are known is one factor a row, f. That is why the
 barriers can be moved: Algorithm 1 exchanges m' and sum' before the matrix products of the backward, Algorithm 2
-computes ``P' W_k`` before and rescales its rows after. Maxima, sums, factors and losses are float32.
+computes ``P' W_k`` before and rescales its rows after. (The paper divides P' by sum' and puts sum' into f.) And that is
+why no matrix of ``softmax - G`` is made: its products are those of P' with f on the rows of the other factor or of the
+result, less one row of W, or of X, for every token. Maxima, sums, factors and losses are float32.
 
 **The extensions of** :class:`~.loss.Loss` keep that. With raw logits ``U = X Wᵀ``, ``Y = c tanh(U / c)``, the slope
 ``∂ = dY/dU = 1 - (Y/c)²``, the smoothed target ``G' = (1-ε) G + ε/V`` and ``lse = log sum + m``::
@@ -19,7 +21,7 @@ computes ``P' W_k`` before and rescales its rows after. Maxima, sums, factors an
 * The soft cap is a factor an element, known before it: S stores ``P' ∘ ∂`` for P', and ``A = (P' ∘ ∂) W_k``.
 * Smoothing changes what is subtracted, ``G' ∘ ∂``, which no barrier has a part in. ``Σ G' Y`` adds up over shards where
   ``Y[label]`` did. Its uniform part in ∇X is ``ε/V Σ_rows ∂ W``: without a cap one vector for all tokens and
-  microbatches, with a cap one more product in S (and ∂ is stored for T), the only place where an extension costs one.
+  microbatches, with a cap one more product in S (and ∂ is stored for T, which then makes the whole matrix).
 
 So each algorithm has the barriers it had. Rows of the padding have ``Y = -inf`` and ``∂ = 0``.
 
@@ -35,6 +37,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .input_layer import scatter
 from .loss import Loss
 
 F32 = jnp.float32
@@ -61,6 +64,30 @@ class Slopes(NamedTuple):
 
     label: jax.Array
     rows: jax.Array | None
+
+
+class Target(NamedTuple):
+    """What the tokens are to be and how much they count: all of their gradient that no barrier has a part in.
+
+    ``weight`` and ``labels`` are ``[N]``.
+    """
+
+    weight: jax.Array
+    labels: jax.Array
+    shard: Shard
+    loss: Loss = PLAIN
+    slopes: Slopes | None = None
+
+    @property
+    def at_label(self) -> jax.Array:
+        """``(1-ε) ∂ · weight`` at the label, ``[N]``."""
+        share = (1 - self.loss.label_smoothing) * self.weight
+        return share if self.slopes is None else share * self.slopes.label
+
+    @property
+    def at_rows(self) -> float:
+        """``ε/V``, which multiplies ∂ at every row."""
+        return self.loss.label_smoothing / self.shard.vocab_size
 
 
 def _one_hot_mask(labels: jax.Array, shard: Shard, rows: int) -> jax.Array:
@@ -98,15 +125,13 @@ def _slope(y: jax.Array, loss: Loss) -> jax.Array:
     return jnp.where(y > -jnp.inf, 1 - jnp.square(y / loss.soft_cap), 0)
 
 
-def local_softmax(
+def exponentials(
     y: jax.Array, labels: jax.Array, shard: Shard, dtype: jnp.dtype, loss: Loss = PLAIN
 ) -> tuple[jax.Array, Stats]:
     """S: ``P' ∘ ∂ [N, R]`` in ``dtype`` and the local statistics. A shard of padding alone has P' = 0, sum' = 0."""
     maximum = jnp.max(y, axis=1)
     e = jnp.exp(y - jnp.where(jnp.isfinite(maximum), maximum, 0)[:, None])
-    total = jnp.sum(e, axis=1)
-    p = capped(e / jnp.where(total > 0, total, 1)[:, None], y, loss)
-    return p.astype(dtype), Stats(maximum, total, target_logits(y, labels, shard, loss))
+    return capped(e, y, loss).astype(dtype), Stats(maximum, jnp.sum(e, axis=1), target_logits(y, labels, shard, loss))
 
 
 def target_logits(y: jax.Array, labels: jax.Array, shard: Shard, loss: Loss = PLAIN) -> jax.Array:
@@ -126,13 +151,9 @@ def combine(of_shards: Stats) -> Stats:
 
 
 def factor(local: Stats, whole: Stats, loss: Loss = PLAIN) -> jax.Array:
-    """``sum' e^(m' - m) / sum · (1 + 2λ lse) [N]``: what turns P' into the softmax and its z-loss."""
-    return local.sum * jnp.exp(local.maximum - whole.maximum) / whole.sum * z_factor(whole, loss)
-
-
-def z_factor(whole: Stats, loss: Loss) -> jax.Array:
-    """``1 + 2λ lse [N]``: the derivative of ``lse + λ lse²``."""
-    return 1 + 2 * loss.z_loss * _lse(whole) if loss.z_loss else jnp.ones_like(whole.sum)
+    """``f (1 + 2λ lse) [N]``: what turns P' into the softmax, and its gradient into that of ``lse + λ lse²``."""
+    f = jnp.exp(local.maximum - whole.maximum) / whole.sum
+    return f * (1 + 2 * loss.z_loss * _lse(whole)) if loss.z_loss else f
 
 
 def losses(whole: Stats, loss: Loss = PLAIN) -> jax.Array:
@@ -145,73 +166,66 @@ def _lse(whole: Stats) -> jax.Array:
     return jnp.log(whole.sum) + whole.maximum
 
 
-def logit_gradient(
-    p: jax.Array,
-    scale: jax.Array,
-    weight: jax.Array,
-    labels: jax.Array,
-    shard: Shard,
-    loss: Loss = PLAIN,
-    slopes: Slopes | None = None,
-) -> jax.Array:
-    """``dU = (P'∘∂ · scale - G'∘∂) · weight [N, R]`` in P's dtype."""
-    hot = _one_hot_mask(labels, shard, p.shape[1])
-    target = jnp.where(hot, _at_label(loss, slopes), 0)
-    if loss.label_smoothing:
-        target += loss.label_smoothing / shard.vocab_size * _rows(shard, p.shape[1], slopes)
-    return ((p * scale[:, None] - target) * weight[:, None]).astype(p.dtype)
+def weight_gradient(accumulated: jax.Array, p: jax.Array, x: jax.Array, scale: jax.Array, target: Target) -> jax.Array:
+    """T: ``accumulated + dUᵀ X [R, D]`` in float32, from ``P' ∘ ∂`` and its factor."""
+    matrix, rows = _softmax_part(p, scale, target)
+    weighted = (x.astype(F32) * rows[:, None]).astype(x.dtype)
+    product = lax.dot_general(matrix.astype(x.dtype), weighted, (((0,), (0,)), ((), ())), preferred_element_type=F32)
+    total = scatter(
+        accumulated + product, target.labels, target.shard.first_row, -target.at_label[:, None] * x.astype(F32)
+    )
+    if target.loss.label_smoothing and target.slopes is None:
+        uniform = target.at_rows * jnp.sum(target.weight[:, None] * x.astype(F32), axis=0)
+        total -= jnp.where(_exists(target.shard, len(total)).T, uniform, 0)
+    return total
 
 
-def _at_label(loss: Loss, slopes: Slopes | None) -> jax.Array | float:
-    """``(1-ε) ∂`` at the label, ``[N, 1]`` or a number."""
-    return (1 - loss.label_smoothing) * (1.0 if slopes is None else slopes.label[:, None])
-
-
-def _rows(shard: Shard, rows: int, slopes: Slopes | None) -> jax.Array:
-    """∂ at every row: ``[N, R]``, or without a cap ``[1, R]``, where it is 1 for a row that exists."""
-    return _exists(shard, rows).astype(F32) if slopes is None else slopes.rows
-
-
-def weight_gradient(accumulated: jax.Array, dy: jax.Array, x: jax.Array) -> jax.Array:
-    """T: ``accumulated + dUᵀ X [R, D]`` in float32."""
-    return accumulated + lax.dot_general(dy, x, (((0,), (0,)), ((), ())), preferred_element_type=F32)
-
-
-def input_gradient(dy: jax.Array, w: jax.Array) -> jax.Array:
+def input_gradient(p: jax.Array, w: jax.Array, scale: jax.Array, target: Target) -> jax.Array:
     """T of Algorithm 1: this shard's part of ∇X ``[N, D]``, ready to be summed over shards."""
-    return lax.dot_general(dy, w, (((1,), (0,)), ((), ())), preferred_element_type=F32).astype(w.dtype)
+    matrix, rows = _softmax_part(p, scale, target)
+    uniform = None
+    if target.loss.label_smoothing and target.slopes is None:
+        uniform = uniform_input_gradient(w, target.shard, target.loss)
+    return _less_target(_times(matrix.astype(w.dtype), w) * rows[:, None], w, target, uniform)
+
+
+def _softmax_part(p: jax.Array, scale: jax.Array, target: Target) -> tuple[jax.Array, jax.Array]:
+    """``dU`` without its labels and, where no cap is, its uniform part: a matrix, and a factor for each row."""
+    if target.slopes is None or target.slopes.rows is None:
+        return p, scale * target.weight
+    return (p * scale[:, None] - target.at_rows * target.slopes.rows).astype(p.dtype), target.weight
 
 
 def unscaled_input_gradient(p: jax.Array, w: jax.Array) -> jax.Array:
     """S of Algorithm 2: ``A = (P' ∘ ∂) W_k [N, D]``, before the global sums are known."""
-    return lax.dot_general(p, w, (((1,), (0,)), ((), ())), preferred_element_type=F32).astype(w.dtype)
+    return _times(p, w).astype(w.dtype)
+
+
+def _times(p: jax.Array, w: jax.Array) -> jax.Array:
+    return lax.dot_general(p, w, (((1,), (0,)), ((), ())), preferred_element_type=F32)
 
 
 def uniform_input_gradient(w: jax.Array, shard: Shard, loss: Loss, slopes: Slopes | None = None) -> jax.Array:
     """Smoothing's part of ∇X in Algorithm 2, ``ε/V Σ_rows ∂ W_k``: ``[N, D]``, or ``[1, D]`` without a cap."""
-    rows = _rows(shard, w.shape[0], slopes).astype(w.dtype)
-    product = lax.dot_general(rows, w, (((1,), (0,)), ((), ())), preferred_element_type=F32)
-    return loss.label_smoothing / shard.vocab_size * product
+    rows = _exists(shard, w.shape[0]) if slopes is None else slopes.rows
+    return loss.label_smoothing / shard.vocab_size * _times(rows.astype(w.dtype), w)
 
 
 def partial_input_gradient(
-    a: jax.Array,
-    w: jax.Array,
-    scale: jax.Array,
-    weight: jax.Array,
-    labels: jax.Array,
-    shard: Shard,
-    loss: Loss = PLAIN,
-    slopes: Slopes | None = None,
-    uniform: jax.Array | None = None,
+    a: jax.Array, w: jax.Array, scale: jax.Array, target: Target, uniform: jax.Array | None = None
 ) -> jax.Array:
     """C1 of Algorithm 2: ``(A · scale - (G'∘∂) W_k) · weight [N, D]``, ready to be summed over shards.
 
     ``uniform`` is :func:`uniform_input_gradient` where labels are smoothed.
     """
-    local = labels - shard.first_row
+    return _less_target(a * (scale * target.weight)[:, None], w, target, uniform)
+
+
+def _less_target(a: jax.Array, w: jax.Array, target: Target, uniform: jax.Array | None) -> jax.Array:
+    """``a`` less the target's part of ∇X, in the dtype of ``w``."""
+    local = target.labels - target.shard.first_row
     mine = (local >= 0) & (local < w.shape[0])
-    target = jnp.where(mine[:, None], w[jnp.where(mine, local, 0)], 0) * _at_label(loss, slopes)
+    a = a - jnp.where(mine[:, None], w[jnp.where(mine, local, 0)], 0) * target.at_label[:, None]
     if uniform is not None:
-        target += uniform
-    return ((a * scale[:, None] - target) * weight[:, None]).astype(a.dtype)
+        a = a - uniform * target.weight[:, None]
+    return a.astype(w.dtype)

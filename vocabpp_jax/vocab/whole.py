@@ -12,14 +12,15 @@ from jax import lax
 from .loss import Loss
 from .output_layer import (
     Shard,
+    Slopes,
+    Target,
+    exponentials,
+    factor,
     input_gradient,
-    local_softmax,
-    logit_gradient,
     logits,
     losses,
     slopes,
     weight_gradient,
-    z_factor,
 )
 
 LOGITS, GRADIENTS = 2**26, 2**28  # elements of the logits, and of their gradient, that are worked on at once
@@ -32,21 +33,23 @@ def whole_layer(
     """The weighted sum of losses, ``total`` with ∇W added, and ∇X ``[N, D]``.
 
     Beside the results no more lies about than :data:`LOGITS` float32 logits and :data:`GRADIENTS` elements of their
-    gradient.
+    exponentials (and of ∂, with a soft cap and smoothing).
     """
 
-    def of_logits(part: Tokens) -> tuple[jax.Array, jax.Array]:
+    def of_logits(part: Tokens) -> tuple[jax.Array, jax.Array, jax.Array, Slopes | None]:
         x, labels, weight = part
         y = logits(w, x, shard, loss)
-        p, stats = local_softmax(y, labels, shard, w.dtype, loss)
-        at = slopes(y, labels, shard, w.dtype, loss)
-        dy = logit_gradient(p, z_factor(stats, loss), weight, labels, shard, loss, at)
-        return jnp.sum(weight * losses(stats, loss)), dy
+        p, stats = exponentials(y, labels, shard, w.dtype, loss)
+        value = jnp.sum(weight * losses(stats, loss))
+        return value, p, factor(stats, stats, loss), slopes(y, labels, shard, w.dtype, loss)
 
     def of_gradients(carry: tuple, part: Tokens) -> tuple[tuple, jax.Array]:
-        value, dy = lax.map(of_logits, _blocks(part, w.shape[0], LOGITS))
-        dy = dy.reshape(-1, w.shape[0])
-        return (carry[0] + value.sum(), weight_gradient(carry[1], dy, part[0])), input_gradient(dy, w)
+        x, labels, weight = part
+        value, *made = lax.map(of_logits, _blocks(part, w.shape[0], LOGITS))
+        p, scale, at = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), made)
+        target = Target(weight, labels, shard, loss, at)
+        total = weight_gradient(carry[1], p, x, scale, target)
+        return (carry[0] + value.sum(), total), input_gradient(p, w, scale, target)
 
     start = (jnp.zeros((), jnp.float32), total)
     (value, total), dx = lax.scan(of_gradients, start, _blocks(tokens, w.shape[0], GRADIENTS))
@@ -58,7 +61,7 @@ def whole_loss(tokens: Tokens, w: jax.Array, shard: Shard, loss: Loss) -> jax.Ar
 
     def of_logits(part: Tokens) -> jax.Array:
         x, labels, weight = part
-        _, stats = local_softmax(logits(w, x, shard, loss), labels, shard, w.dtype, loss)
+        _, stats = exponentials(logits(w, x, shard, loss), labels, shard, w.dtype, loss)
         return jnp.sum(weight * losses(stats, loss))
 
     return lax.map(of_logits, _blocks(tokens, w.shape[0], LOGITS)).sum()
