@@ -7,14 +7,14 @@ import functools
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from vocabpp_jax.model import Side
 from vocabpp_jax.models import parts
+from vocabpp_jax.models.attention import reach, written_out
 from vocabpp_jax.models.config import RotaryConfig
-from vocabpp_jax.models.parts import GatedMLP, RMSNorm, RotaryAttention, same_document
+from vocabpp_jax.models.parts import GatedMLP, RMSNorm, RotaryAttention
 from vocabpp_jax.vocab import Loss
 
 
@@ -73,17 +73,9 @@ def _norm(config: GemmaConfig) -> functools.partial:
 
 
 def attend(config: GemmaConfig, q: jax.Array, k: jax.Array, v: jax.Array, side: Side) -> jax.Array:
-    """Causal attention with capped scores, no further back than ``side["window"]``; shapes as in ``parts.attend``."""
-    B, L, H, K = q.shape
-    grouped = q.reshape(B, L, k.shape[2], -1, K)
-    scores = jnp.einsum("BLGRK,BMGK->BGRLM", grouped, k, preferred_element_type=jnp.float32)
-    scores = config.attention_cap * jnp.tanh(scores / (config.query_scalar**0.5 * config.attention_cap))
-    back = jnp.arange(L)[:, None] - jnp.arange(L)
-    seen = (back >= 0) & (back < side["window"])
-    if (documents := same_document(side)) is not None:
-        seen = seen & documents[:, :, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)).astype(v.dtype)
-    return jnp.einsum("BGRLM,BMGK->BLGRK", weights, v).reshape(B, L, H, K)
+    """Causal attention with capped scores, no further back than ``side["window"]``."""
+    seen = reach(q.shape[1], side, side["window"])
+    return written_out(q, k, v, seen, scale=config.query_scalar**-0.5, cap=config.attention_cap)
 
 
 class Block(parts.Block):

@@ -13,8 +13,9 @@ import jax
 from flax import nnx
 
 from vocabpp_jax.model import Side
+from vocabpp_jax.models.attention import attend
 from vocabpp_jax.models.config import Config
-from vocabpp_jax.models.parts import Block, attend, cheap, linear, merged_heads_linear, row_linear
+from vocabpp_jax.models.parts import Block, cheap, linear, merged_heads_linear, row_linear
 from vocabpp_jax.tensor import enter
 
 NORM_EPSILON = 1e-5

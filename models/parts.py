@@ -27,7 +27,8 @@ from flax import nnx
 from jax import lax
 
 from vocabpp_jax.model import Side
-from vocabpp_jax.models.config import Config, RotaryConfig, attention_implementation
+from vocabpp_jax.models.attention import attend
+from vocabpp_jax.models.config import Config, RotaryConfig
 from vocabpp_jax.models.rotary import frequencies, rotated
 from vocabpp_jax.tensor import enter, leave
 
@@ -57,14 +58,6 @@ def row_linear(layer: nnx.Linear, x: jax.Array, axis: str | None) -> jax.Array:
     return y if layer.bias is None else y + layer.bias[...]
 
 
-def same_document(side: Side) -> jax.Array | None:
-    """The mask ``[B, 1, L, L]`` that keeps attention inside documents, or None where a row is one document."""
-    if "segment_ids" not in side:
-        return None
-    ids_BL = side["segment_ids"]
-    return ids_BL[:, None, :, None] == ids_BL[:, None, None, :]
-
-
 def merged_heads_linear(axis: str | None, out: nnx.Linear, a_BLHK: jax.Array) -> jax.Array:
     """The output projection. Reshaped in here, or the attention output would be kept twice."""
     return row_linear(out, a_BLHK.reshape(*a_BLHK.shape[:2], -1), axis)
@@ -81,12 +74,6 @@ class RMSNorm(nnx.Module):
         wide = x.astype(F32)
         wide = wide * lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.epsilon)
         return (wide * (self.offset + enter(self.scale[...], axis).astype(F32))).astype(x.dtype)
-
-
-def attend(config: Config, q: jax.Array, k: jax.Array, v: jax.Array, side: Side) -> jax.Array:
-    """Causal attention inside documents: ``q [B, L, H, K]``, ``k`` and ``v [B, L, G, K]``, ``-> [B, L, H, K]``."""
-    mask, implementation = same_document(side), attention_implementation(config)
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=implementation)
 
 
 class RotaryAttention(nnx.Module):

@@ -103,9 +103,8 @@ def test_a_local_layer_counts_the_keys_that_it_can_reach():
 
 @EACH
 def test_selective_keeps_what_the_cost_model_is_told(name, monkeypatch):
-    if name == "gemma2":
-        monkeypatch.setattr("vocabpp_jax.models.gemma.attend", lambda config, q, k, v, side: flash(q, k, v))
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **_: flash(q, k, v))
+    where = "gemma" if name == "gemma2" else "attention"
+    monkeypatch.setattr(f"vocabpp_jax.models.{where}.written_out", lambda q, k, v, *_, **__: flash(q, k, v))
     config = dataclasses.replace(CONFIGS[name], seq=64)
     kept = kept_activations(config, side=shapes(inputs(config)[2]))
     # Beside it: flash attention's sums, and the rotary frequencies, which a pipeline takes anew (see linearize).

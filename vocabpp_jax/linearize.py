@@ -122,7 +122,7 @@ def _trace_forward(block: Callable, params: Tree, side: Tree, x: jax.ShapeDtypeS
             f"block turns {x.dtype}{list(x.shape)} into {y.dtype}{list(y.shape)}; "
             "a pipelined block must keep shape and dtype"
         )
-    return jaxpr, trees[-1]
+    return _inlined(jaxpr), trees[-1]
 
 
 def _sort_residuals(jaxpr: Jaxpr, constants: int) -> tuple[list[Var], Callable]:
