@@ -160,14 +160,16 @@ def check_output(output: Path, options: TrainOptions, identity: dict[str, Any]) 
         return  # killed before it had begun
     try:
         before = json.loads((output / "config.json").read_text())
-        same = os.path.abspath(before["options"]["checkpoint"]["checkpoint_dir"]) == os.path.abspath(checkpoints)
+        its = before["options"]["checkpoint"]["checkpoint_dir"]
+        same = its is not None and os.path.abspath(its) == os.path.abspath(checkpoints)
         was = before["identity"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(
             f"output is {str(output)!r}, whose config.json cannot be read; give another folder or remove it"
         ) from None
     if not same:
-        raise ValueError(f"output is {str(output)!r}, which holds the run of another checkpoint_dir; give another")
+        kept = "no checkpoint_dir" if its is None else f"checkpoint_dir {its!r}"
+        raise ValueError(f"output is {str(output)!r}, which holds a run with {kept}; give another folder or remove it")
     changed = [
         f"{name} was {value!r} and is {identity.get(name)!r}" for name, value in was if identity.get(name) != value
     ]

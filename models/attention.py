@@ -47,30 +47,41 @@ def written_out(
 ) -> jax.Array:
     """``softmax(scale · q kᵀ) v`` over what is seen; with ``cap`` the scores are squashed into plus and minus it."""
     B, L, H, K = q.shape
-    q_BLGRK = q.reshape(B, L, k.shape[2], -1, K)
-    scores = jnp.einsum("BLGRK,BMGK->BGRLM", q_BLGRK, k, preferred_element_type=F32)
-    if cap is not None:
-        scores, scale = cap * jnp.tanh(scores * (scale / cap)), 1.0
-    weights = _softmax(scores, seen[:, :, None], scale, v.dtype)
+    weights = _weights(q.reshape(B, L, k.shape[2], -1, K), k, seen[:, :, None], scale, cap)
     return jnp.einsum("BGRLM,BMGK->BLGRK", weights, v).reshape(B, L, H, K)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _softmax(scores: jax.Array, seen: jax.Array, scale: float, dtype: jnp.dtype) -> jax.Array:
-    """Computed in float32. All that it keeps for the backward is its result, which the product with v keeps too;
-    autodiff would keep three matrices of scores and the mask."""
-    return jax.nn.softmax(jnp.where(seen, scale * scores, -jnp.inf)).astype(dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _weights(q: jax.Array, k: jax.Array, seen: jax.Array, scale: float, cap: float | None) -> jax.Array:
+    """The softmax, ``[B, G, R, L, M]``, computed in float32.
+
+    It keeps no matrix of scores beside its result, which the product with v keeps too; autodiff would keep three and
+    the mask.
+    """
+    return _weights_forward(q, k, seen, scale, cap)[0]
 
 
-def _softmax_forward(scores: jax.Array, seen: jax.Array, scale: float, dtype: jnp.dtype) -> tuple:
-    p = _softmax(scores, seen, scale, dtype)
-    return p, p
+def _weights_forward(q: jax.Array, k: jax.Array, seen: jax.Array, scale: float, cap: float | None) -> tuple:
+    scores = scale * jnp.einsum("BLGRK,BMGK->BGRLM", q, k, preferred_element_type=F32)
+    if cap is not None:
+        scores = cap * jnp.tanh(scores / cap)
+    scores = jnp.where(seen, scores, -jnp.inf)
+    maximum = jnp.max(scores, -1, keepdims=True)
+    e = jnp.exp(scores - maximum)
+    total = jnp.sum(e, -1, keepdims=True)
+    weights = (e / total).astype(q.dtype)
+    return weights, (q, k, weights, None if cap is None else jnp.log(total) + maximum)
 
 
-def _softmax_backward(scale: float, dtype: jnp.dtype, p: jax.Array, g: jax.Array) -> tuple:
-    wide = p.astype(F32)
+def _weights_backward(scale: float, cap: float | None, kept: tuple, g: jax.Array) -> tuple:
+    q, k, weights, lse = kept
+    wide = weights.astype(F32)
     weighted = wide * g.astype(F32)
-    return scale * (weighted - wide * jnp.sum(weighted, -1, keepdims=True)), None
+    d = scale * (weighted - wide * jnp.sum(weighted, -1, keepdims=True))
+    if cap is not None:  # log weights + lse are the capped scores
+        d = jnp.where(wide > 0, d * (1 - jnp.square((jnp.log(wide) + lse) / cap)), 0)
+    d = d.astype(q.dtype)
+    return jnp.einsum("BGRLM,BMGK->BLGRK", d, k), jnp.einsum("BGRLM,BLGRK->BMGK", d, q), None
 
 
-_softmax.defvjp(_softmax_forward, _softmax_backward)
+_weights.defvjp(_weights_forward, _weights_backward)

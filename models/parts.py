@@ -115,7 +115,13 @@ class RotaryAttention(nnx.Module):
 
 
 def _norm_qkv(
-    width: int, axis: str | None, norm: RMSNorm, qkv: tuple[nnx.Linear, ...], x_BLD: jax.Array, *, rotate: Callable
+    width: int,
+    axis: str | None,
+    norm: RMSNorm,
+    qkv: tuple[nnx.Linear, ...],
+    x_BLD: jax.Array,
+    *,
+    rotate: Callable | None,
 ) -> tuple[jax.Array, ...]:
     normed = enter(norm(x_BLD), axis)
     q, k, v = (part(normed).reshape(*x_BLD.shape[:2], -1, width) for part in qkv)

@@ -17,6 +17,7 @@ from test_models import (
 
 from vocabpp_jax import models
 from vocabpp_jax.linearize import linearize
+from vocabpp_jax.models import attention
 
 B, L = 2, 12
 SHAPE = dict(layers=2, hidden=32, heads=4, kv_heads=2, head_size=6, inner=40, seq=L, vocab_size=50)
@@ -112,6 +113,24 @@ def test_selective_keeps_what_the_cost_model_is_told(name, monkeypatch):
     assert sum(a.size for a in kept) - sum(a.size for a in others) == 64 * config.kept_width
 
 
+@EACH
+def test_attention_that_is_written_out_keeps_one_matrix_a_head(name):
+    config = dataclasses.replace(CONFIGS[name], seq=64)
+    kept = [a.shape for a in kept_activations(config, side=shapes(inputs(config)[2]))]
+    assert [shape for shape in kept if shape[-2:] == (64, 64)] == [(1, 2, 2, 64, 64)]
+
+
+def test_attention_by_cudnn_is_the_one_that_is_written_out(monkeypatch):
+    real = jax.nn.dot_product_attention
+    in_its_place = lambda *a, implementation, **k: real(*a, **k, implementation="xla")  # noqa: E731
+    monkeypatch.setattr(jax.nn, "dot_product_attention", in_its_place)
+    config = dataclasses.replace(CONFIGS["llama"], attention="cudnn", dtype="bfloat16", head_size=8)
+    q, k, v = (jax.random.normal(jax.random.key(n), (B, L, heads, 8)) for n, heads in enumerate((4, 2, 2)))
+    side = {"segment_ids": np.repeat([[0, 1]], [5, L - 5], axis=1).repeat(B, axis=0)}
+    want = attention.written_out(q, k, v, attention.reach(L, side), scale=8**-0.5)
+    assert_close(attention.attend(config, q, k, v, side), want)
+
+
 @jax.custom_vjp
 def flash(q, k, v):
     """Grouped queries in a kernel that keeps its inputs, its output and the sums, as cuDNN's does."""
@@ -200,13 +219,14 @@ def test_the_module_equals_its_blocks_composed_and_holds_canonical_parameters(na
 
 
 @EACH
-def test_blocks_stay_in_bfloat16_and_norms_are_computed_in_float32(name):
+def test_blocks_stay_in_bfloat16_and_norms_and_softmaxes_are_computed_in_float32(name):
     params, x, side = inputs(CONFIGS[name])
     low = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), (params, x))
     jaxpr = jax.make_jaxpr(lambda p, x: models.build(CONFIGS[name]).block(p, x, side))(*low)
     assert jaxpr.out_avals[0].dtype == jnp.bfloat16
-    roots = list(_equations(jaxpr.jaxpr, "rsqrt"))
-    assert roots and all(e.outvars[0].aval.dtype == jnp.float32 for e in roots)
+    for primitive in ("rsqrt", "exp"):
+        found = list(_equations(jaxpr.jaxpr, primitive))
+        assert found and all(e.outvars[0].aval.dtype == jnp.float32 for e in found)
 
 
 def _equations(jaxpr, name):

@@ -195,6 +195,13 @@ def test_what_is_no_tokenizer_is_named(tmp_path, content):
         data.load_tokenizer(path)
 
 
+@pytest.mark.parametrize("end", ["<|end_of_text|>", "<eos>", "</s>"])
+def test_documents_end_as_the_tokenizer_calls_it(tmp_path, end):
+    write(tmp_path / "tokenizer.json", TOKENIZER.to_str().replace(data.END_OF_TEXT, end))
+    tokenizer = data.load_tokenizer(tmp_path / "tokenizer.json")
+    assert data.encode(["a"], tokenizer)[-1] == tokenizer.token_to_id(end)
+
+
 def test_a_vocabulary_too_small_for_bytes_is_refused():
     with pytest.raises(ValueError, match="vocab_size is 256; byte-level BPE needs at least 257"):
         data.train_tokenizer([WORDS], 256)

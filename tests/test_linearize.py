@@ -79,6 +79,16 @@ def test_a_block_that_changes_its_input_s_shape_is_refused():
         linearize(lambda w, x, side: x[..., :1] * w, jax.ShapeDtypeStruct((), jnp.float32), x, {}, split=False)
 
 
+def test_what_a_nested_jit_makes_without_the_input_is_not_stored():
+    def block(w, x, side):
+        return jax.jit(lambda x: x * jnp.cos(jnp.arange(L * 4.0)).reshape(L, 4))(x * w)
+
+    w, x = jnp.full((4,), 2.0), jnp.ones((B, L, 4))
+    passes = linearize(block, shapes(w), shapes(x), {}, split=False)
+    assert [s.shape for s in (*passes.residual, *passes.kept)] == [(B, L, 4)]  # x alone
+    np.testing.assert_allclose(gradients(passes, w, {}, x, x)[2], jax.vjp(lambda x: block(w, x, {}), x)[1](x)[0])
+
+
 def test_a_block_without_matrices_can_be_split():
     w, x = jnp.full((4,), 2.0), jnp.ones((B, L, 4))
     passes = linearize(lambda w, x, side: x * w, shapes(w), shapes(x), {}, split=True)

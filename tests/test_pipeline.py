@@ -1,5 +1,7 @@
 """The compiled program: its size, its schedules from data, its guards."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,6 +86,25 @@ def test_a_schedule_that_a_user_writes_as_data_runs_unchanged(method):
     assert_parity(pipeline(schedules.repeat(mine, method, m=5)), batch_of(5))
 
 
+def test_a_block_without_matrices_runs_under_a_split_backward():
+    plain = plain_model(2)
+    blocks = tuple({"gain": jnp.full((D,), 1.5 + n)} for n in range(2))
+    model = dataclasses.replace(
+        plain, init=lambda key: plain.init(key) | {"blocks": blocks}, block=lambda w, x, side: jnp.tanh(x * w["gain"])
+    )
+    assert_parity(pipeline(schedules.build("zb-h1", "vocab-2", p=2, m=3), model), batch_of(3))
+
+
+@pytest.mark.parametrize("method", ["baseline", "vocab-1"])
+def test_masked_labels_may_be_anything(method):
+    pipe, batch = pipeline(schedules.build("1f1b", method, p=2, m=2)), batch_of(2)
+    params, run = pipe.shard(pipe.model.init(jax.random.key(0))), jax.jit(pipe.value_and_grad)
+    want = run(params, batch)
+    for other in (V, -100, 10**6):
+        labels = np.where(batch["mask"] > 0, batch["labels"], other).astype(np.int32)
+        jax.tree.map(np.testing.assert_array_equal, run(params, batch | {"labels": labels}), want)
+
+
 def test_a_user_s_schedule_that_is_not_sound_is_refused():
     clash = Block(interval=7, placement=(0, 1, 0, 1), F=(0, 1, 2, 3), B=(17, 12, 10, 4), W=(20, 14, 12, 6))
     with pytest.raises(schedules.ScheduleError, match="device 0"):
@@ -100,9 +121,13 @@ def test_gradients_are_summed_over_the_data_axis(schedule, method):
     assert_parity(pipeline(schedules.build(schedule, method, p=4, m=3), data=2), batch_of(3, data=2))
 
 
-def test_evaluation_gives_the_training_loss_and_keeps_no_activations():
-    pipe = pipeline(schedules.build("1f1b", "vocab-2", p=4, m=5))
-    canonical, batch = pipe.model.init(jax.random.key(0)), batch_of(5)
+@pytest.mark.parametrize(
+    ("schedule", "method", "p", "m"),
+    [("1f1b", "vocab-2", 4, 5), ("v-half", "vocab-1", 2, 3), ("v-half", "baseline", 2, 3)],
+)
+def test_evaluation_gives_the_training_loss_and_keeps_no_activations(schedule, method, p, m):
+    pipe = pipeline(schedules.build(schedule, method, p=p, m=m))
+    canonical, batch = pipe.model.init(jax.random.key(0)), batch_of(m)
     loss = jax.jit(pipe.evaluate)(pipe.shard(canonical), batch)
     np.testing.assert_allclose(loss, reference_loss(pipe.model, canonical, **batch), rtol=1e-6)
     assert not {"residual", "kept", "carried"} & set(pipe._evaluation.rings)

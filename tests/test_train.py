@@ -273,7 +273,7 @@ def test_what_changed_since_the_checkpoint_is_refused_and_nothing_is_touched(tex
         "--lr 0.1 --seed 3": "in which lr was 0.003 and is 0.1, seed was 0 and is 3; give what was",
         "--lr 0.1 --output new": "checkpoints/3 is of a run in which lr was 0.003 and is 0.1",
         "--layers 4 --output new": "in which layers was 2 and is 4",
-        "--checkpoint-dir other --output checkpoints": "which holds the run of another checkpoint_dir",
+        "--checkpoint-dir other --output checkpoints": "which holds a run with checkpoint_dir 'checkpoints'",
         "--output config": "whose config.json cannot be read",
         "--checkpoint-dir file/x --output new": "checkpoint_dir is 'file/x', which cannot be written",
         "--checkpoint-every 0": "checkpoint_every is 0",

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vocabpp_jax import vocab
-from vocabpp_jax.vocab import Loss, Shard, Stats, Target, whole
+from vocabpp_jax.vocab import Loss, Shard, Slopes, Stats, Target, whole
 
 N, D = 7, 5
 PLAIN = Loss()
@@ -98,6 +98,14 @@ def test_a_loss_that_makes_no_sense_is_refused(wrong, said):
         Loss(**wrong)
 
 
+def test_a_masked_label_may_be_a_row_of_the_padding():
+    w, x, labels, _ = problem(V=7)
+    weight, beyond = jnp.arange(N) % 2, jnp.where(jnp.arange(N) % 2, labels, 7)
+    for number in (1, 2):
+        got, want = (algorithm(number, w, x, at, weight, 3) for at in (beyond, labels))
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 def test_padding_never_wins_even_where_a_shard_is_nothing_else():
     data = problem(V=3)
     for number in (1, 2):
@@ -130,13 +138,34 @@ def test_statistics_and_losses_are_float32_in_bfloat16_compute():
     assert soft.dtype == jnp.bfloat16 and all(s.dtype == jnp.float32 for s in stats)
 
 
+@pytest.mark.parametrize("loss", [PLAIN, Loss(z_loss=0.01, label_smoothing=0.1), Loss(soft_cap=1.5)])
+def test_products_add_up_in_float32_and_no_matrix_of_logits_is_made_beside_the_exponentials(loss):
+    R = 11
+    w, x, p = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((R, D), (N, D), (N, R)))
+    row, labels = jax.ShapeDtypeStruct((N,), jnp.float32), jax.ShapeDtypeStruct((N,), jnp.int32)
+
+    def passes(w, x, p, total, row, labels):
+        slopes = Slopes(row, None) if loss.soft_cap else None
+        target = Target(row, labels, Shard(0, R), loss, slopes)
+        total = vocab.weight_gradient(total, p, x, row, target)
+        return total, vocab.input_gradient(p, w, row, target), vocab.unscaled_input_gradient(p, w)
+
+    total = jax.ShapeDtypeStruct((R, D), jnp.float32)
+    made = [
+        (e.primitive.name, v.aval) for e in jax.make_jaxpr(passes)(w, x, p, total, row, labels).eqns for v in e.outvars
+    ]
+    products = [aval for name, aval in made if name == "dot_general"]
+    assert len(products) >= 3 and all(aval.dtype == jnp.float32 for aval in products)
+    assert all(aval.shape != (N, R) for _, aval in made)
+
+
 @pytest.mark.parametrize(("logits", "gradients"), [(2**26, 2**28), (3 * 31, 6 * 31), (1, 1)])
-@pytest.mark.parametrize("loss", [PLAIN, Loss(1.5, 0.01, 0.1)])
+@pytest.mark.parametrize("loss", [PLAIN, Loss(1.5, 0.01, 0.1), Loss(label_smoothing=0.1)])
 def test_a_whole_table_gives_the_plain_loss_and_gradients_in_blocks_of_any_size(monkeypatch, logits, gradients, loss):
     w, x, labels, weight = problem(31)
     tokens = (x, labels, weight)
     monkeypatch.setattr(whole, "LOGITS", logits)
-    monkeypatch.setattr(whole, "GRADIENTS", gradients)
+    monkeypatch.setattr(whole, "EXPONENTIALS", gradients)
     value, dw, dx = vocab.whole_layer(tokens, w, Shard(0, 31), jnp.ones_like(w), loss)
     want, want_dw, want_dx = reference(w, x, labels, weight, loss)
     np.testing.assert_allclose(value, want, rtol=1e-6)

@@ -59,9 +59,9 @@ def linearize(block: Callable, params: Tree, x: jax.ShapeDtypeStruct, side: Tree
         ValueError: the block changes the shape or dtype of its input.
     """
     params_flat, params_tree = jax.tree.flatten(params)
-    side_flat, side_tree = jax.tree.flatten(side)
+    side_flat = jax.tree.leaves(side)
     fwd, vjp_tree = _trace_forward(block, params, side, x)
-    stored, leaf_of = _sort_residuals(fwd.jaxpr, len(params_flat) + len(side_flat))
+    stored = _stored_residuals(fwd.jaxpr, len(params_flat) + len(side_flat))
     run_forward = _subset(fwd, [fwd.jaxpr.outvars[0], *stored])
     leaves = dict.fromkeys(v for v in fwd.jaxpr.outvars[1:] if isinstance(v, Var))
     rederived = [v for v in leaves if v not in set(stored)]
@@ -71,7 +71,7 @@ def linearize(block: Callable, params: Tree, x: jax.ShapeDtypeStruct, side: Tree
         known = dict(zip(stored, stored_values, strict=True))
         # Nothing rederived depends on x, so any stand-in of its shape will do; it is cut from the traced code.
         known |= dict(zip(rederived, rederive(*params_flat, *side_flat, g), strict=True))
-        vjp = jax.tree.unflatten(vjp_tree, [leaf_of(v, known) for v in fwd.jaxpr.outvars[1:]])
+        vjp = jax.tree.unflatten(vjp_tree, [_value(v, known) for v in fwd.jaxpr.outvars[1:]])
         dparams, dx = vjp(g)
         return (*jax.tree.leaves(dparams), dx)
 
@@ -101,7 +101,6 @@ def linearize(block: Callable, params: Tree, x: jax.ShapeDtypeStruct, side: Tree
         grads = iter(parts.late(*jax.tree.leaves(params), *jax.tree.leaves(side), *kept, *carried))
         return params_tree.unflatten([next(grads) if w else None for w in late])
 
-    del side_tree
     select = lambda wanted: tuple(s for s, k in zip(stored_shapes, in_kept, strict=True) if k == wanted)  # noqa: E731
     return Linearized(forward, backward, weights if split else None, select(False), select(True), parts.carried)
 
@@ -125,16 +124,18 @@ def _trace_forward(block: Callable, params: Tree, side: Tree, x: jax.ShapeDtypeS
     return _inlined(jaxpr), trees[-1]
 
 
-def _sort_residuals(jaxpr: Jaxpr, constants: int) -> tuple[list[Var], Callable]:
-    """The residuals that depend on the input, each once, and how a leaf is looked up among known values."""
+def _value(v: Var | Literal, known: dict[Var, Any]) -> Any:
+    return v.val if isinstance(v, Literal) else known[v]
+
+
+def _stored_residuals(jaxpr: Jaxpr, constants: int) -> list[Var]:
+    """The residuals that depend on the input, each once."""
     moving = set(jaxpr.invars[constants:])
     for eqn in jaxpr.eqns:
         if any(isinstance(v, Var) and v in moving for v in eqn.invars):
             moving |= set(eqn.outvars)
     leaves = [v for v in jaxpr.outvars[1:] if isinstance(v, Var)]
-    return [
-        v for v in dict.fromkeys(leaves) if v in moving
-    ], lambda v, known: v.val if isinstance(v, Literal) else known[v]
+    return [v for v in dict.fromkeys(leaves) if v in moving]
 
 
 def _subset(closed: ClosedJaxpr, outputs: Sequence) -> Callable:
@@ -149,9 +150,8 @@ def _inlined(closed: ClosedJaxpr) -> ClosedJaxpr:
 
     def evaluate(jaxpr: Jaxpr, consts: Iterable, *args):
         env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-        read = lambda v: v.val if isinstance(v, Literal) else env[v]  # noqa: E731
         for eqn in jaxpr.eqns:
-            values = [read(v) for v in eqn.invars]
+            values = [_value(v, env) for v in eqn.invars]
             if eqn.primitive.name in ("jit", "pjit", "closed_call"):
                 inner = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
                 out = evaluate(inner.jaxpr, inner.consts, *values)
@@ -159,7 +159,7 @@ def _inlined(closed: ClosedJaxpr) -> ClosedJaxpr:
                 out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
                 out = out if eqn.primitive.multiple_results else [out]
             env.update(zip(eqn.outvars, out, strict=True))
-        return [read(v) for v in jaxpr.outvars]
+        return [_value(v, env) for v in jaxpr.outvars]
 
     return jax.make_jaxpr(partial(evaluate, closed.jaxpr, closed.consts))(*closed.in_avals)
 

@@ -59,6 +59,8 @@ def after(cell: jax.Array, values: Any) -> jax.Array:
     into what is NaN already.
     """
     firsts = [v.reshape(-1)[0] for v in jax.tree.leaves(values) if v.ndim > 1]
+    if not firsts:
+        return cell
     there = jnp.all(jnp.stack([first == first for first in firsts]))
     return jnp.where(there, cell, 0)
 

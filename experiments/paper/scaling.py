@@ -159,7 +159,7 @@ def section(files: Files, say: Say) -> str:
             f"V=256k assumed. Off by {np.mean(output):.1f} points on average for the output layer, "
             f"{np.mean(inputs):.1f} for the input layer. {links[0]}",
             table([{key: line[key] for key in shown} for line in lines], {"s": "d", "GPUs": "d", "error": "+.1f"}),
-            "The model gives both algorithms the same passes in all; published, Algorithm 2 is four to five points "
+            "The model gives both algorithms the same passes in all; published, Algorithm 2 is 4.4 to 5.6 points "
             "behind, for it scales the sum of its input gradient once more. The input layer scales badly because "
             "every shard still writes the whole stream and only the gradient of the table is divided. It is the "
             "worst modelled pass: the published percentage falls with s, so each token costs more there than the six "

@@ -13,6 +13,8 @@ from vocabpp_jax.data.corpus import Corpus
 
 END_OF_TEXT = "<|endoftext|>"
 """Stands after every document. Its token is 0 in the tokenizers trained here."""
+ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "<eos>", "</s>")
+"""What tokenizers call it: GPT-2 and Qwen, Llama 3, Gemma, Llama 2 and Mistral."""
 SMALLEST_VOCABULARY = 257
 """Every byte and the end of text."""
 
@@ -47,18 +49,28 @@ def tokenizer_for(corpus: Corpus, vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A tokenizer from a ``tokenizer.json``; it must have a token for the end of text."""
+    """A tokenizer from a ``tokenizer.json``; it must have one of :data:`ENDS_OF_TEXT`."""
     if not Path(path).is_file():
         raise ValueError(f"tokenizer is {str(path)!r}, which is not a file; give a tokenizer.json")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception:  # the library raises bare Exception
         raise ValueError(f"{path} cannot be read as a tokenizer; give a tokenizer.json, or delete it") from None
-    if tokenizer.token_to_id(END_OF_TEXT) is None:
-        raise ValueError(f"{path} has no token {END_OF_TEXT}; give a tokenizer with one")
+    if not _ends(tokenizer):
+        raise ValueError(f"{path} has no token for the end of a text; give one with {' or '.join(ENDS_OF_TEXT)}")
     # Text that happens to spell a special token stays text.
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """The token that stands after every document."""
+    return _ends(tokenizer)[0]
+
+
+def _ends(tokenizer: Tokenizer) -> list[int]:
+    ids = [tokenizer.token_to_id(name) for name in ENDS_OF_TEXT]
+    return [token for token in ids if token is not None]
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from vocabpp_jax.data.cache import cache_folder, written_atomically
 from vocabpp_jax.data.corpus import HELD_OUT, STANDARD_LIBRARY, open_corpus
 from vocabpp_jax.data.megatron import is_megatron, read_indexed
-from vocabpp_jax.data.tokenizer import END_OF_TEXT, fingerprint, load_tokenizer, tokenizer_for
+from vocabpp_jax.data.tokenizer import end_of_text, fingerprint, load_tokenizer, tokenizer_for
 
 _DOCUMENTS_AT_ONCE = 256
 _AT_ONCE = 2**24  # tokens
@@ -73,7 +73,7 @@ def load_tokens(
         path = folder / f"tokens-{corpus.fingerprint}-{mark}-{name}.npy"
         splits[name] = _cached(path, documents(), bpe)
         check_vocabulary(splits[name], vocab_size, where=f"the {name} split of {source}")
-    end = bpe.token_to_id(END_OF_TEXT)
+    end = end_of_text(bpe)
     return TokenizedCorpus(
         name=source,
         fingerprint=corpus.fingerprint,
@@ -111,7 +111,7 @@ def _megatron(source: str, vocab_size: int, damaged: Literal["refuse", "skip"]) 
 def encode(documents: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
     """All documents as one array ``[tokens]``, each followed by the end of text."""
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
-    end = np.array([tokenizer.token_to_id(END_OF_TEXT)], dtype)
+    end = np.array([end_of_text(tokenizer)], dtype)
     pieces = [np.zeros(0, dtype)]
     for some in _batched(documents):
         for encoding in tokenizer.encode_batch_fast(some, add_special_tokens=False):

@@ -46,7 +46,7 @@ class VocabularySteps(InputSteps, OutputSteps):
         if self.trains:
             # The three-barrier reference keeps the logits themselves until it knows their maximum.
             kind = F32 if "S1" in self.names else dtype
-            state["P"] |= {"factor": vector, "softmax": jnp.zeros((rings["P"], B * L, self.head.shape[0]), kind)}
+            state["P"] |= {"factor": vector, "exponentials": jnp.zeros((rings["P"], B * L, self.head.shape[0]), kind)}
             state["P"] |= {"slopes": self.no_slopes(rings["P"], B * L)}
             state["A"] = jnp.zeros(wide, dtype)
             state |= self.initial_uniform(B * L)

@@ -13,15 +13,18 @@ from .layer import Start, VocabularyLayer, flight
 class InputSteps(VocabularyLayer):
     """What each step of the input layer does to a device's state."""
 
+    @property
+    def _scale(self) -> jax.Array:
+        """The factor on embedded tokens, rounded as the table is, in both directions."""
+        return jnp.asarray(self.layout.model.embed_scale, self.params["embed"]["tokens"].dtype)
+
     def run_IF(self, state: State, cells: Cells) -> State:
         """IF: this shard's part of the embedded tokens and positions, or all of it where it is not sharded."""
         ids = get(self.batch["tokens"], jnp.maximum(cells["microbatch"], 0))
         table = self.params["embed"]["tokens"]
 
         def embedded() -> jax.Array:
-            x = vocab.lookup(table, ids, self._first_row(table)) * jnp.asarray(
-                self.layout.model.embed_scale, table.dtype
-            )
+            x = vocab.lookup(table, ids, self._first_row(table)) * self._scale
             if (positions := self.params["embed"].get("positions")) is not None:
                 x += vocab.lookup(positions, jnp.arange(ids.shape[1]), self._first_row(positions))
             return x
@@ -55,13 +58,13 @@ class InputSteps(VocabularyLayer):
 
         def scattered(s: State, g: jax.Array) -> State:
             ids = get(self.batch["tokens"], jnp.maximum(i, 0))
-            g = jnp.where(i >= 0, g.reshape(*ids.shape, -1), 0)
+            g = jnp.where(i >= 0, g.reshape(*ids.shape, -1), 0).astype(jnp.float32)
             grads = {}
             for name, table in self.params["embed"].items():
-                at, scale = (
-                    (ids, self.layout.model.embed_scale) if name == "tokens" else (jnp.arange(ids.shape[1]), 1.0)
-                )
-                addend = g.astype(jnp.float32) * scale if name == "tokens" else g.astype(jnp.float32).sum(0)
+                if name == "tokens":
+                    at, addend = ids, g * self._scale.astype(jnp.float32)
+                else:
+                    at, addend = jnp.arange(ids.shape[1]), g.sum(0)
                 key = f"grads.embed.{name}"
                 grads[key] = vocab.scatter(s[key], at, self._first_row(table), addend)
             return s | grads

@@ -58,7 +58,7 @@ class OutputSteps(VocabularyLayer):
         return {"X": put_if(state["X"], cells["X"], x)}
 
     def run_S(self, state: State, cells: Cells) -> State:
-        """S: local logits and softmax; in Algorithm 2 also ``A = P' W``."""
+        """S: local logits, their exponentials and row statistics; in Algorithm 2 also ``A = P' W``."""
 
         def passed(state: State) -> State:
             y, labels = self._logits(self._hidden(state, cells)), self._labels(cells)
@@ -66,7 +66,7 @@ class OutputSteps(VocabularyLayer):
             slopes = self._slopes(y, labels)
             record = get(state["P"], cells["P"]) | {"local": stats}
             if self.trains:
-                record |= {"softmax": p, "slopes": slopes}
+                record |= {"exponentials": p, "slopes": slopes}
             state = state | {"P": put(state["P"], cells["P"], record)}
             if not self.early:
                 return state
@@ -78,14 +78,14 @@ class OutputSteps(VocabularyLayer):
         return when(cells["microbatch"] >= 0, state, names, passed)
 
     def run_S1(self, state: State, cells: Cells) -> State:
-        """S1 of the three-barrier reference: logits and their local maximum."""
+        """S1 of the three-barrier reference: logits, where S2 will put exponentials, and their local maximum."""
 
         def passed(state: State) -> State:
             y, labels = self._logits(self._hidden(state, cells)), self._labels(cells)
             target = vocab.target_logits(y, labels, self.shard, self.loss)
             local = Stats(jnp.max(y, axis=1), jnp.zeros_like(target), target)
             slopes = self._slopes(y, labels)
-            record = get(state["P"], cells["P"]) | {"softmax": y, "local": local, "slopes": slopes}
+            record = get(state["P"], cells["P"]) | {"exponentials": y, "local": local, "slopes": slopes}
             return state | {"P": put(state["P"], cells["P"], record)}
 
         return when(cells["microbatch"] >= 0, state, ("P",), passed)
@@ -96,9 +96,9 @@ class OutputSteps(VocabularyLayer):
         def passed(state: State) -> State:
             record = get(state["P"], cells["P"])
             local = record["local"]
-            y = record["softmax"]
+            y = record["exponentials"]
             e = jnp.exp(y - local.maximum[:, None])
-            record |= {"softmax": vocab.capped(e, y, self.loss), "local": local._replace(sum=e.sum(1))}
+            record |= {"exponentials": vocab.capped(e, y, self.loss), "local": local._replace(sum=e.sum(1))}
             return state | {"P": put(state["P"], cells["P"], record)}
 
         return when(cells["microbatch"] >= 0, state, ("P",), passed)
@@ -127,7 +127,7 @@ class OutputSteps(VocabularyLayer):
 
         def passed(state: State) -> State:
             record = get(state["P"], cells["P"])
-            p, scale, target = record["softmax"], record["factor"], self._target(cells, record["slopes"])
+            p, scale, target = record["exponentials"], record["factor"], self._target(cells, record["slopes"])
             total = vocab.weight_gradient(state[self.head_gradient], p, self._hidden(state, cells), scale, target)
             state = state | {self.head_gradient: total}
             return state if self.early else state | {"A": vocab.input_gradient(p, self.head, scale, target)}

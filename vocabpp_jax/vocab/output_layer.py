@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .input_layer import scatter
+from .input_layer import lookup, scatter
 from .loss import Loss
 
 F32 = jnp.float32
@@ -91,7 +91,9 @@ class Target(NamedTuple):
 
 
 def _one_hot_mask(labels: jax.Array, shard: Shard, rows: int) -> jax.Array:
-    return labels[:, None] - shard.first_row == lax.broadcasted_iota(jnp.int32, (1, rows), 1)
+    # Labels of padding rows, which a masked token may have, hit nothing: 0 times their -inf would be NaN.
+    local = jnp.where(labels < shard.vocab_size, labels - shard.first_row, -1)
+    return local[:, None] == lax.broadcasted_iota(jnp.int32, (1, rows), 1)
 
 
 def _exists(shard: Shard, rows: int) -> jax.Array:
@@ -171,13 +173,11 @@ def weight_gradient(accumulated: jax.Array, p: jax.Array, x: jax.Array, scale: j
     matrix, rows = _softmax_part(p, scale, target)
     weighted = (x.astype(F32) * rows[:, None]).astype(x.dtype)
     product = lax.dot_general(matrix.astype(x.dtype), weighted, (((0,), (0,)), ((), ())), preferred_element_type=F32)
-    total = scatter(
-        accumulated + product, target.labels, target.shard.first_row, -target.at_label[:, None] * x.astype(F32)
-    )
+    total = accumulated + product
     if target.loss.label_smoothing and target.slopes is None:
         uniform = target.at_rows * jnp.sum(target.weight[:, None] * x.astype(F32), axis=0)
         total -= jnp.where(_exists(target.shard, len(total)).T, uniform, 0)
-    return total
+    return scatter(total, target.labels, target.shard.first_row, -target.at_label[:, None] * x.astype(F32))
 
 
 def input_gradient(p: jax.Array, w: jax.Array, scale: jax.Array, target: Target) -> jax.Array:
@@ -206,7 +206,7 @@ def _times(p: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def uniform_input_gradient(w: jax.Array, shard: Shard, loss: Loss, slopes: Slopes | None = None) -> jax.Array:
-    """Smoothing's part of ∇X in Algorithm 2, ``ε/V Σ_rows ∂ W_k``: ``[N, D]``, or ``[1, D]`` without a cap."""
+    """Smoothing's part of ∇X, ``ε/V Σ_rows ∂ W_k``: ``[N, D]``, or ``[1, D]`` without a cap."""
     rows = _exists(shard, w.shape[0]) if slopes is None else slopes.rows
     return loss.label_smoothing / shard.vocab_size * _times(rows.astype(w.dtype), w)
 
@@ -223,9 +223,7 @@ def partial_input_gradient(
 
 def _less_target(a: jax.Array, w: jax.Array, target: Target, uniform: jax.Array | None) -> jax.Array:
     """``a`` less the target's part of ∇X, in the dtype of ``w``."""
-    local = target.labels - target.shard.first_row
-    mine = (local >= 0) & (local < w.shape[0])
-    a = a - jnp.where(mine[:, None], w[jnp.where(mine, local, 0)], 0) * target.at_label[:, None]
+    a = a - lookup(w, target.labels, target.shard.first_row) * target.at_label[:, None]
     if uniform is not None:
         a = a - uniform * target.weight[:, None]
     return a.astype(w.dtype)

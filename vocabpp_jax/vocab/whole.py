@@ -23,7 +23,7 @@ from .output_layer import (
     weight_gradient,
 )
 
-LOGITS, GRADIENTS = 2**26, 2**28  # elements of the logits, and of their gradient, that are worked on at once
+LOGITS, EXPONENTIALS = 2**26, 2**28  # elements of each that are worked on at once
 Tokens = tuple[jax.Array, jax.Array, jax.Array]  # x [N, D], labels [N], weight [N]
 
 
@@ -32,7 +32,7 @@ def whole_layer(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The weighted sum of losses, ``total`` with ∇W added, and ∇X ``[N, D]``.
 
-    Beside the results no more lies about than :data:`LOGITS` float32 logits and :data:`GRADIENTS` elements of their
+    Beside the results no more lies about than :data:`LOGITS` float32 logits and :data:`EXPONENTIALS` elements of their
     exponentials (and of ∂, with a soft cap and smoothing).
     """
 
@@ -52,7 +52,7 @@ def whole_layer(
         return (carry[0] + value.sum(), total), input_gradient(p, w, scale, target)
 
     start = (jnp.zeros((), jnp.float32), total)
-    (value, total), dx = lax.scan(of_gradients, start, _blocks(tokens, w.shape[0], GRADIENTS))
+    (value, total), dx = lax.scan(of_gradients, start, _blocks(tokens, w.shape[0], EXPONENTIALS))
     return value, total, dx.reshape(tokens[0].shape)
 
 
