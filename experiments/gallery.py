@@ -21,6 +21,7 @@ HEAD = 3.0  # forward and backward of the whole output layer
 NETWORK = dict(C0=0.08, big=0.12, CI=0.08, CB=0.08, stats=0.02, max=0.02)
 REDIS = (5, 5, 5, 1)  # the published rule for 16 layers and a head worth 4 of them
 
+LARGE = (32, 64)  # devices, microbatches
 NAMES = {
     "gpipe": "GPipe",
     "1f1b": "1F1B",
@@ -102,8 +103,9 @@ def main(arguments: list[str] | None = None) -> None:
         text += [f"## {NAMES[schedule]}", picture(schedule, titled(schedule, main_methods, p, m))]
         if others := [x for x in methods_of(schedule) if x not in main_methods]:
             text.append(picture(f"{schedule}-others", titled(schedule, others, p, m)))
-    text += ["## Placed for given durations", PLACED, picture("1f1b-placed", placed(p, 2 * m))]
-    text += ["## A larger one", picture("1f1b-32", titled("1f1b", ["vocab-2"], 32, 64))]
+    text += ["## Placed for given durations", PLACED.format(m=2 * m), picture("1f1b-placed", placed(p, 2 * m))]
+    text += ["## A larger one", f"{LARGE[0]} devices, {LARGE[1]} microbatches."]
+    text += [picture("1f1b-32", titled("1f1b", ["vocab-2"], *LARGE))]
     (docs / "gallery.md").write_text("\n\n".join(text) + "\n")
 
 
@@ -120,7 +122,8 @@ Made by `python experiments/gallery.py`."""
 
 
 PLACED = """The schedules above stand on a grid of slots on which a backward takes two forwards. `schedules.place` puts
-the passes of 1F1B on a grid that follows the durations, by simulating a handful of candidates."""
+the passes of 1F1B on a grid that follows the durations, by simulating a handful of candidates. Here
+{m} microbatches."""
 
 
 if __name__ == "__main__":
