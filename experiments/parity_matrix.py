@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +101,7 @@ def run_all(path: Path, only: str, jobs: int, console: Console) -> list[dict[str
     missing = [options for options in cases if name_of(options) not in done]
     started = time.monotonic()
     # Threads do not help a compiler of small programs; processes do.
-    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_simulate_devices) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_begin) as pool:
         for n, (options, result) in enumerate(zip(missing, pool.map(_compare, missing), strict=True), start=1):
             name = name_of(options)
             done[name] = {"case": name} | result.as_json()
@@ -132,8 +134,15 @@ def summary(results: list[dict[str, Any]]) -> list[dict[str, str]]:
     return rows
 
 
-def _simulate_devices() -> None:
+def _begin() -> None:
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     ClusterOptions().join(8)
+
+
+def _end_with_the_parent() -> None:
+    """A worker whose parent was killed would wait for another case for ever."""
+    parent_process().join()
+    os._exit(1)
 
 
 def _compare(options: Case) -> Parity:
