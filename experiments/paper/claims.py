@@ -73,8 +73,8 @@ def section(files: Files, say: Say) -> str:
     link = files.csv("claims", lines)
     text = [
         "**Simulated** against published: how much faster the better of both vocabulary methods is, over all "
-        "settings of a table. The published headline is 5% to 51% over the redistribution; the published Table 5 itself "
-        f"reaches {lines[0]['published, most']:.1%}. {link}",
+        "settings of a table. The published headline is 5% to 51% over the redistribution; the published Table 5 "
+        f"itself reaches {lines[0]['published, most']:.1%}. {link}",
         table(lines, {"table": "d"} | dict.fromkeys(list(lines[0])[2:], ".1%")),
     ]
     for number in (5, 6):
