@@ -175,12 +175,16 @@ class Executor:
         grads = f"grads.blocks.{c}"
 
         def layer(s: State, j: int) -> State:
-            made = s[grads][j - 1] if j else s[grads][j]
+            # One layer's at a time. The first layer's wait for the clock alone: behind its own gradients, XLA may fuse
+            # what is read with the addition to them, and copies them.
+            def cell(ring: str) -> jax.Array:
+                return after(cells[ring], s[grads][j - 1]) if j else behind_earlier_passes(s, cells[ring])
+
             dparams = self.block.weights(
                 self.params["blocks"][c][j],
                 self.side_of(cells, c, j),
-                get(s["kept"][j], after(cells["kept"], made)),
-                get(s["carried"][j], after(cells["carried"], made)),
+                get(s["kept"][j], cell("kept")),
+                get(s["carried"][j], cell("carried")),
             )
             return s | {grads: _replaced(s[grads], j, _accumulated(s[grads][j], dparams))}
 
