@@ -51,7 +51,9 @@ def algorithm(number: int, w, x, labels, weight, p, loss=PLAIN):
         target = Target(weight, labels, s, loss, slope)
         dw.append(vocab.weight_gradient(jnp.zeros(wk.shape), soft, x, scale, target))
         if number == 1:
-            dx += vocab.input_gradient(soft, wk, scale, target)
+            evenly = loss.label_smoothing and loss.soft_cap is None
+            uniform = vocab.uniform_input_gradient(wk, s, loss) if evenly else None
+            dx += vocab.input_gradient(soft, wk, scale, target, uniform)
         else:
             a = vocab.unscaled_input_gradient(soft, wk)
             uniform = vocab.uniform_input_gradient(wk, s, loss, slope) if loss.label_smoothing else None

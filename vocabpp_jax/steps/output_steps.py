@@ -130,7 +130,9 @@ class OutputSteps(VocabularyLayer):
             p, scale, target = record["exponentials"], record["factor"], self._target(cells, record["slopes"])
             total = vocab.weight_gradient(state[self.head_gradient], p, self._hidden(state, cells), scale, target)
             state = state | {self.head_gradient: total}
-            return state if self.early else state | {"A": vocab.input_gradient(p, self.head, scale, target)}
+            if self.early:
+                return state
+            return state | {"A": vocab.input_gradient(p, self.head, scale, target, state.get("uniform"))}
 
         names = (self.head_gradient,) if self.early else (self.head_gradient, "A")
         return when(cells["microbatch"] >= 0, state, names, passed)
@@ -179,12 +181,13 @@ class OutputSteps(VocabularyLayer):
         return zeros(cells, jax.eval_shape(self._slopes, one, labels))
 
     def initial_uniform(self, tokens: int) -> State:
-        """Label smoothing's part of the input gradient: known at once without a cap, else made by every S."""
-        if not (self.early and self.loss.label_smoothing):
+        """Label smoothing's part of the input gradient: known at once without a cap; with one every S makes it in
+        Algorithm 2, and T has it in its matrix in the others."""
+        if not self.loss.label_smoothing:
             return {}
-        if self.loss.soft_cap is not None:
-            return {"uniform": jnp.zeros((tokens, self.layout.model.width), F32)}
-        return {"uniform": vocab.uniform_input_gradient(self.head, self.shard, self.loss)}
+        if self.loss.soft_cap is None:
+            return {"uniform": vocab.uniform_input_gradient(self.head, self.shard, self.loss)}
+        return {"uniform": jnp.zeros((tokens, self.layout.model.width), F32)} if self.early else {}
 
     # --- pieces ------------------------------------------------------------------------------------------------------
 

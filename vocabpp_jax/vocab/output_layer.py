@@ -180,12 +180,14 @@ def weight_gradient(accumulated: jax.Array, p: jax.Array, x: jax.Array, scale: j
     return scatter(total, target.labels, target.shard.first_row, -target.at_label[:, None] * x.astype(F32))
 
 
-def input_gradient(p: jax.Array, w: jax.Array, scale: jax.Array, target: Target) -> jax.Array:
-    """T of Algorithm 1: this shard's part of ∇X ``[N, D]``, ready to be summed over shards."""
+def input_gradient(
+    p: jax.Array, w: jax.Array, scale: jax.Array, target: Target, uniform: jax.Array | None = None
+) -> jax.Array:
+    """T of Algorithm 1: this shard's part of ∇X ``[N, D]``, ready to be summed over shards.
+
+    ``uniform`` is :func:`uniform_input_gradient` where labels are smoothed and no cap is.
+    """
     matrix, rows = _softmax_part(p, scale, target)
-    uniform = None
-    if target.loss.label_smoothing and target.slopes is None:
-        uniform = uniform_input_gradient(w, target.shard, target.loss)
     return _less_target(_times(matrix.astype(w.dtype), w) * rows[:, None], w, target, uniform)
 
 

@@ -20,6 +20,7 @@ from .output_layer import (
     logits,
     losses,
     slopes,
+    uniform_input_gradient,
     weight_gradient,
 )
 
@@ -49,8 +50,10 @@ def whole_layer(
         p, scale, at = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), made)
         target = Target(weight, labels, shard, loss, at)
         total = weight_gradient(carry[1], p, x, scale, target)
-        return (carry[0] + value.sum(), total), input_gradient(p, w, scale, target)
+        return (carry[0] + value.sum(), total), input_gradient(p, w, scale, target, uniform)
 
+    evenly = loss.label_smoothing and loss.soft_cap is None
+    uniform = uniform_input_gradient(w, shard, loss) if evenly else None
     start = (jnp.zeros((), jnp.float32), total)
     (value, total), dx = lax.scan(of_gradients, start, _blocks(tokens, w.shape[0], EXPONENTIALS))
     return value, total, dx.reshape(tokens[0].shape)
