@@ -150,7 +150,16 @@ and without it those rows agree. Both belong to a software stack of which only w
 }
 
 
-INTERLACED = ", and interlaced a third: asynchronous, it loses at most 0.1 points of MFU on 8 GPUs and about 2.5 on 32."
+def _interlaced(found: Sequence[Outcome]) -> str:
+    """What interlaced loses when its transfers are asynchronous, by the number of GPUs."""
+    lost: dict[int, list[float]] = {}
+    for o in found:
+        if o.row.method == "interlaced" and o.own_asynchronous is not None:
+            lost.setdefault(o.row.gpus, []).append(o.mfu - o.own_asynchronous)
+    if not lost:
+        return "."
+    most = " and ".join(f"{max(points):.1f} on {gpus} GPUs" for gpus, points in sorted(lost.items()))
+    return f", and interlaced a third: asynchronous, at most {most}, in points of MFU."
 
 
 def section(number: int, files: Files, say: Say) -> str:
@@ -171,7 +180,7 @@ def section(number: int, files: Files, say: Say) -> str:
         "Beside it this library's own program on the same GPUs: one program for all devices, no dense gradient of the "
         "embedding, and transfers that either block both ends or, asynchronous, are waited for where they are read. "
         "Blocking ones cost 1F1B's vocabulary passes little. V-Half loses where its F, B and W, a slot each, differ in "
-        "length" + (INTERLACED if number == 5 else "."),
+        "length" + _interlaced(found),
         "Peak memory is **compiled** for A100-SXM4-80GB by XLA from the full train step in bfloat16 with float32 "
         "parameters. A dash under published: ran out of memory; under compiled: not compiled. Here the smallest and "
         f"the largest vocabulary, all rows in {link}:",
