@@ -47,7 +47,7 @@ def algorithm(number: int, w, x, labels, weight, p, loss=PLAIN):
     whole = vocab.combine(jax.tree.map(lambda *xs: jnp.stack(xs), *(stats for _, stats in local)))
     dw, dx = [], 0
     for (wk, s), (soft, stats), slope in zip(parts, local, slopes, strict=True):
-        scale = vocab.factor(stats, whole, loss)
+        scale = vocab.factor(stats, whole, weight, loss)
         target = Target(weight, labels, s, loss, slope)
         dw.append(vocab.weight_gradient(jnp.zeros(wk.shape), soft, x, scale, target))
         if number == 1:

@@ -69,11 +69,11 @@ def output_layer(rows: int, tokens: int, hidden: int) -> dict[str, float]:
         return p, stats, vocab.unscaled_input_gradient(p, w)
 
     def T(p, labels, local, whole, weight, w, x, grad):
-        scale, target = vocab.factor(local, whole), Target(weight, labels, shard)
+        scale, target = vocab.factor(local, whole, weight), Target(weight, labels, shard)
         return vocab.input_gradient(p, w, scale, target), vocab.weight_gradient(grad, p, x, scale, target)
 
     def T2(p, labels, local, whole, weight, x, grad):
-        return vocab.weight_gradient(grad, p, x, vocab.factor(local, whole), Target(weight, labels, shard))
+        return vocab.weight_gradient(grad, p, x, vocab.factor(local, whole, weight), Target(weight, labels, shard))
 
     after = (p, labels, stats, stats, vector)
     return {

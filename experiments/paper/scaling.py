@@ -98,7 +98,8 @@ def output_step(method: str, shard: Shard) -> Callable[..., Any]:
 
     def step(w, x, labels, grad):
         p, stats = vocab.exponentials(vocab.logits(w, x, shard), labels, shard, jnp.float32)
-        scale, target = vocab.factor(stats, stats), Target(jnp.ones(x.shape[0]), labels, shard)
+        weight = jnp.ones(x.shape[0])
+        scale, target = vocab.factor(stats, stats, weight), Target(weight, labels, shard)
         if method == "vocab-1":
             dx = vocab.input_gradient(p, w, scale, target)
         else:

@@ -116,11 +116,13 @@ class OutputSteps(VocabularyLayer):
 
     def done_stats(self, state: State, cells: Cells, gathered: jax.Array) -> State:
         whole = vocab.combine(Stats(*jnp.moveaxis(gathered, 1, 0)))
-        loss = jnp.sum(jnp.where(cells["microbatch"] >= 0, self._weight(cells) * vocab.losses(whole, self.loss), 0))
+        weight = self._weight(cells)
+        loss = jnp.sum(jnp.where(cells["microbatch"] >= 0, weight * vocab.losses(whole, self.loss), 0))
         updated = {"loss": state["loss"] + loss}
         if not self.trains:
             return updated
-        return updated | self._noted(state, cells, factor=vocab.factor(self._local(state, cells), whole, self.loss))
+        factor = vocab.factor(self._local(state, cells), whole, weight, self.loss)
+        return updated | self._noted(state, cells, factor=factor)
 
     def run_T(self, state: State, cells: Cells) -> State:
         """T: the weight gradient; behind the barrier (Algorithm 1) also this shard's part of the input gradient."""

@@ -17,7 +17,8 @@ result, less one row of W, or of X, for every token. Maxima, sums, factors and l
 
     loss = lse (1 + λ lse) - Σ G' Y      dY = (1 + 2λ lse) softmax - G'      dU = dY ∘ ∂
 
-* z-loss is a factor a row, ``1 + 2λ lse``, known after the one barrier: it joins the factor that rescales P'.
+* z-loss is a factor a row, ``1 + 2λ lse``, known after the one barrier: it joins the factor that rescales P', which
+  has the token's weight in it too.
 * The soft cap is a factor an element, known before it: S stores ``P' ∘ ∂`` for P', and ``A = (P' ∘ ∂) W_k``.
 * Smoothing changes what is subtracted, ``G' ∘ ∂``, which no barrier has a part in. ``Σ G' Y`` adds up over shards where
   ``Y[label]`` did. Its uniform part in ∇X is ``ε/V Σ_rows ∂ W``: without a cap one vector for all tokens and
@@ -152,9 +153,9 @@ def combine(of_shards: Stats) -> Stats:
     return Stats(maximum, total, jnp.sum(of_shards.target, axis=0))
 
 
-def factor(local: Stats, whole: Stats, loss: Loss = PLAIN) -> jax.Array:
-    """``f (1 + 2λ lse) [N]``: what turns P' into the softmax, and its gradient into that of ``lse + λ lse²``."""
-    f = jnp.exp(local.maximum - whole.maximum) / whole.sum
+def factor(local: Stats, whole: Stats, weight: jax.Array, loss: Loss = PLAIN) -> jax.Array:
+    """``f (1 + 2λ lse) weight [N]``: it turns P' into the weighted gradient of ``lse + λ lse²``."""
+    f = jnp.exp(local.maximum - whole.maximum) / whole.sum * weight
     return f * (1 + 2 * loss.z_loss * _lse(whole)) if loss.z_loss else f
 
 
@@ -194,8 +195,9 @@ def input_gradient(
 def _softmax_part(p: jax.Array, scale: jax.Array, target: Target) -> tuple[jax.Array, jax.Array]:
     """``dU`` without its labels and, where no cap is, its uniform part: a matrix, and a factor for each row."""
     if target.slopes is None or target.slopes.rows is None:
-        return p, scale * target.weight
-    return (p * scale[:, None] - target.at_rows * target.slopes.rows).astype(p.dtype), target.weight
+        return p, scale
+    uniform = target.at_rows * target.weight
+    return (p * scale[:, None] - uniform[:, None] * target.slopes.rows).astype(p.dtype), jnp.ones_like(scale)
 
 
 def unscaled_input_gradient(p: jax.Array, w: jax.Array) -> jax.Array:
@@ -216,11 +218,11 @@ def uniform_input_gradient(w: jax.Array, shard: Shard, loss: Loss, slopes: Slope
 def partial_input_gradient(
     a: jax.Array, w: jax.Array, scale: jax.Array, target: Target, uniform: jax.Array | None = None
 ) -> jax.Array:
-    """C1 of Algorithm 2: ``(A · scale - (G'∘∂) W_k) · weight [N, D]``, ready to be summed over shards.
+    """C1 of Algorithm 2: ``A · scale - (G'∘∂) W_k · weight [N, D]``, ready to be summed over shards.
 
     ``uniform`` is :func:`uniform_input_gradient` where labels are smoothed.
     """
-    return _less_target(a * (scale * target.weight)[:, None], w, target, uniform)
+    return _less_target(a * scale[:, None], w, target, uniform)
 
 
 def _less_target(a: jax.Array, w: jax.Array, target: Target, uniform: jax.Array | None) -> jax.Array:

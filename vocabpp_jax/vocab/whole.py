@@ -42,7 +42,7 @@ def whole_layer(
         y = logits(w, x, shard, loss)
         p, stats = exponentials(y, labels, shard, w.dtype, loss)
         value = jnp.sum(weight * losses(stats, loss))
-        return value, p, factor(stats, stats, loss), slopes(y, labels, shard, w.dtype, loss)
+        return value, p, factor(stats, stats, weight, loss), slopes(y, labels, shard, w.dtype, loss)
 
     def of_gradients(carry: tuple, part: Tokens) -> tuple[tuple, jax.Array]:
         x, labels, weight = part
