@@ -70,6 +70,9 @@ def measure(options: OverheadOptions) -> dict[str, Any]:
             rows[name] = {"devices": p, "method": method, "seconds": [], "cpu_s": []}
             rows[name] |= group.ask("prepare", left(), name=name, **arguments)[0]
             print(f"{name}: compiled, {left():.0f} s left", file=sys.stderr, flush=True)
+        pipelines = [name for name in cases if name != PLAIN] if options.account else []
+        for name in pipelines:
+            group.ask("prepare_passes", left(), name=name)
         for number in range(options.repeats + 1):
             began = time.monotonic()
             for name in cases:
@@ -77,11 +80,13 @@ def measure(options: OverheadOptions) -> dict[str, Any]:
                 if number:  # the first round touches memory for the first time
                     rows[name]["seconds"].append(took)
                     rows[name]["cpu_s"].append(cpu)
+            if number and options.account:
+                group.ask("time_passes", left())
             spent = time.monotonic() - began
             print(f"round {number}: {spent:.1f} s, {left():.0f} s left", file=sys.stderr, flush=True)
             if number and left() < 1.3 * spent:
                 break
-        for name in list(cases)[1:] if options.account else ():
+        for name in pipelines:
             rows[name]["account_ms"] = group.ask("account", left(), name=name)[0]
     for row in rows.values():
         for name, of in (("overhead", "seconds"), ("cpu_overhead", "cpu_s")):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -44,25 +45,55 @@ class Excerpt(Pipeline):
         return grads | {"final": jax.tree.map(lambda g: g + invalid, grads["final"])}
 
 
+@dataclass(frozen=True)
+class _Timed:
+    """A compiled excerpt, how many intervals it runs, and what the same step without any is known by."""
+
+    run: Callable[[], Any]
+    intervals: int
+    nothing: Any
+
+
 @dataclass
 class PassTimes:
     """Measures passes once for all schedules that share them. Times are seconds.
 
+    They are timed in rounds, each once a round, so that a moment in which the machine is slow is one round's, and so
+    that rounds can take turns with those of the steps that they are to predict.
+
     Attributes:
         intervals: how often a pass runs in a timed program; ``more`` times as often where it is short.
-        repeats: how often the program is timed.
-        known: what has been measured.
     """
 
     intervals: int = 12
-    repeats: int = 3
     more: int = 8
-    known: dict[Any, float] = field(default_factory=dict)
+    _timed: dict[Any, _Timed] = field(default_factory=dict)
+    _rounds: list[dict[Any, float]] = field(default_factory=list)
 
-    def predict(self, pipe: Pipeline, params: Any, batch: Any, timed: Callable[[Callable], float]) -> dict[str, Any]:
+    def prepare(self, pipe: Pipeline, params: Any, batch: Any) -> None:
+        """Compile what is to be timed of a pipeline's program and is not there yet, and run it once."""
+        excerpts: dict[Any, Excerpt] = {}
+
+        def ask(body: Sequence[Instruction], devices: tuple[int, ...] | None, key: Any) -> float:
+            excerpts[_named(pipe, key)] = self._excerpt(pipe, body, devices)
+            return 0.0
+
+        durations_of(pipe, ask)
+        nothing = _nothing(pipe)
+        for key, excerpt in ({nothing: self._excerpt(pipe, [], None)} | excerpts).items():
+            if key not in self._timed:
+                step = jax.jit(excerpt.value_and_grad).lower(params, batch).compile()
+                run = partial(step, params, batch)
+                jax.block_until_ready(run())
+                self._timed[key] = _Timed(run, excerpt.intervals, nothing)
+
+    def round(self, timed: Callable[[Callable], float]) -> None:
+        """Time everything once."""
+        self._rounds.append({key: timed(of.run) for key, of in self._timed.items()})
+
+    def predict(self, pipe: Pipeline) -> dict[str, Any]:
         """The simulated step, in ms: the passes, and beside them what a step without any costs."""
-        found = self.durations(pipe, params, batch, timed)
-        outside = self.known[_nothing(pipe)]
+        found, outside = self.durations(pipe), self._outside(pipe)
         on_cpus = pipe.mesh.devices.flat[0].platform == "cpu"
         timeline = simulate(pipe.program, found, ON_CPUS if on_cpus else COMPILED)
         return {
@@ -72,12 +103,11 @@ class PassTimes:
             "pass_ms": {f.name: _thousandfold(getattr(found, f.name)) for f in fields(found)},
         }
 
-    def account(self, pipe: Pipeline, params: Any, batch: Any, timed: Callable) -> dict[str, float]:
+    def account(self, pipe: Pipeline) -> dict[str, float]:
         """Milliseconds a step by the kind of pass, where all devices take turns on one core: then the time of a pass
         on several is the sum of theirs."""
-        found = self.durations(pipe, params, batch, timed)
-        outside = self.known[_nothing(pipe)]
-        total: dict[str, float] = {"outside passes": outside}
+        found = self.durations(pipe)
+        total: dict[str, float] = {"outside passes": self._outside(pipe)}
         per_microbatch = {f.name: getattr(found, f.name) for f in fields(found) if f.name != "transfer"}
         for kind, times in per_microbatch.items():
             # Stages with as many layers were timed together.
@@ -90,28 +120,16 @@ class PassTimes:
                     total["transfers"] = total.get("transfers", 0.0) + segment.intervals * took
         return {kind: 1e3 * seconds for kind, seconds in total.items()}
 
-    def durations(self, pipe: Pipeline, params: Any, batch: Any, timed: Callable) -> Durations:
-        """The time of every pass and collective that the pipeline's program has.
+    def durations(self, pipe: Pipeline) -> Durations:
+        """The time of every pass and collective that the pipeline's program has: the median of the rounds."""
+        return durations_of(pipe, lambda body, devices, key: self._seconds(_named(pipe, key)))
 
-        All are timed in rounds, each once a round, so that a moment in which the machine is slow is one round's.
-        """
-        excerpts: dict[Any, Excerpt] = {}
+    def _seconds(self, key: Any) -> float:
+        of = self._timed[key]
+        return max(0.0, median(took[key] - took[of.nothing] for took in self._rounds) / of.intervals)
 
-        def ask(body: Sequence[Instruction], devices: tuple[int, ...] | None, key: Any) -> float:
-            excerpts[key] = self._excerpt(pipe, body, devices)
-            return 0.0
-
-        durations_of(pipe, ask)
-        _, B, L = batch["tokens"].shape
-        named = lambda key: (key, pipe.model.vocab_size, B, L)  # noqa: E731
-        missing = {key: excerpt for key, excerpt in excerpts.items() if named(key) not in self.known}
-        nothing = _nothing(pipe)
-        if missing or nothing not in self.known:
-            took = self._time({nothing: self._excerpt(pipe, [], None)} | missing, params, batch, timed)
-            self.known[nothing] = took[nothing]
-            for key, excerpt in missing.items():
-                self.known[named(key)] = max(0.0, (took[key] - took[nothing]) / excerpt.intervals)
-        return durations_of(pipe, lambda body, devices, key: self.known[named(key)])
+    def _outside(self, pipe: Pipeline) -> float:
+        return median(took[_nothing(pipe)] for took in self._rounds)
 
     def _excerpt(self, pipe: Pipeline, body: Sequence[Instruction], devices: tuple[int, ...] | None) -> Excerpt:
         """A step that runs only a body, on some devices or on all."""
@@ -125,18 +143,6 @@ class PassTimes:
             body=tuple(again(pipe, i, intervals, devices) for i in body),
             intervals=intervals,
         )
-
-    def _time(self, excerpts: dict[Any, Excerpt], params: Any, batch: Any, timed: Callable) -> dict[Any, float]:
-        """Seconds of each, the median of the rounds."""
-        steps = {}
-        for key, excerpt in excerpts.items():
-            steps[key] = jax.jit(excerpt.value_and_grad).lower(params, batch).compile()
-            jax.block_until_ready(steps[key](params, batch))
-        rounds = [
-            {key: timed(lambda step=step: step(params, batch)) for key, step in steps.items()}
-            for _ in range(self.repeats)
-        ]
-        return {key: median(took[key] for took in rounds) for key in steps}
 
 
 Seconds = Callable[[Sequence[Instruction], "tuple[int, ...] | None", Any], float]
@@ -199,6 +205,10 @@ def _transfers(p: int, whole: dict, seconds: Seconds) -> tuple[tuple[float, ...]
             for source, target in i.pairs:
                 matrix[source, target] = max(matrix[source, target], took)
     return tuple(map(tuple, matrix.tolist()))
+
+
+def _named(pipe: Pipeline, key: Any) -> Any:
+    return key, pipe.model.vocab_size, pipe.schedule.p
 
 
 def _nothing(pipe: Pipeline) -> Any:

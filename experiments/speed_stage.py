@@ -118,15 +118,22 @@ class Stage:
         took = slowest(lambda: ready.step(ready.params, ready.batch))
         return took, time.process_time() - began
 
-    def passes(self, name: str) -> dict[str, float]:
-        """The measured times of a pipeline's passes, and the step that the simulator makes of them, in ms."""
+    def prepare_passes(self, name: str) -> None:
+        """Compile a pipeline's passes, each as a program of its own."""
         ready = self.ready[name]
-        return self.pass_times.predict(ready.contender.pipe, ready.params, ready.batch, slowest)
+        self.pass_times.prepare(ready.contender.pipe, ready.params, ready.batch)
+
+    def time_passes(self) -> None:
+        """A round of all passes, all ranks beginning each together."""
+        self.pass_times.round(slowest)
+
+    def predict(self, name: str) -> dict[str, Any]:
+        """The measured times of a pipeline's passes, and the step that the simulator makes of them, in ms."""
+        return self.pass_times.predict(self.ready[name].contender.pipe)
 
     def account(self, name: str) -> dict[str, float]:
         """Where the time of a step goes when all devices share a core: ms a step, by the kind of pass."""
-        ready = self.ready[name]
-        return self.pass_times.account(ready.contender.pipe, ready.params, ready.batch, slowest)
+        return self.pass_times.account(self.ready[name].contender.pipe)
 
     def losses(self, folder: str, model: dict, pipeline: dict, lr: float, steps: int) -> list[float]:
         """Train from the weights and on the batches in a folder; the loss of every step."""
@@ -173,8 +180,10 @@ def slowest(run: Any) -> float:
 def handlers() -> dict[str, Any]:
     """The requests that this rank answers."""
     stage = Stage()
-    names = ("join", "simulate", "describe", "prepare", "time", "passes", "account", "losses")
-    return {name: getattr(stage, name) for name in names}
+    alone = ("join", "simulate", "describe", "losses")
+    steps = ("prepare", "time")
+    passes = ("prepare_passes", "time_passes", "predict", "account")
+    return {name: getattr(stage, name) for name in (*alone, *steps, *passes)}
 
 
 if __name__ == "__main__":

@@ -26,13 +26,15 @@ def test_passes_are_timed_with_the_real_ones_and_add_up_to_a_step():
         jax.block_until_ready(run())  # every excerpt really runs
         return float(next(clock))
 
-    times = PassTimes(intervals=2, repeats=1)
-    found = times.durations(pipe, params, batch(), timed)
+    times = PassTimes(intervals=2)
+    times.prepare(pipe, params, batch())
+    times.round(timed)
+    found = times.durations(pipe)
     assert len(found.F) == len(found.B) == 2
     # The clock goes on by one an excerpt, and two intervals share it; the stages' passes are different excerpts.
     assert found.F[0] != found.F[1] and min(*found.F, *found.B) > 0
     assert found.H[0] == 0 < found.H[1] and found.IF[1] == 0 < found.IF[0]
-    account = times.account(pipe, params, batch(), timed)
+    account = times.account(pipe)
     assert account["F"] == pytest.approx(1e3 * 4 * sum(found.F))
 
 
