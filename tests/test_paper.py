@@ -161,6 +161,30 @@ def test_compiled_memory_stands_beside_the_published(tmp_path):
     assert outcome.line()["memory_error_gb"] == pytest.approx(15 - row.memory)
 
 
+def test_families_are_compared_over_the_rows_that_were_published():
+    shares = {"vocab-1": (-0.1, -0.3), "redis": (None,)}
+    lines = [
+        {"schedule": "1f1b", "method": method, "share": share, "devices differ by": 0.05}
+        for method, of in shares.items()
+        for share in of
+    ]
+    sharded, redis = memory_section.by_family(lines)
+    assert (sharded["rows"], sharded["on average"], sharded["highest"]) == (2, "-20.0%", "-10.0%")
+    assert (redis["rows"], redis["with published"], redis["highest"]) == (1, 0, None)
+
+
+@pytest.mark.parametrize(("passes", "said"), [(["F0"], "end: none"), (["S"], "end: big in")])
+def test_a_large_collective_without_a_transformer_pass_beside_it_is_named(passes, said):
+    row = next(row for row in published(5) if row.method == "vocab-2")
+    collectives = [
+        {"step": "big", "bytes": 2**20, "passes_between": passes},
+        {"step": "stats", "bytes": 2**10, "passes_between": []},
+        {"step": "transfer", "bytes": 2**30, "passes_between": []},
+    ]
+    text = memory_section.loops([row], {row.name: {"loop_copy_bytes": 2**21, "collectives": collectives}})
+    assert said in text and f"{row.name} (2 MiB an interval)" in text
+
+
 def test_curves_in_the_cache_are_not_trained_again(tmp_path, monkeypatch):
     trained = []
 

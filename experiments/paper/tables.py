@@ -178,9 +178,9 @@ def section(number: int, files: Files, say: Say) -> str:
         f"{clear - len(wrong)} come out in the "
         f"published order." + "".join(f" Not so: {a.row.name} against {b.row.method}." for a, b in wrong),
         "Beside it this library's own program on the same GPUs: one program for all devices, no dense gradient of the "
-        "embedding, and transfers that either block both ends or, asynchronous, are waited for where they are read. "
-        "Blocking ones cost 1F1B's vocabulary passes little. V-Half loses where its F, B and W, a slot each, differ in "
-        "length" + _interlaced(found),
+        "embedding, and transfers that are waited for where they are read (asynchronous, as on GPUs) or, as a bound, "
+        "block both ends. Blocking ones cost 1F1B's vocabulary passes little. V-Half loses where its F, B and W, a "
+        "slot each, differ in length" + _interlaced(found),
         "Peak memory is **compiled** for A100-SXM4-80GB by XLA from the full train step in bfloat16 with float32 "
         "parameters. A dash under published: ran out of memory; under compiled: not compiled. Here the smallest and "
         f"the largest vocabulary, all rows in {link}:",
