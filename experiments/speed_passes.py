@@ -2,6 +2,8 @@
 
 A pass is timed as the executor runs it: a program of that one instruction, interval after interval, on all devices
 that run it, against a program of none. Sums that are not stored anywhere are timed with the pass that reads them.
+In a step other passes come between two of a kind and take their place in the caches; here, for those passes that take
+long, a sweep over memory does, which the program of none has too.
 """
 
 from __future__ import annotations
@@ -17,25 +19,35 @@ import jax.numpy as jnp
 import numpy as np
 
 from vocabpp_jax import Pipeline
+from vocabpp_jax.executor import Executor
+from vocabpp_jax.rings import Cells, State, when
 from vocabpp_jax.schedules import COMPILED, ON_CPUS, Durations, Instruction, Program, Segment, simulate
 
 RINGS = {"deliver": "inbox"}  # the tables that are not named after the ring they index
 LONG = ("F", "B", "W", "S", "S1", "S2", "T", "H")  # all else takes so little that it needs more intervals to be seen
+SWEPT = 2**24  # float32 values that a sweep changes: 64 MiB, more than caches hold
 _TIMED_WITH = {"CI": "IF", "big": "G", "CB": "IB"}  # sums that are not stored anywhere, and the pass beside them
 
 
 @dataclass(frozen=True)
 class Excerpt(Pipeline):
-    """A pipeline that runs some of a program's instructions, again and again."""
+    """A pipeline that runs some of a program's instructions, again and again, and a sweep in front of them."""
 
     whole: Program | None = None
     body: tuple[Instruction, ...] = ()
     intervals: int = 0
+    swept: bool = False
 
     @property
     def program(self) -> Program:
-        segments = (Segment(0, self.intervals, self.body),) if self.body else ()
+        nothing = np.zeros((self.intervals, self.schedule.p), np.int32)
+        sweep = (Instruction("run", "sweep", 0, 0, tables={"nothing": nothing}),) if self.swept else ()
+        segments = (Segment(0, self.intervals, sweep + self.body),) if sweep + self.body else ()
         return replace(self.whole, segments=segments)
+
+    def _executor(self, *arguments: Any) -> Executor:
+        executor = super()._executor(*arguments)
+        return _Sweeping(**vars(executor)) if self.swept else executor
 
     def _gradients(self, state: dict[str, Any], params: Any) -> Any:
         """The gradients, with all of the state alive to the end: what nothing read, the compiler would not compute."""
@@ -45,9 +57,21 @@ class Excerpt(Pipeline):
         return grads | {"final": jax.tree.map(lambda g: g + invalid, grads["final"])}
 
 
+class _Sweeping(Executor):
+    """An executor that knows one instruction more."""
+
+    def initial_state(self) -> State:
+        return super().initial_state() | {"swept": jnp.zeros(SWEPT, jnp.float32)}
+
+    def execute(self, instruction: Instruction, cells: Cells, state: State) -> State:
+        if instruction.name != "sweep":
+            return super().execute(instruction, cells, state)
+        return when(cells["nothing"] == 0, state, ("swept",), lambda s: s | {"swept": s["swept"] + 1})
+
+
 @dataclass(frozen=True)
 class _Timed:
-    """A compiled excerpt, how many intervals it runs, and what the same step without any is known by."""
+    """A compiled excerpt, how many intervals it runs, and what the same step without its passes is known by."""
 
     run: Callable[[], Any]
     intervals: int
@@ -79,13 +103,13 @@ class PassTimes:
             return 0.0
 
         durations_of(pipe, ask)
-        nothing = _nothing(pipe)
-        for key, excerpt in ({nothing: self._excerpt(pipe, [], None)} | excerpts).items():
+        of_none = {excerpt.swept: replace(excerpt, body=()) for excerpt in excerpts.values()}
+        for key, excerpt in ({_nothing(pipe, of.swept): of for of in of_none.values()} | excerpts).items():
             if key not in self._timed:
                 step = jax.jit(excerpt.value_and_grad).lower(params, batch).compile()
                 run = partial(step, params, batch)
                 jax.block_until_ready(run())
-                self._timed[key] = _Timed(run, excerpt.intervals, nothing)
+                self._timed[key] = _Timed(run, excerpt.intervals, _nothing(pipe, excerpt.swept))
 
     def round(self, timed: Callable[[Callable], float]) -> None:
         """Time everything once."""
@@ -129,11 +153,12 @@ class PassTimes:
         return max(0.0, median(took[key] - took[of.nothing] for took in self._rounds) / of.intervals)
 
     def _outside(self, pipe: Pipeline) -> float:
-        return median(took[_nothing(pipe)] for took in self._rounds)
+        return median(took[_nothing(pipe, False)] for took in self._rounds)
 
     def _excerpt(self, pipe: Pipeline, body: Sequence[Instruction], devices: tuple[int, ...] | None) -> Excerpt:
         """A step that runs only a body, on some devices or on all."""
-        intervals = self.intervals * (1 if any(i.name in LONG for i in body) else self.more)
+        long = any(i.name in LONG for i in body)
+        intervals = self.intervals * (1 if long else self.more)
         return Excerpt(
             pipe.model,
             pipe.schedule,
@@ -142,6 +167,7 @@ class PassTimes:
             whole=pipe.program,
             body=tuple(again(pipe, i, intervals, devices) for i in body),
             intervals=intervals,
+            swept=long,
         )
 
 
@@ -211,9 +237,9 @@ def _named(pipe: Pipeline, key: Any) -> Any:
     return key, pipe.model.vocab_size, pipe.schedule.p
 
 
-def _nothing(pipe: Pipeline) -> Any:
-    """What a step without any pass is known by."""
-    return ("nothing", pipe.layout, pipe.schedule.method, pipe.schedule.name)
+def _nothing(pipe: Pipeline, swept: bool) -> Any:
+    """What a step without any pass is known by, with sweeps or without."""
+    return ("nothing", pipe.layout, pipe.schedule.method, pipe.schedule.name, swept)
 
 
 def again(pipe: Pipeline, instruction: Instruction, intervals: int, devices: tuple[int, ...] | None) -> Instruction:
