@@ -68,6 +68,9 @@ class VocabularySteps(InputSteps, OutputSteps):
         with jax.named_scope(name):
             match op:
                 case "start":
+                    # What is merely elementwise, XLA would fuse with what passes make later, unless a loop makes it.
+                    if make := getattr(self, f"make_{name}", None):
+                        state = make(state, cells)
                     operand, communicate = step(state, cells)
                     if name not in LANDS_FIRST:
                         state = before_later_passes(state, operand)

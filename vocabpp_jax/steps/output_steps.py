@@ -139,14 +139,21 @@ class OutputSteps(VocabularyLayer):
         names = (self.head_gradient,) if self.early else (self.head_gradient, "A")
         return when(cells["microbatch"] >= 0, state, names, passed)
 
+    def make_big(self, state: State, cells: Cells) -> State:
+        """C1 of Algorithm 2: this shard's part of the input gradient; T has made it in the others."""
+        if not self.early:
+            return state
+
+        def passed(state: State) -> State:
+            record = get(state["P"], cells["P"])
+            target = self._target(cells, record["slopes"])
+            part = vocab.partial_input_gradient(state["A"], self.head, record["factor"], target, state.get("uniform"))
+            return state | {"A": part}
+
+        return when(cells["microbatch"] >= 0, state, ("A",), passed)
+
     def start_big(self, state: State, cells: Cells) -> Start:
-        part = state["A"]
-        if self.early:
-            cell = jnp.maximum(cells["P"], 0)
-            scale, slopes = get(state["P"]["factor"], cell), get(state["P"]["slopes"], cell)
-            target = self._target(cells, slopes)
-            part = vocab.partial_input_gradient(part, self.head, scale, target, state.get("uniform"))
-        return part, self._sum_over_shards
+        return state["A"], self._sum_over_shards
 
     def done_big(self, state: State, cells: Cells, g: jax.Array) -> State:
         return {flight("big"): g}
