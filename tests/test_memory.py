@@ -56,7 +56,13 @@ class TestA100:
 
     @pytest.mark.parametrize(
         ("schedule", "method", "p"),
-        [("1f1b", "vocab-1", 4), ("1f1b", "vocab-2", 4), ("v-half", "vocab-1", 2), ("v-half", "vocab-2", 2)],
+        [
+            ("1f1b", "vocab-1", 4),
+            ("1f1b", "vocab-2", 2),
+            ("1f1b", "vocab-2", 4),
+            ("v-half", "vocab-1", 2),
+            ("v-half", "vocab-2", 2),
+        ],
     )
     def test_collectives_hide_behind_transformer_passes_and_nothing_is_copied(self, schedule, method, p):
         found = compile_for(schedule, method, p=p)
