@@ -2,8 +2,9 @@
 
 A pass is timed as the executor runs it: a program of that one instruction, interval after interval, on all devices
 that run it, against a program of none. Sums that are not stored anywhere are timed with the pass that reads them.
-In a step other passes come between two of a kind and take their place in the caches; here, for those passes that take
-long, a sweep over memory does, which the program of none has too.
+In a step other passes come between two of a kind. Here one instruction does, which the program of none has too: for
+passes that take long a sweep over memory, which takes their place in the caches; for the others and for what is sent,
+one that changes the buffers that are sent, since the compiler would send the same but once.
 """
 
 from __future__ import annotations
@@ -26,28 +27,28 @@ from vocabpp_jax.schedules import COMPILED, ON_CPUS, Durations, Instruction, Pro
 RINGS = {"deliver": "inbox"}  # the tables that are not named after the ring they index
 LONG = ("F", "B", "W", "S", "S1", "S2", "T", "H")  # all else takes so little that it needs more intervals to be seen
 SWEPT = 2**24  # float32 values that a sweep changes: 64 MiB, more than caches hold
+BETWEEN = {"sweep": ("swept",), "stir": ("inbox", "out", "A", "P")}  # what stands between passes, and what it changes
 _TIMED_WITH = {"CI": "IF", "big": "G", "CB": "IB"}  # sums that are not stored anywhere, and the pass beside them
 
 
 @dataclass(frozen=True)
 class Excerpt(Pipeline):
-    """A pipeline that runs some of a program's instructions, again and again, and a sweep in front of them."""
+    """A pipeline that runs some of a program's instructions again and again, and between them one of its own."""
 
     whole: Program | None = None
     body: tuple[Instruction, ...] = ()
     intervals: int = 0
-    swept: bool = False
+    between: str = "stir"
 
     @property
     def program(self) -> Program:
         nothing = np.zeros((self.intervals, self.schedule.p), np.int32)
-        sweep = (Instruction("run", "sweep", 0, 0, tables={"nothing": nothing}),) if self.swept else ()
-        segments = (Segment(0, self.intervals, sweep + self.body),) if sweep + self.body else ()
+        between = Instruction("run", self.between, 0, 0, tables={"nothing": nothing})
+        segments = (Segment(0, self.intervals, (between, *self.body)),) if self.intervals else ()
         return replace(self.whole, segments=segments)
 
     def _executor(self, *arguments: Any) -> Executor:
-        executor = super()._executor(*arguments)
-        return _Sweeping(**vars(executor)) if self.swept else executor
+        return _Between(**vars(super()._executor(*arguments)))
 
     def _gradients(self, state: dict[str, Any], params: Any) -> Any:
         """The gradients, with all of the state alive to the end: what nothing read, the compiler would not compute."""
@@ -57,16 +58,26 @@ class Excerpt(Pipeline):
         return grads | {"final": jax.tree.map(lambda g: g + invalid, grads["final"])}
 
 
-class _Sweeping(Executor):
-    """An executor that knows one instruction more."""
+class _Between(Executor):
+    """An executor that knows two instructions more."""
 
     def initial_state(self) -> State:
-        return super().initial_state() | {"swept": jnp.zeros(SWEPT, jnp.float32)}
+        sweeps = any(i.name == "sweep" for segment in self.program.segments for i in segment.body)
+        return super().initial_state() | ({"swept": jnp.zeros(SWEPT, jnp.float32)} if sweeps else {})
 
     def execute(self, instruction: Instruction, cells: Cells, state: State) -> State:
-        if instruction.name != "sweep":
+        if instruction.name not in BETWEEN:
             return super().execute(instruction, cells, state)
-        return when(cells["nothing"] == 0, state, ("swept",), lambda s: s | {"swept": s["swept"] + 1})
+        names = tuple(name for name in BETWEEN[instruction.name] if name in state)
+        changed = lambda s: s | {name: _changed(s[name]) for name in names}  # noqa: E731
+        return when(cells["nothing"] == 0, state, names, changed)
+
+
+def _changed(entry: Any) -> Any:
+    """A buffer with other values; of a record, the row statistics, which are what is sent of it."""
+    if isinstance(entry, dict):
+        return entry | {"local": jax.tree.map(_changed, entry["local"])}
+    return entry + 1
 
 
 @dataclass(frozen=True)
@@ -103,13 +114,14 @@ class PassTimes:
             return 0.0
 
         durations_of(pipe, ask)
-        of_none = {excerpt.swept: replace(excerpt, body=()) for excerpt in excerpts.values()}
-        for key, excerpt in ({_nothing(pipe, of.swept): of for of in of_none.values()} | excerpts).items():
+        of_none = [replace(excerpt, body=()) for excerpt in excerpts.values()]
+        of_none.append(replace(of_none[0], intervals=0))
+        for key, excerpt in ({_nothing(pipe, of.intervals): of for of in of_none} | excerpts).items():
             if key not in self._timed:
                 step = jax.jit(excerpt.value_and_grad).lower(params, batch).compile()
                 run = partial(step, params, batch)
                 jax.block_until_ready(run())
-                self._timed[key] = _Timed(run, excerpt.intervals, _nothing(pipe, excerpt.swept))
+                self._timed[key] = _Timed(run, excerpt.intervals, _nothing(pipe, excerpt.intervals))
 
     def round(self, timed: Callable[[Callable], float]) -> None:
         """Time everything once."""
@@ -153,7 +165,7 @@ class PassTimes:
         return max(0.0, median(took[key] - took[of.nothing] for took in self._rounds) / of.intervals)
 
     def _outside(self, pipe: Pipeline) -> float:
-        return median(took[_nothing(pipe, False)] for took in self._rounds)
+        return median(took[_nothing(pipe, 0)] for took in self._rounds)
 
     def _excerpt(self, pipe: Pipeline, body: Sequence[Instruction], devices: tuple[int, ...] | None) -> Excerpt:
         """A step that runs only a body, on some devices or on all."""
@@ -167,7 +179,7 @@ class PassTimes:
             whole=pipe.program,
             body=tuple(again(pipe, i, intervals, devices) for i in body),
             intervals=intervals,
-            swept=long,
+            between="sweep" if long else "stir",
         )
 
 
@@ -237,9 +249,9 @@ def _named(pipe: Pipeline, key: Any) -> Any:
     return key, pipe.model.vocab_size, pipe.schedule.p
 
 
-def _nothing(pipe: Pipeline, swept: bool) -> Any:
-    """What a step without any pass is known by, with sweeps or without."""
-    return ("nothing", pipe.layout, pipe.schedule.method, pipe.schedule.name, swept)
+def _nothing(pipe: Pipeline, intervals: int) -> Any:
+    """What a step without any pass is known by; intervals say what there is between passes, if anything."""
+    return ("nothing", pipe.layout, pipe.schedule.method, pipe.schedule.name, intervals)
 
 
 def again(pipe: Pipeline, instruction: Instruction, intervals: int, devices: tuple[int, ...] | None) -> Instruction:
