@@ -14,7 +14,7 @@ from ..rings import Cells, State, before_later_passes, behind_earlier_passes
 from ..schedules import Instruction
 from ..vocab import Stats
 from .input_steps import InputSteps
-from .layer import flight
+from .layer import flight, sent
 from .output_steps import OutputSteps
 
 F32 = jnp.float32
@@ -50,6 +50,7 @@ class VocabularySteps(InputSteps, OutputSteps):
             state["P"] |= {"slopes": self.no_slopes(rings["P"], B * L)}
             state["A"] = jnp.zeros(wide, dtype)
             state |= self.initial_uniform(B * L)
+        state |= {sent(name): jnp.zeros(wide, dtype) for name in ("C0", "CB") if name in self.names}
         return state | {flight(name): value for name, value in self._flights(wide, dtype).items()}
 
     def _flights(self, wide: tuple[int, int], dtype: jnp.dtype) -> dict[str, Any]:
@@ -68,7 +69,8 @@ class VocabularySteps(InputSteps, OutputSteps):
         with jax.named_scope(name):
             match op:
                 case "start":
-                    # What is merely elementwise, XLA would fuse with what passes make later, unless a loop makes it.
+                    # What is merely elementwise or a cell of a ring, XLA would make with what passes make later, and
+                    # copy the ring for it, unless a loop makes it.
                     if make := getattr(self, f"make_{name}", None):
                         state = make(state, cells)
                     operand, communicate = step(state, cells)

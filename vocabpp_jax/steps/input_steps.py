@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from .. import vocab
 from ..rings import Cells, State, get, put, put_if, when
-from .layer import Start, VocabularyLayer, flight
+from .layer import Start, VocabularyLayer, flight, sent
 
 
 class InputSteps(VocabularyLayer):
@@ -46,8 +46,11 @@ class InputSteps(VocabularyLayer):
         inbox = state["inbox"]
         return {"inbox": put_if(inbox, cells["deliver"], x.reshape(inbox.shape[1:]))}
 
+    def make_CB(self, state: State, cells: Cells) -> State:
+        return self._taken(state, cells, "CB")
+
     def start_CB(self, state: State, cells: Cells) -> Start:
-        return self._stream(state, cells), self._broadcast_from(0)
+        return state[sent("CB")], self._broadcast_from(0)
 
     def done_CB(self, state: State, cells: Cells, g: jax.Array) -> State:
         return {flight("CB"): g}

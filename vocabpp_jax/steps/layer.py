@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..layout import PIPE, Layout
-from ..rings import Cells, State, get
+from ..rings import Cells, State, get, when
 
 Collective = Callable[[jax.Array], jax.Array]
 Start = tuple[jax.Array, Collective]  # what a collective takes, and the collective
@@ -26,12 +26,18 @@ def flight(name: str) -> str:
     return f"flight.{name}"
 
 
+def sent(name: str) -> str:
+    """The state's entry for what a broadcast sends."""
+    return f"sent.{name}"
+
+
 @dataclass(frozen=True)
 class VocabularyLayer:
     """One device's part of the vocabulary layers, for one batch.
 
     A step ``run X`` is a method ``run_X(state, cells)`` that returns the state after it. A collective is two:
     ``start_X`` returns its operand and what communicates it, ``done_X`` takes what arrived and returns what changes.
+    ``make_X``, where there is one, is a pass in front of ``start_X`` that makes the operand.
 
     Attributes:
         layout: the model, the schedule, and where the tables are.
@@ -59,9 +65,13 @@ class VocabularyLayer:
     def _first_row(self, table: jax.Array) -> jax.Array | int:
         return lax.axis_index(self.layout.vocabulary_axes) * table.shape[0] if self.layout.sharded else 0
 
-    def _stream(self, state: State, cells: Cells) -> jax.Array:
-        """What waits in the inbox ``[N, D]``: meaningful on the device that a broadcast comes from."""
-        return get(state["inbox"], jnp.maximum(cells["inbox"], 0)).reshape(-1, self.layout.model.width)
+    def _taken(self, state: State, cells: Cells, name: str) -> State:
+        """Takes what waits in the inbox ``[N, D]`` for a broadcast; meaningful on the device that it comes from."""
+
+        def taken(s: State) -> State:
+            return s | {sent(name): get(s["inbox"], cells["inbox"]).reshape(-1, self.layout.model.width)}
+
+        return when(cells["inbox"] >= 0, state, (sent(name),), taken)
 
     @property
     def _sum_over_shards(self) -> Collective:

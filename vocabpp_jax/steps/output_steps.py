@@ -18,7 +18,7 @@ from .. import vocab
 from ..rings import Cells, State, get, put, put_if, when, zeros
 from ..schedules import sums_before_T
 from ..vocab import Loss, Shard, Slopes, Stats, Target
-from .layer import Start, VocabularyLayer, flight
+from .layer import Start, VocabularyLayer, flight, sent
 
 F32 = jnp.float32
 
@@ -51,8 +51,11 @@ class OutputSteps(VocabularyLayer):
         """The rows of the head's table that this device holds."""
         return Shard(self._first_row(self.head), self.layout.model.vocab_size)
 
+    def make_C0(self, state: State, cells: Cells) -> State:
+        return self._taken(state, cells, "C0")
+
     def start_C0(self, state: State, cells: Cells) -> Start:
-        return self._stream(state, cells), self._broadcast_from(-1)
+        return state[sent("C0")], self._broadcast_from(-1)
 
     def done_C0(self, state: State, cells: Cells, x: jax.Array) -> State:
         return {"X": put_if(state["X"], cells["X"], x)}
