@@ -115,13 +115,13 @@ class PassTimes:
 
         durations_of(pipe, ask)
         of_none = [replace(excerpt, body=()) for excerpt in excerpts.values()]
-        of_none.append(replace(of_none[0], intervals=0))
-        for key, excerpt in ({_nothing(pipe, of.intervals): of for of in of_none} | excerpts).items():
+        of_none.append(replace(of_none[0], intervals=0, between=""))
+        for key, excerpt in ({_nothing(pipe, of.between): of for of in of_none} | excerpts).items():
             if key not in self._timed:
                 step = jax.jit(excerpt.value_and_grad).lower(params, batch).compile()
                 run = partial(step, params, batch)
                 jax.block_until_ready(run())
-                self._timed[key] = _Timed(run, excerpt.intervals, _nothing(pipe, excerpt.intervals))
+                self._timed[key] = _Timed(run, excerpt.intervals, _nothing(pipe, excerpt.between))
 
     def round(self, timed: Callable[[Callable], float]) -> None:
         """Time everything once."""
@@ -165,7 +165,7 @@ class PassTimes:
         return max(0.0, median(took[key] - took[of.nothing] for took in self._rounds) / of.intervals)
 
     def _outside(self, pipe: Pipeline) -> float:
-        return median(took[_nothing(pipe, 0)] for took in self._rounds)
+        return median(took[_nothing(pipe, "")] for took in self._rounds)
 
     def _excerpt(self, pipe: Pipeline, body: Sequence[Instruction], devices: tuple[int, ...] | None) -> Excerpt:
         """A step that runs only a body, on some devices or on all."""
@@ -249,9 +249,9 @@ def _named(pipe: Pipeline, key: Any) -> Any:
     return key, pipe.model.vocab_size, pipe.schedule.p
 
 
-def _nothing(pipe: Pipeline, intervals: int) -> Any:
-    """What a step without any pass is known by; intervals say what there is between passes, if anything."""
-    return ("nothing", pipe.layout, pipe.schedule.method, pipe.schedule.name, intervals)
+def _nothing(pipe: Pipeline, between: str) -> Any:
+    """What a step without any pass is known by, and what there is between passes, if anything."""
+    return ("nothing", pipe.layout, pipe.schedule.method, pipe.schedule.name, between)
 
 
 def again(pipe: Pipeline, instruction: Instruction, intervals: int, devices: tuple[int, ...] | None) -> Instruction:

@@ -77,7 +77,8 @@ class VocabularySteps(InputSteps, OutputSteps):
                     if name not in LANDS_FIRST:
                         state = before_later_passes(state, operand)
                     result = communicate(operand)
-                    # A buffer that was sent as it is, is spent. Forgotten, it can hold the result.
+                    # The sum's operand is spent: forgotten, it can hold the sum. What a broadcast sends stays, for its
+                    # result may be under way into the next interval, in which the next one is sent.
                     spent = {"A": result} if state.get("A") is operand else {}
                     return state | spent | {flight(name): result}
                 case "done":
