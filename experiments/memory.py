@@ -118,18 +118,17 @@ def report(options: MemoryOptions) -> tuple[Report, str]:
     steady = compiled.loops(text)[0]
     copies = steady.copies(LARGE)
     state, buffers = compiled.state_bytes(pipe, optimizer), pipe.buffer_bytes(size, length)
-    weights = 0 if pipe.compute_dtype == "float32" else state.parameters // 2
     parts = {
         "parameters": state.parameters,
         "optimizer": state.optimizer,
         "gradients": state.gradients,
-        "weights in bfloat16": weights,
+        "weights in bfloat16": state.rounded,
         "activations in flight": sum(buffers.get(ring, 0) for ring in RINGS),
         "other buffers": sum(n for name, n in buffers.items() if name not in RINGS and not name.startswith("grads.")),
     }
     peak = program.memory_analysis().peak_memory_in_bytes
     parts["everything else"] = peak - sum(parts.values())
-    a_parameter = (state.parameters + state.optimizer + state.gradients + weights) / (state.parameters / 4)
+    a_parameter = sum(state) / (state.parameters / 4)
     return (
         Report(
             gpu=gpu.name,

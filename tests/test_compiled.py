@@ -89,6 +89,16 @@ def test_state_and_tokens_are_the_compiled_steps_arguments(small):
     assert compiled.loops(program.as_text())[0].trips >= small.schedule.m
 
 
+@pytest.mark.parametrize(("method", "only_read"), [("vocab-2", True), ("baseline", False)])
+def test_an_embedding_that_is_no_head_has_no_copy_in_the_compute_dtype(small, method, only_read):
+    schedule = schedules.build("1f1b", method, p=2, m=4)
+    pipe = Pipeline(small.model, schedule, small.mesh, compute_dtype="bfloat16")
+    state = compiled.state_bytes(pipe, adamw(1e-3, 10, 1))
+    embedding = sum(4 * table.size for table in jax.tree.leaves(pipe.layout.shapes()["embed"])) // schedule.p
+    assert state.rounded == (state.parameters - only_read * embedding) // 2
+    assert compiled.state_bytes(small, adamw(1e-3, 10, 1)).rounded == 0
+
+
 def test_buffers_are_those_of_the_schedules_rings(small):
     buffers, rings = small.buffer_bytes(2, 16), small.program.rings
     a_microbatch = small.activation_bytes(2, 16)

@@ -109,6 +109,15 @@ class Pipeline:
     def _evaluation(self) -> Program:
         return lower(evaluation(self.schedule))
 
+    def rounded(self, params: Params) -> Params:
+        """The parameters as passes take them, in the compute dtype.
+
+        An embedding that is no head stays as it is: a lookup rounds the rows that it reads, which saves a whole copy.
+        """
+        dtype = jnp.dtype(self.compute_dtype)
+        rounded = jax.tree.map(lambda w: w.astype(dtype), params)
+        return rounded if self.layout.head_is_embedding else rounded | {"embed": params["embed"]}
+
     def activation_bytes(self, batch: int, length: int, side: Any = None) -> dict[str, int]:
         """Bytes that one microbatch in flight costs on a device, counted from the traced block.
 
@@ -194,10 +203,9 @@ class Pipeline:
 
     def _executor(self, program: Program, observe: bool, params: Params, batch: Batch) -> Executor:
         """What one device runs, from its part of the parameters and of the batch."""
-        dtype = jnp.dtype(self.compute_dtype)
-        cast = jax.tree.map(lambda w: w.astype(dtype), params)
-        blocks = jax.tree.map(lambda w: w.reshape(w.shape[1:]), cast["blocks"])
-        tables = {k: v for k, v in cast.items() if k != "blocks"}
+        rounded = self.rounded(params)
+        blocks = jax.tree.map(lambda w: w.reshape(w.shape[1:]), rounded["blocks"])
+        tables = {k: v for k, v in rounded.items() if k != "blocks"}
         if not self.layout.sharded:
             tables |= {
                 k: jax.tree.map(lambda w: w.reshape(w.shape[1:]), tables[k]) for k in ("embed", "head") if k in tables
@@ -213,7 +221,7 @@ class Pipeline:
             native_broadcast=self.mesh.devices.flat[0].platform in ("gpu", "cuda"),
         )
         _, B, L = batch["tokens"].shape
-        x = jax.ShapeDtypeStruct((B, L, self.model.width), dtype)
+        x = jax.ShapeDtypeStruct((B, L, self.model.width), self.compute_dtype)
         return Executor(
             program,
             vocabulary.layout,

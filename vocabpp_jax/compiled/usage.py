@@ -14,11 +14,13 @@ from ..train import shardings
 
 
 class StateBytes(NamedTuple):
-    """Bytes on every device of the float32 parameters, of the optimizer's state, and of the gradients."""
+    """Bytes on every device of the float32 parameters, of the optimizer's state, of the gradients, and of the copies of
+    parameters in the compute dtype; these are 0 in float32."""
 
     parameters: int
     optimizer: int
     gradients: int
+    rounded: int
 
 
 def state_bytes(pipe: Pipeline, optimizer: optax.GradientTransformation) -> StateBytes:
@@ -26,8 +28,13 @@ def state_bytes(pipe: Pipeline, optimizer: optax.GradientTransformation) -> Stat
     params = pipe.layout.shapes()
     placed = shardings(pipe, optimizer)
     parameters = _bytes(params, placed.params)
-    # Gradients are accumulated in float32 too, and lie where their parameters do.
-    return StateBytes(parameters, _bytes(jax.eval_shape(optimizer.init, params), placed.optimizer), parameters)
+    rounded = jax.tree.map(lambda w, r: None if w.dtype == r.dtype else r, params, jax.eval_shape(pipe.rounded, params))
+    return StateBytes(
+        parameters,
+        _bytes(jax.eval_shape(optimizer.init, params), placed.optimizer),
+        parameters,  # accumulated in float32 too, where the parameters lie
+        _bytes(rounded, placed.params),
+    )
 
 
 def used_parameters(pipe: Pipeline) -> tuple[int, ...]:
@@ -55,7 +62,8 @@ def used_parameters(pipe: Pipeline) -> tuple[int, ...]:
 def used_bytes(pipe: Pipeline, batch: int, length: int, bytes_a_parameter: float) -> tuple[int, ...]:
     """Bytes that each device puts something into: state of its own parameters, ring cells that it fills.
 
-    ``batch`` is sequences a device; ``bytes_a_parameter`` counts weights, gradient, moments and the compute copy.
+    ``batch`` is sequences a device; ``bytes_a_parameter`` counts, on average, weights, gradient, moments and the copies
+    of them in the compute dtype.
     """
     buffers, program = pipe.buffer_bytes(batch, length), pipe.program
     total = np.array(used_parameters(pipe)) * bytes_a_parameter
@@ -65,7 +73,9 @@ def used_bytes(pipe: Pipeline, batch: int, length: int, bytes_a_parameter: float
 
 
 def _bytes(shapes: Any, placed: Any) -> int:
-    def on_a_device(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> int:
+    def on_a_device(x: jax.ShapeDtypeStruct | None, sharding: NamedSharding) -> int:
+        if x is None:
+            return 0
         return int(np.prod(sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize
 
-    return sum(jax.tree.leaves(jax.tree.map(on_a_device, shapes, placed)))
+    return sum(jax.tree.leaves(jax.tree.map(on_a_device, shapes, placed, is_leaf=lambda x: x is None)))

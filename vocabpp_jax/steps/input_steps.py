@@ -15,18 +15,21 @@ class InputSteps(VocabularyLayer):
 
     @property
     def _scale(self) -> jax.Array:
-        """The factor on embedded tokens, rounded as the table is, in both directions."""
-        return jnp.asarray(self.layout.model.embed_scale, self.params["embed"]["tokens"].dtype)
+        """The factor on embedded tokens, in the compute dtype in both directions."""
+        return jnp.asarray(self.layout.model.embed_scale, self.head.dtype)
+
+    def _read(self, table: jax.Array, ids: jax.Array) -> jax.Array:
+        """The rows of this shard among ``ids``, in the compute dtype, which the table need not be in."""
+        return vocab.lookup(table, ids, self._first_row(table)).astype(self.head.dtype)
 
     def run_IF(self, state: State, cells: Cells) -> State:
         """IF: this shard's part of the embedded tokens and positions, or all of it where it is not sharded."""
         ids = get(self.batch["tokens"], jnp.maximum(cells["microbatch"], 0))
-        table = self.params["embed"]["tokens"]
 
         def embedded() -> jax.Array:
-            x = vocab.lookup(table, ids, self._first_row(table)) * self._scale
+            x = self._read(self.params["embed"]["tokens"], ids) * self._scale
             if (positions := self.params["embed"].get("positions")) is not None:
-                x += vocab.lookup(positions, jnp.arange(ids.shape[1]), self._first_row(positions))
+                x += self._read(positions, jnp.arange(ids.shape[1]))
             return x
 
         if self.layout.sharded:

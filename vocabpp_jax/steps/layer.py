@@ -41,7 +41,8 @@ class VocabularyLayer:
 
     Attributes:
         layout: the model, the schedule, and where the tables are.
-        params: this device's ``embed``, ``final`` and, where it is not the embedding, ``head``, in the compute dtype.
+        params: this device's ``embed``, ``final`` and, where it is not the embedding, ``head``; in the compute dtype,
+            but for an embedding that is no head, which may be in any.
         batch: ``tokens`` and ``labels`` ``[m, B, L]``; ``weight`` ``[m, B, L]`` float32, the mask over the global
             count of valid tokens.
         native_broadcast: whether the backend has a broadcast.
