@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from .collectives import collectives
 from .executor import Executor
 from .layout import PIPE, Layout
 from .linearize import Linearized, linearize
@@ -214,17 +215,18 @@ class Pipeline:
         model = self.model
         if not program.schedule.trains:
             model = replace(model, loss=Loss(soft_cap=model.loss.soft_cap))
+        layout = Layout(model, program.schedule, self.layout.tensor)
         vocabulary = VocabularySteps(
-            Layout(model, program.schedule, self.layout.tensor),
+            layout,
             tables,
             {"tokens": batch["tokens"], "labels": batch["labels"], "weight": batch["mask"] / jnp.maximum(count, 1)},
-            native_broadcast=self.mesh.devices.flat[0].platform in ("gpu", "cuda"),
+            collectives(layout.vocabulary_axes, program.schedule.p, self.mesh.devices.flat[0].platform),
         )
         _, B, L = batch["tokens"].shape
         x = jax.ShapeDtypeStruct((B, L, self.model.width), self.compute_dtype)
         return Executor(
             program,
-            vocabulary.layout,
+            layout,
             self._linearized(program, x, blocks, batch["side"]),
             vocabulary,
             tables | {"blocks": blocks},

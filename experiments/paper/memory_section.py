@@ -61,6 +61,8 @@ def section(files: Files, say: Say) -> str:
             "The highest against what is published:",
             table([{k: x[k] for k in shown} for x in highest], {"GPUs": "d", "s": "d", "V": "d", "share": "+.1%"}),
             REDIS,
+            STATE,
+            table(mostly_state(lines), {"GPUs": "d", "s": "d", "V": "d", "share": "+.1%"}),
             loops(rows, reports),
         ]
     )
@@ -69,6 +71,24 @@ def section(files: Files, say: Say) -> str:
 REDIS = """One program runs on all devices, so each has room for the parameters and the activations of the deepest
 stage. With `redis` the stages before the head are the deepest and the last device keeps that room as well; a process
 a device, as published, need not."""
+
+
+STATE = """A V-Half `baseline` keeps embedding and head on one device, and that device is nearly all state, which no
+executor makes smaller: float32 parameters, gradients and two moments, 16 bytes a parameter, and the copies in bfloat16
+that products read every microbatch. Published rows without their vocabulary on all devices, most state first:"""
+
+
+def mostly_state(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """V-Half's baselines, and what their peak is made of."""
+    made = [
+        {name: x[name] for name in ("GPUs", "s", "V", "published", "compiled", "share")}
+        | {"float32 state": x["parameters"] + x["optimizer"] + x["gradients"]}
+        | {"in bfloat16": x["weights in bfloat16"], "activations": x["activations in flight"]}
+        | {"everything else": x["other buffers"] + x["everything else"]}
+        for x in lines
+        if x["schedule"] == "v-half" and x["method"] == "baseline" and x["share"] is not None
+    ]
+    return sorted(made, key=lambda x: -x["float32 state"] / x["published"])
 
 
 def by_family(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

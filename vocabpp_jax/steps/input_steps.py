@@ -43,7 +43,7 @@ class InputSteps(VocabularyLayer):
         )
 
     def start_CI(self, state: State, cells: Cells) -> Start:
-        return state["part"].reshape(-1, self.layout.model.width), self._sum_over_shards
+        return state["part"].reshape(-1, self.layout.model.width), self._sum_for(0)
 
     def done_CI(self, state: State, cells: Cells, x: jax.Array) -> State:
         inbox = state["inbox"]

@@ -1,4 +1,4 @@
-"""What the steps of both vocabulary layers share: one device's tables, its batch, and how it broadcasts.
+"""What the steps of both vocabulary layers share: one device's tables, its batch, and what it sends.
 
 Shapes, per device: B microbatch, L length, N = B·L tokens, D width, R rows of the local shard.
 """
@@ -11,10 +11,10 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
-from ..layout import PIPE, Layout
+from ..collectives import Native, OfPermutes
+from ..layout import Layout
 from ..rings import Cells, State, get, when
 
 Collective = Callable[[jax.Array], jax.Array]
@@ -45,13 +45,13 @@ class VocabularyLayer:
             but for an embedding that is no head, which may be in any.
         batch: ``tokens`` and ``labels`` ``[m, B, L]``; ``weight`` ``[m, B, L]`` float32, the mask over the global
             count of valid tokens.
-        native_broadcast: whether the backend has a broadcast.
+        collectives: how the shards communicate.
     """
 
     layout: Layout
     params: Any
     batch: dict[str, jax.Array]
-    native_broadcast: bool
+    collectives: Native | OfPermutes
 
     @property
     def trains(self) -> bool:
@@ -74,13 +74,10 @@ class VocabularyLayer:
 
         return when(cells["inbox"] >= 0, state, (sent(name),), taken)
 
-    @property
-    def _sum_over_shards(self) -> Collective:
-        return partial(lax.psum, axis_name=self.layout.vocabulary_axes)
+    def _sum_for(self, stage: int) -> Collective:
+        """The sum over all shards, for the device of one stage to read."""
+        return partial(self.collectives.total, target=self.layout.schedule.placement[stage])
 
     def _broadcast_from(self, stage: int) -> Collective:
-        """One stage's array on all devices: natively, or by a masked sum where the backend has no broadcast."""
-        source = self.layout.schedule.placement[stage]
-        if self.native_broadcast:
-            return lambda x: lax.pbroadcast(x, (PIPE,), source)
-        return lambda x: lax.psum(jnp.where(lax.axis_index(PIPE) == source, x, jnp.zeros_like(x)), PIPE)
+        """One stage's array on all devices."""
+        return partial(self.collectives.broadcast, source=self.layout.schedule.placement[stage])

@@ -114,8 +114,7 @@ class OutputSteps(VocabularyLayer):
 
     def start_stats(self, state: State, cells: Cells) -> Start:
         # One gather instead of a maximum that a sum must wait for.
-        gather = partial(lax.all_gather, axis_name=self.layout.vocabulary_axes)
-        return jnp.stack(self._local(state, cells)), gather
+        return jnp.stack(self._local(state, cells)), self.collectives.gather
 
     def done_stats(self, state: State, cells: Cells, gathered: jax.Array) -> State:
         whole = vocab.combine(Stats(*jnp.moveaxis(gathered, 1, 0)))
@@ -156,7 +155,7 @@ class OutputSteps(VocabularyLayer):
         return when(cells["microbatch"] >= 0, state, ("A",), passed)
 
     def start_big(self, state: State, cells: Cells) -> Start:
-        return state["A"], self._sum_over_shards
+        return state["A"], self._sum_for(-1)
 
     def done_big(self, state: State, cells: Cells, g: jax.Array) -> State:
         return {flight("big"): g}
