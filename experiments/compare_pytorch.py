@@ -4,20 +4,21 @@
     python experiments/compare_pytorch.py --what speed --docs docs/speed.md
     python experiments/compare_pytorch.py --what logs --logs megatron.log
 
-Both sides begin with the same weights and see the same batches, a process a stage, each with its own core or GPU.
+Both sides begin with the same weights and train on the same batches, a process a stage, each with its own core or GPU.
 ``losses`` trains with Adam on both sides and holds every step's losses against each other; it exits with status 1 where
-they differ by more than the tolerance. ``speed`` times them in turns, and each framework's plain accumulation step on
-one device while the others stand still: the kernel ratio. The schedule ratio is that of our own pipelines. ``logs``
-puts runs of Megatron-LM or VocabularyParallelism into the same table; --logs works with the others too.
+they differ by more than the tolerance. ``speed`` times them in turns, and each framework's plain accumulation step,
+every device alone with its share of the microbatches: the kernel ratio. The schedule ratio is that of our own
+pipelines. ``logs`` puts runs of Megatron-LM or VocabularyParallelism into the same table; --logs works with the others
+too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,10 +33,11 @@ from compare_report import losses_table, ratios_of, speed_table
 from megatron_logs import read_log
 from options import ModelOptions, OptionalStr, PipelineOptions, or_fail, parse, write_json
 from processes import Group, GroupFailed, free_port
-from speed_report import IDEAL as ALONE
 from speed_report import insert_table
 from speed_stage import name_of
+from turns import EVEN_SHARE, Left, countdown, in_turns, say
 from vocabpp_jax import models
+from vocabpp_jax.models.gpt import GPTConfig
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,11 @@ class CompareOptions:
         for name in self.ours:
             if len(name.split()) != 2:
                 raise ValueError(f'ours has {name!r}; write schedule and method, for example "1f1b vocab-2"')
+        self.model.refuse_other_losses()
         if self.model.config().tie_embeddings:
             raise ValueError("tie_embeddings is set; torch.distributed.pipelining cannot tie two stages' weights")
+        if not isinstance(self.model.config(), GPTConfig):
+            raise ValueError(f"model is {self.model.model!r}; what PyTorch has beside it is a GPT, so take one")
         if self.model.config().dtype != "float32":
             raise ValueError(f"dtype is {self.model.dtype!r}; the two are compared in float32")
 
@@ -101,12 +106,8 @@ class Both:
     options: CompareOptions
     ours: Group
     theirs: Group
-    end: float
-
-    @property
-    def left(self) -> float:
-        """Seconds that are left."""
-        return max(1.0, self.end - time.monotonic())
+    left: Left
+    devices: dict[str, Any]
 
     def arguments(self, vocab_size: int, schedule: str, method: str) -> dict[str, Any]:
         """What our ranks need to know."""
@@ -129,16 +130,16 @@ class Both:
 
 
 @contextlib.contextmanager
-def both(options: CompareOptions, end: float) -> Iterator[Both]:
+def both(options: CompareOptions, left: Left) -> Iterator[Both]:
     """A group of each framework. One waits while the other computes."""
     here, p = Path(__file__).parent, options.pipeline.stages
     with contextlib.ExitStack() as stack:
-        groups = []
-        for script in ("speed_stage.py", "pytorch_baseline.py"):
+        groups, devices = [], {}
+        for script in ("pytorch_baseline.py", "speed_stage.py"):
             group = stack.enter_context(Group(here / script, p, options.gpus, options.share_cores))
-            group.ask("join", max(1.0, end - time.monotonic()), coordinator=f"127.0.0.1:{free_port()}", ranks=p)
-            groups.append(group)
-        yield Both(options, *groups, end)
+            devices |= group.ask("join", left(), coordinator=f"127.0.0.1:{free_port()}", ranks=p)[0]
+            groups.insert(0, group)
+        yield Both(options, *groups, left, devices)
 
 
 def folder_of(options: CompareOptions) -> contextlib.AbstractContextManager[str]:
@@ -158,77 +159,78 @@ def export(options: CompareOptions, vocab_size: int, steps: int, folder: Path) -
     exchange.write(folder, named, batches)
 
 
-def compare_losses(options: CompareOptions, end: float) -> dict[str, Any]:
+def compare_losses(options: CompareOptions, left: Left) -> dict[str, Any]:
     """Every run's losses, and the largest difference from our first one's."""
     vocab_size = options.model.config().vocab_size
-    with folder_of(options) as folder, both(options, end) as groups:
+    with folder_of(options) as folder, both(options, left) as groups:
         export(options, vocab_size, options.steps, Path(folder))
         losses, train = {}, {"lr": options.lr, "steps": options.steps}
         for name in options.ours:
             arguments = groups.arguments(vocab_size, *name.split())
-            losses[f"ours {name}"] = groups.ours.ask("losses", groups.left, folder=folder, **arguments, **train)[0]
+            losses[f"ours {name}"] = groups.ours.ask("losses", left(), folder=folder, **arguments, **train)[0]
             say(f"ours {name}: {losses[f'ours {name}'][-1]:.6f} after {options.steps} steps")
         for name in options.schedules:
             arguments = groups.torch_arguments(vocab_size, name, folder)
-            losses[f"torch {name}"] = groups.theirs.ask("losses", groups.left, **arguments, **train)[0]
+            losses[f"torch {name}"] = groups.theirs.ask("losses", left(), **arguments, **train)[0]
             say(f"torch {name}: {losses[f'torch {name}'][-1]:.6f} after {options.steps} steps")
     first = np.array(losses[f"ours {options.ours[0]}"])
     difference = {name: float(np.max(np.abs(np.array(of) - first))) for name, of in losses.items()}
     return {"losses": losses, "largest_difference": difference, "holds": max(difference.values()) <= options.tolerance}
 
 
-def compare_speed(options: CompareOptions, end: float) -> dict[str, Any]:
-    """Rows of every contender at every vocabulary, and the ratios."""
-    rows, ratios = [], []
+def compare_speed(options: CompareOptions, left: Left) -> dict[str, Any]:
+    """Rows of every contender at every vocabulary, the ratios, and what it was measured on."""
+    result: dict[str, Any] = {"rows": [], "ratios": [], "devices": {}}
+    tokens = options.pipeline.microbatches * options.pipeline.microbatch_size * options.model.config().seq
     for number, vocab_size in enumerate(options.vocab_sizes):
-        part = time.monotonic() + (end - time.monotonic()) / (len(options.vocab_sizes) - number)
-        seconds = time_all(options, vocab_size, part)
-        tokens = options.pipeline.microbatches * options.pipeline.microbatch_size * options.model.config().seq
+        part = countdown(left() / (len(options.vocab_sizes) - number))
+        result["devices"], seconds = time_all(options, vocab_size, part)
         for name, of in seconds.items():
             framework, _, rest = name.partition(" ")
-            rows.append(
+            result["rows"].append(
                 {
                     "framework": framework,
-                    "what": "one device" if rest == ALONE else rest,
+                    "what": "even share, nobody waiting" if rest == EVEN_SHARE else rest,
                     "vocab_size": vocab_size,
                     "measured_ms": 1e3 * median(of),
-                    "tokens_per_second": tokens / median(of) / (options.pipeline.stages if rest == ALONE else 1),
+                    "least_ms": 1e3 * min(of),
+                    "most_ms": 1e3 * max(of),
+                    "repeats": len(of),
+                    "tokens_per_second": tokens / median(of),
                 }
             )
-        ratios += ratios_of(options.ours, vocab_size, {name: median(of) for name, of in seconds.items()})
-    return {"rows": rows, "ratios": ratios}
+        result["ratios"] += ratios_of(options.ours, vocab_size, seconds)
+    return result
 
 
-def time_all(options: CompareOptions, vocab_size: int, end: float) -> dict[str, list[float]]:
-    """Seconds of every step of both frameworks, in turns, for one vocabulary."""
-    with folder_of(options) as folder, both(options, end) as groups:
+def time_all(options: CompareOptions, vocab_size: int, left: Left) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """What it runs on, and seconds of every step of both frameworks, in turns, for one vocabulary."""
+    with folder_of(options) as folder, both(options, left) as groups:
         export(options, vocab_size, 1, Path(folder))
-        asked: dict[str, Group] = {}
-        for name in (ALONE, *options.ours):
-            parts = ("1f1b", "vocab-2") if name == ALONE else name.split()
-            arguments = groups.arguments(vocab_size, *parts) | {"comparator": ALONE if name == ALONE else None}
-            groups.ours.ask("prepare", groups.left, name=name, **arguments)
-            asked[f"ours {name}"] = groups.ours
-        for name in (ALONE, *options.schedules):
-            groups.theirs.ask("prepare", groups.left, name=name, **groups.torch_arguments(vocab_size, name, folder))
-            asked[f"torch {name}"] = groups.theirs
-        seconds: dict[str, list[float]] = {name: [] for name in asked}
-        for number in range(options.repeats + 1):
-            began = time.monotonic()
-            for name, group in asked.items():
-                took = max(s for s, _ in group.ask("time", groups.left, name=name.partition(" ")[2]))
-                if number:  # the first round touches memory for the first time
-                    seconds[name].append(took)
-            spent = time.monotonic() - began
-            say(f"V={vocab_size}: round {number}, {spent:.1f} s, {groups.left:.0f} s left")
-            if number and groups.left < 1.3 * spent:
-                break
-        return seconds
+        asked: dict[str, tuple[Group, str]] = {}
+        for name in (EVEN_SHARE, *options.ours):
+            parts = ("1f1b", "vocab-2") if name == EVEN_SHARE else name.split()
+            comparator = {"comparator": EVEN_SHARE if name == EVEN_SHARE else None}
+            groups.ours.ask("prepare", left(), name=name, **groups.arguments(vocab_size, *parts), **comparator)
+            asked[f"ours {name}"] = groups.ours, name
+        for name in (EVEN_SHARE, *options.schedules):
+            groups.theirs.ask("prepare", left(), name=name, **groups.torch_arguments(vocab_size, name, folder))
+            asked[f"torch {name}"] = groups.theirs, name
+        times = in_turns(asked, options.repeats, left, f"V={vocab_size}: ")
+        return groups.devices, {name: of.seconds for name, of in times.items()}
 
 
-def say(line: str) -> None:
-    """Progress, on standard error."""
-    print(line, file=sys.stderr, flush=True)
+def measured_on(options: CompareOptions, result: dict[str, Any]) -> str:
+    """A line that says what was timed, and on what."""
+    config, devices = options.model.config(), result["devices"]
+    if not devices:
+        return "From the logs of other runs."
+    return (
+        f"{devices['devices']} × {devices['device']}, one process each, jax {devices['jax']}, torch {devices['torch']} "
+        f"(eager); {config.layers} layers, h={config.hidden}, s={config.seq}, "
+        f"m={options.pipeline.microbatches}, loss and gradients. Measured: medians of "
+        f"{min(row['repeats'] for row in result['rows'])} rounds; ratios are medians of the rounds' own."
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -236,19 +238,26 @@ def main(arguments: list[str] | None = None) -> None:
     runs = or_fail(lambda: [read_log(path) for path in options.logs])
     jax.config.update("jax_platforms", "cpu")  # this process only exports; the devices are the ranks'
     say(f"{options.what}: {options.minutes:g} minutes at the most")
-    end = time.monotonic() + 60 * options.minutes
-    result: dict[str, Any] = {"rows": [], "ratios": [], "logs": [dataclasses.asdict(run) for run in runs]}
+    if options.gpus:  # where PyTorch multiplies in float32 unless told otherwise
+        os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+    left = countdown(60 * options.minutes)
+    result: dict[str, Any] = {
+        "rows": [],
+        "ratios": [],
+        "devices": {},
+        "logs": [dataclasses.asdict(run) for run in runs],
+    }
     try:
         if options.what == "losses":
-            result |= or_fail(lambda: compare_losses(options, end))
+            result |= or_fail(lambda: compare_losses(options, left))
         elif options.what == "speed":
-            result |= or_fail(lambda: compare_speed(options, end))
+            result |= or_fail(lambda: compare_speed(options, left))
     except GroupFailed as problem:
         say(f"error: {problem}")
         raise SystemExit(1) from None
     tables = [losses_table(result)] if "losses" in result else []
     if result["rows"] or runs:
-        tables.append(speed_table(result["rows"], result["ratios"], runs))
+        tables.append(speed_table(measured_on(options, result), result["rows"], result["ratios"], runs))
     print("\n".join(tables), file=sys.stderr if options.json == "-" else sys.stdout)
     write_json(options.json, result)
     if options.docs:

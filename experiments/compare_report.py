@@ -6,17 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_logs import MegatronRun
-from speed_report import IDEAL as ALONE
+from turns import EVEN_SHARE, ratio
 
 
-def ratios_of(ours: Sequence[str], vocab_size: int, seconds: dict[str, float]) -> list[dict[str, Any]]:
-    """Torch's 1F1B over each of ours: the kernels' part, the schedule's part, their product, and what was measured."""
+def ratios_of(ours: Sequence[str], vocab_size: int, seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """Torch's 1F1B over each of ours: the kernels' part, the schedule's part, their product, and what was measured.
+
+    ``seconds`` are those of every round.
+    """
     if "torch 1f1b" not in seconds or "ours 1f1b baseline" not in seconds:
         return []
-    kernel, baseline = seconds[f"torch {ALONE}"] / seconds[f"ours {ALONE}"], seconds["ours 1f1b baseline"]
+    kernel = ratio(seconds[f"torch {EVEN_SHARE}"], seconds[f"ours {EVEN_SHARE}"])
     found = []
     for name in ours:
-        schedule, total = baseline / seconds[f"ours {name}"], seconds["torch 1f1b"] / seconds[f"ours {name}"]
+        mine = seconds[f"ours {name}"]
+        schedule, total = ratio(seconds["ours 1f1b baseline"], mine), ratio(seconds["torch 1f1b"], mine)
         found.append(
             {
                 "ours": name,
@@ -42,16 +46,18 @@ def losses_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, f"| largest difference | {largest} |"]) + "\n"
 
 
-def speed_table(rows: list[dict], ratios: list[dict], runs: list[MegatronRun]) -> str:
-    """Throughput of everything, and the ratios."""
+def speed_table(what: str, rows: list[dict], ratios: list[dict], runs: list[MegatronRun]) -> str:
+    """Throughput of everything, and the ratios, under a line that says what was measured."""
     lines = [
+        what,
+        "",
         "| vocabulary | framework | what | tokens/s | step, ms | TFLOP/s a GPU | GiB |",
         "|---:|---|---|---:|---:|---:|---:|",
     ]
     for row in sorted(rows, key=lambda r: (r["vocab_size"], r["measured_ms"])):
         lines.append(
             f"| {row['vocab_size']:,} | {row['framework']} | {row['what']} | {row['tokens_per_second']:,.0f} | "
-            f"{row['measured_ms']:.0f} | | |"
+            f"{row['measured_ms']:.0f} ({row['least_ms']:.0f} to {row['most_ms']:.0f}) | | |"
         )
     for run in runs:
         said = lambda value, form: "" if value is None else format(value, form)  # noqa: E731
@@ -60,7 +66,10 @@ def speed_table(rows: list[dict], ratios: list[dict], runs: list[MegatronRun]) -
             f"{run.step_ms:.0f} | {said(run.tflops, '.1f')} | {said(run.memory_gib, '.1f')} |"
         )
     if ratios:
-        lines += ["", "| vocabulary | torch 1f1b over | kernels | schedule | product | measured | product off by |"]
+        lines += [
+            "",
+            "| vocabulary | torch 1f1b over ours | kernels | schedule | product | measured | product off by |",
+        ]
         lines += ["|---:|---|---:|---:|---:|---:|---:|"]
     for r in ratios:
         lines.append(

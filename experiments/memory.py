@@ -2,9 +2,9 @@
 
     python experiments/memory.py --gpu a100-80g --model 4B --stages 8 --vocab-size 256000 --plot memory.png
 
-The step is what train.py runs: float32 parameters, gradients and Adam moments, donated; passes in bfloat16; flash
-attention; what is kept for the backward as --residuals says. Needs jax's GPU packages (pip install
-'vocabpp-jax[cuda12]'), but no GPU.
+The step is what train.py runs: float32 parameters, gradients and Adam moments, donated; passes in the model's dtype,
+flash attention where cuDNN takes the heads; what is kept for the backward as --residuals says. Needs jax's GPU packages
+(pip install 'vocabpp-jax[cuda12]'), but no GPU.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def prepare(model: ModelOptions, pipeline: PipelineOptions, gpu: GPU) -> Pipelin
             f"tensor_parallel is {pipeline.tensor_parallel}; the report knows pipelines without it, so give 1"
         )
     mesh = make_mesh(pipeline.stages, data, compiled.devices(gpu, pipeline.stages * data))
-    return Pipeline(models.build(config), schedule, mesh, compute_dtype=config.dtype)
+    return Pipeline(model.build(config), schedule, mesh, compute_dtype=config.dtype)
 
 
 def report(options: MemoryOptions) -> tuple[Report, str]:
@@ -115,14 +115,20 @@ def report(options: MemoryOptions) -> tuple[Report, str]:
         pipe, optimizer, microbatch_size=size, length=length, without=options.without
     )
     text = program.as_text()
-    steady = compiled.loops(text)[0]
+    loops = compiled.loops(text)
+    if not loops:
+        raise ValueError(
+            f"stages is {pipeline.stages} and microbatches is {pipeline.microbatches}; the compiled step has no loop "
+            "that communicates, so give at least 2 stages and more microbatches than stages"
+        )
+    steady = loops[0]
     copies = steady.copies(LARGE)
     state, buffers = compiled.state_bytes(pipe, optimizer), pipe.buffer_bytes(size, length)
     parts = {
         "parameters": state.parameters,
         "optimizer": state.optimizer,
         "gradients": state.gradients,
-        "weights in bfloat16": state.rounded,
+        "rounded weights": state.rounded,
         "activations in flight": sum(buffers.get(ring, 0) for ring in RINGS),
         "other buffers": sum(n for name, n in buffers.items() if name not in RINGS and not name.startswith("grads.")),
     }
@@ -143,7 +149,9 @@ def report(options: MemoryOptions) -> tuple[Report, str]:
             instructions=compiled.instruction_count(text),
             assumed={
                 "state": "float32 parameters, gradients and two Adam moments; donated",
-                "passes": pipe.compute_dtype,
+                "passes": f"{pipe.compute_dtype}, from a copy of the weights but for an embedding that is not the head"
+                if state.rounded
+                else pipe.compute_dtype,
                 "attention": on_gpu(model).attention,
                 "residuals": on_gpu(model).residuals,
                 "flags": " ".join(
@@ -173,9 +181,7 @@ def show(found: Report, console: Console) -> None:
         traffic.add_row(c.kind, c.step, f"{c.bytes / LARGE:.2f}", " ".join(c.passes_between) or "none")
     console.print(traffic)
     for copy in found.copies:
-        console.print(
-            f"copied in every interval: {copy.shape.split('{')[0]}, {copy.bytes / LARGE:.0f} MiB, {copy.scope}"
-        )
+        console.print(f"copied in every interval: {copy.shape}, {copy.bytes / LARGE:.0f} MiB, {copy.scope}")
     if not found.copies:
         console.print("no copy of 1 MiB or more in the steady state")
     console.print(

@@ -21,6 +21,7 @@ from vocabpp_jax import Model, hosts, make_mesh, models, schedules
 from vocabpp_jax.models import Config
 from vocabpp_jax.schedules import Schedule
 from vocabpp_jax.schedules.layers import redistributed
+from vocabpp_jax.vocab import Loss
 
 Options = TypeVar("Options")
 Result = TypeVar("Result")
@@ -57,7 +58,8 @@ class ModelOptions:
     """What a forward leaves for its backward: selective (norms and activation functions are computed again),
     everything, or full (all of a layer is computed again from its input, and twice where W is a pass of its own)."""
     dtype: OptionalStr = None
-    """What passes compute in: float32 or bfloat16. Parameters, losses and sums are float32 either way."""
+    """What passes compute in: float32 or bfloat16. Parameters, losses and gradients' sums over microbatches are float32
+    either way; what devices send each other is in this dtype."""
     soft_cap: OptionalFloat = None
     """Squash logits into plus and minus this; Gemma 2 has 30 of its own."""
     z_loss: float = 0.0
@@ -85,11 +87,19 @@ class ModelOptions:
         named = self.model in models.SIZES
         return Path(self.model) if not named and (os.sep in self.model or Path(self.model).is_dir()) else None
 
-    def build(self) -> Model:
-        """The model with its loss. Raises ValueError for what makes none."""
-        model = models.build(self.config())
+    def build(self, config: Config | None = None) -> Model:
+        """The model with its loss, as ``config`` says where one is given. Raises ValueError for what makes none."""
+        model = models.build(config or self.config())
         given = {name: getattr(self, name) for name in self.LOSS if getattr(self, name) is not None}
         return dataclasses.replace(model, loss=dataclasses.replace(model.loss, **given))
+
+    def refuse_other_losses(self) -> None:
+        """Raises ValueError where the loss is more than the cross entropy, which is all that other programs compute."""
+        if (loss := self.build().loss) != Loss():
+            raise ValueError(
+                f"the loss is {loss}; what it is compared with has the plain cross entropy, so leave out "
+                f"{', '.join(self.LOSS)}, and take a model without a soft cap"
+            )
 
 
 @dataclass(frozen=True)

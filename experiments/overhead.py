@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -19,7 +18,8 @@ from typing import Any
 
 from options import ModelOptions, OptionalStr, PipelineOptions, or_fail, parse, write_json
 from processes import Group, GroupFailed
-from speed_report import IDEAL, insert_table
+from speed_report import insert_table
+from turns import EVEN_SHARE, countdown, in_turns, ratio, say
 
 PLAIN = "plain step"
 
@@ -43,54 +43,49 @@ class OverheadOptions:
     docs: OptionalStr = None
     """Markdown page whose table of these measurements is to be replaced."""
     model: ModelOptions = field(
-        default_factory=lambda: ModelOptions(model="gpt-mini", layers=8, hidden=512, heads=8, seq=256, vocab_size=8192)
+        default_factory=lambda: ModelOptions(
+            model="gpt-mini", layers=8, hidden=512, heads=8, seq=256, vocab_size=8192, residuals="everything"
+        )
     )
     pipeline: PipelineOptions = field(default_factory=lambda: PipelineOptions(microbatches=16, microbatch_size=1))
 
     def __post_init__(self) -> None:
         if not self.devices or min(self.devices) < 1:
             raise ValueError(f"devices is {self.devices}; give one number or more, each at least 1")
+        self.model.refuse_other_losses()
         if self.pipeline.stages != PipelineOptions.stages or self.pipeline.method != PipelineOptions.method:
             raise ValueError("stages and method are for one pipeline; here they are devices and methods")
 
 
 def measure(options: OverheadOptions) -> dict[str, Any]:
     """Rows of the plain step and of every pipeline."""
-    end = time.monotonic() + 60 * options.minutes
-    left = lambda: max(1.0, end - time.monotonic())  # noqa: E731
+    left = countdown(60 * options.minutes)
     model = dataclasses.asdict(options.model)
     cases = {PLAIN: (1, "vocab-2")} | {f"{m}, p={p}": (p, m) for m in options.methods for p in options.devices}
     rows: dict[str, dict[str, Any]] = {}
     with Group(Path(__file__).with_name("speed_stage.py"), ranks=1) as group:
         device = group.ask("simulate", left(), devices=max(options.devices))[0]
         for name, (p, method) in cases.items():
-            pipeline = dataclasses.replace(options.pipeline, stages=p, method=method, data_parallel=1)
-            comparator = IDEAL if name == PLAIN else None
+            pipeline = dataclasses.replace(options.pipeline.on("cpu"), stages=p, method=method, data_parallel=1)
+            comparator = EVEN_SHARE if name == PLAIN else None
             arguments = {"model": model, "pipeline": dataclasses.asdict(pipeline), "comparator": comparator}
-            rows[name] = {"devices": p, "method": method, "seconds": [], "cpu_s": []}
-            rows[name] |= group.ask("prepare", left(), name=name, **arguments)[0]
-            print(f"{name}: compiled, {left():.0f} s left", file=sys.stderr, flush=True)
+            rows[name] = {"devices": p, "method": method} | group.ask("prepare", left(), name=name, **arguments)[0]
+            say(f"{name}: compiled, {left():.0f} s left")
         pipelines = [name for name in cases if name != PLAIN] if options.account else []
         for name in pipelines:
             group.ask("prepare_passes", left(), name=name)
-        for number in range(options.repeats + 1):
-            began = time.monotonic()
-            for name in cases:
-                took, cpu = group.ask("time", left(), name=name)[0]
-                if number:  # the first round touches memory for the first time
-                    rows[name]["seconds"].append(took)
-                    rows[name]["cpu_s"].append(cpu)
-            if number and options.account:
+
+        def time_passes() -> None:
+            if pipelines:
                 group.ask("time_passes", left())
-            spent = time.monotonic() - began
-            print(f"round {number}: {spent:.1f} s, {left():.0f} s left", file=sys.stderr, flush=True)
-            if number and left() < 1.3 * spent:
-                break
+
+        for name, times in in_turns({n: (group, n) for n in cases}, options.repeats, left, after=time_passes).items():
+            rows[name] |= dataclasses.asdict(times)
         for name in pipelines:
             rows[name]["account_ms"] = group.ask("account", left(), name=name)[0]
     for row in rows.values():
         for name, of in (("overhead", "seconds"), ("cpu_overhead", "cpu_s")):
-            row[name] = median(row[of]) / median(rows[PLAIN][of]) - 1
+            row[name] = ratio(row[of], rows[PLAIN][of]) - 1
     return {"device": device, "rows": rows}
 
 
@@ -120,7 +115,7 @@ def table_of(options: OverheadOptions, result: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     options = or_fail(lambda: parse(OverheadOptions, __doc__, arguments))
-    print(f"{options.minutes:g} minutes at the most", file=sys.stderr, flush=True)
+    say(f"{options.minutes:g} minutes at the most")
     try:
         result = or_fail(lambda: measure(options))
     except GroupFailed as problem:

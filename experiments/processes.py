@@ -29,6 +29,9 @@ _PINNED = (
     "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
 )
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+# glibc gives every large array back to the system when it is freed, and clears its pages when it is made again. A
+# framework that allocates in every microbatch, as eager PyTorch does, would pay for that and for nothing of its own.
+KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
 class GroupFailed(RuntimeError):
@@ -78,13 +81,17 @@ class Group:
         environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(self.ranks)}
         command = [sys.executable, str(self.script)]
         if self.gpus:
-            environment |= {"CUDA_VISIBLE_DEVICES": str(rank)}
+            visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+            # Groups of two frameworks share the GPUs, so neither may take all of the memory at once.
+            environment |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+            environment |= {"CUDA_VISIBLE_DEVICES": visible[rank] if rank < len(visible) else str(rank)}
         else:
             cores = available_cores()
             # A rank has the devices that it is asked to have, not those that its parent simulates.
             flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
             flags = " ".join([*flags, "--xla_cpu_multi_thread_eigen=false"])
-            environment |= ONE_THREAD | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+            environment |= ONE_THREAD | KEPT_MEMORY
+            environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "CUDA_VISIBLE_DEVICES": ""}
             command = [sys.executable, "-c", _PINNED, str(cores[rank % len(cores)]), str(self.script)]
         log = tempfile.TemporaryFile(mode="w+", errors="replace")
         self._logs.append(log)

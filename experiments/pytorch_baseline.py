@@ -26,8 +26,7 @@ import exchange
 import processes
 from options import ModelOptions, PipelineOptions, fail, or_fail, parse
 from pytorch_gpt import Shape, Stage, pipeline, token_loss
-
-ALONE = "even-share"  # as in speed_report.py, which needs jax
+from turns import EVEN_SHARE
 
 
 @dataclass
@@ -66,7 +65,7 @@ class Rank:
         began = time.monotonic()
         weights = exchange.read_weights(Path(folder))
         batch = next(exchange.read_batches(Path(folder)))
-        if schedule == ALONE:
+        if schedule == EVEN_SHARE:
             self.steps[name] = self._alone(Shape(**shape), weights, batch, microbatches)
         else:
             run, modules = self._pipeline(schedule, Shape(**shape), weights, microbatches)

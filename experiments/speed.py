@@ -17,8 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,11 +30,10 @@ import speed_stage
 from comparators import COMPARATORS
 from options import ClusterOptions, ModelOptions, OptionalStr, PipelineOptions, fail, or_fail, parse, write_json
 from processes import Group, GroupFailed, Here, free_port
-from speed_report import IDEAL, insert_table, rows_of, write_report
+from speed_report import insert_table, rows_of, write_report
+from turns import EVEN_SHARE, Left, countdown, in_turns, say
 from vocabpp_jax.models import model_flops
 from vocabpp_jax.schedules import METHODS, SCHEDULES, methods_of
-
-Left = Callable[[], float]  # seconds that a vocabulary still has
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class SpeedOptions:
     comparators: tuple[str, ...] = ()
     """Other ways to use the same devices: spmd-pipeline, a pipeline by autodiff with the head outside it;
     data-parallel, copies of the model; fsdp, parameters split over the devices."""
-    repeats: int = 2
+    repeats: int = 3
     """Rounds in which each is timed once; fewer where the time does not suffice."""
     minutes: float = 30.0
     """The most time that the whole run takes. Each vocabulary gets a part of it by its FLOPs."""
@@ -87,12 +85,13 @@ class SpeedOptions:
                 if value not in known:
                     raise ValueError(f"{name} has {value!r}; they are {', '.join(known)}, or all")
         for name in self.comparators:
-            if name not in COMPARATORS or name == IDEAL:
-                others = ", ".join(other for other in COMPARATORS if other != IDEAL)
+            if name not in COMPARATORS or name == EVEN_SHARE:
+                others = ", ".join(other for other in COMPARATORS if other != EVEN_SHARE)
                 raise ValueError(f"comparators has {name!r}; they are {others}")
         given = self.pipeline
         if (given.schedule, given.method) != (PipelineOptions.schedule, PipelineOptions.method):
             raise ValueError("schedule and method are for one pipeline; here they are schedules and methods")
+        self.model.refuse_other_losses()
         if self.model.vocab_size is not None:
             raise ValueError(f"vocab_size is {self.model.vocab_size}; here it is vocab_sizes, and may be one")
         for name in ("repeats", "minutes"):
@@ -143,17 +142,24 @@ def join(group: Group, limit_s: float) -> dict[str, Any]:
 
 def measure(options: SpeedOptions, vocab_size: int, limit_s: float) -> dict[str, Any]:
     """Everything for one vocabulary, all in turns. Ends in time: with fewer rounds, or as GroupFailed."""
-    end = time.monotonic() + limit_s
-    left = lambda: max(1.0, end - time.monotonic())  # noqa: E731
+    left = countdown(limit_s)
     result: dict[str, Any] = {"vocab_size": vocab_size, "contenders": {}, "left_out": {}}
     with stages(options, left()) as (group, devices):
         result |= {"devices": devices}
         prepare(options, group, result, left)
-        names = [name for name in options.cases() if name in result["contenders"] and not options.no_passes]
+        found = result["contenders"]
+        names = [name for name in options.cases() if name in found and not options.no_passes]
         for name in names:
             group.ask("prepare_passes", left(), name=name)
-        say(f"V={vocab_size}: compiled {len(result['contenders'])} programs, {left():.0f} s left")
-        time_all(options, group, result, left)
+        say(f"V={vocab_size}: compiled {len(found)} programs, {left():.0f} s left")
+
+        def time_passes() -> None:
+            if names:
+                group.ask("time_passes", left())
+
+        asked = {name: (group, name) for name in found}
+        for name, times in in_turns(asked, options.repeats, left, f"V={vocab_size}: ", time_passes).items():
+            found[name] |= dataclasses.asdict(times)
         predict(group, result, names, left)
     return result
 
@@ -162,40 +168,19 @@ def prepare(options: SpeedOptions, group: Any, result: dict[str, Any], left: Lef
     """Have everything built and compiled, or noted among what is left out."""
     model, cases = dataclasses.asdict(options.at(result["vocab_size"])), options.cases()
     given = options.pipeline.on(result["devices"]["platform"])
-    for name in (IDEAL, *cases, *options.comparators):
+    for name in (EVEN_SHARE, *cases, *options.comparators):
         schedule, method = cases.get(name, ("1f1b", "vocab-2"))
         pipeline = dataclasses.replace(given, schedule=schedule, method=method, data_parallel=1)
         arguments = {"model": model, "pipeline": dataclasses.asdict(pipeline)}
         try:
             ready = group.ask("prepare", left(), name=name, comparator=None if name in cases else name, **arguments)
         except ValueError as problem:
-            if name == IDEAL:
+            if name == EVEN_SHARE:
                 raise
             say(f"left out: {name}: {problem}")
             result["left_out"][name] = str(problem)
             continue
-        result["contenders"][name] = {"compile": ready[0], "seconds": [], "cpu_s": []}
-
-
-def time_all(options: SpeedOptions, group: Any, result: dict[str, Any], left: Left) -> None:
-    """Rounds in which each has its turn, as many as there is time for, behind one that touches the memory.
-
-    The passes take turns with the steps, so that what slows one down is likely to slow the other.
-    """
-    for number in range(options.repeats + 1):
-        began = time.monotonic()
-        for name, of in result["contenders"].items():
-            took = group.ask("time", left(), name=name)
-            if number:
-                of["seconds"].append(max(seconds for seconds, _ in took))
-                of["cpu_s"].append(sum(cpu for _, cpu in took))
-        if number and not options.no_passes:
-            group.ask("time_passes", left())
-        spent = time.monotonic() - began
-        say(f"V={result['vocab_size']}: round {number} of {options.repeats}, {spent:.1f} s, {left():.0f} s left")
-        # Where nothing else watches the ranks, none may decide on its own.
-        if number and left() < 1.2 * spent and isinstance(group, Group):
-            break
+        result["contenders"][name] = {"compile": ready[0]}
 
 
 def predict(group: Any, result: dict[str, Any], names: list[str], left: Left) -> None:
@@ -207,18 +192,13 @@ def predict(group: Any, result: dict[str, Any], names: list[str], left: Left) ->
         say(f"V={result['vocab_size']}: {name}: predicted {predicted:.0f} ms, measured {took:.0f} ms")
 
 
-def say(line: str) -> None:
-    """Progress, on standard error."""
-    print(line, file=sys.stderr, flush=True)
-
-
 def kept_or_measured(options: SpeedOptions, vocab_size: int, limit_s: float) -> dict[str, Any]:
     """What the output folder holds of a vocabulary, or else what is measured now and put there."""
     file = Path(options.output) / f"measured-{vocab_size}.json"
     request = dataclasses.asdict(options)
     for name in ("minutes", "output", "json", "docs", "vocab_sizes", "cluster"):
         del request[name]
-    request = json.loads(json.dumps(request))
+    request = json.loads(json.dumps(request | {"jax": jax.__version__}))
     if file.exists():
         found = json.loads(file.read_text())
         if found["request"] != request:

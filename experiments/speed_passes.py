@@ -144,10 +144,13 @@ class PassTimes:
         on several is the sum of theirs."""
         found = self.durations(pipe)
         total: dict[str, float] = {"outside passes": self._outside(pipe)}
-        per_microbatch = {f.name: getattr(found, f.name) for f in fields(found) if f.name != "transfer"}
-        for kind, times in per_microbatch.items():
-            # Stages with as many layers were timed together.
-            parts = {times} if not isinstance(times, tuple) else set(times)
+        for kind in (f.name for f in fields(found) if f.name != "transfer"):
+            times = getattr(found, kind)
+            if kind in ("F", "B", "W") and isinstance(times, tuple):
+                # Stages of one chunk with as many layers were timed together.
+                parts = [t for stages in pipe.layout.stage_of for t in {times[s] for s in stages}]
+            else:
+                parts = set(times) if isinstance(times, tuple) else {times}
             total[kind] = pipe.schedule.m * sum(parts)
         for segment in pipe.program.segments:
             for i in segment.body:

@@ -8,8 +8,8 @@ from statistics import median
 from typing import Any
 
 from options import PipelineOptions
+from turns import EVEN_SHARE, ratio
 
-IDEAL = "even-share"
 METHODS_OF_OTHERS = {
     "spmd-pipeline": "head outside",
     "data-parallel": "whole head",
@@ -38,7 +38,7 @@ def rows_of(results: list[dict], seq: int, pipeline: PipelineOptions) -> dict[st
     found: dict[str, Any] = {"devices": results[0]["devices"] if results else {}, "tokens_per_step": tokens}
     found |= {"rows": [], "comparators": [], "ideal": []}
     for result in results:
-        ideal = 1e3 * median(result["contenders"][IDEAL]["seconds"])
+        ideal = result["contenders"][EVEN_SHARE]
         for name, of in result["contenders"].items():
             schedule, _, method = name.partition(" ")
             ms = [1e3 * s for s in of["seconds"]]
@@ -47,40 +47,40 @@ def rows_of(results: list[dict], seq: int, pipeline: PipelineOptions) -> dict[st
                 "method": method or METHODS_OF_OTHERS.get(name, ""),
                 "vocab_size": result["vocab_size"],
                 "tokens_per_second": 1e3 * tokens / median(ms),
-                "ratio_to_ideal": ideal / median(ms),
+                "ratio_to_ideal": ratio(ideal["seconds"], of["seconds"]),
                 "measured_ms": median(ms),
                 "least_ms": min(ms),
                 "most_ms": max(ms),
                 "repeats": len(ms),
-                "cpu_ratio": median(of["cpu_s"]) / median(result["contenders"][IDEAL]["cpu_s"]),
+                "cpu_ratio": ratio(of["cpu_s"], ideal["cpu_s"]),
                 **of["compile"],
             }
             if "prediction" in of:
                 row |= of["prediction"]
-                row["predicted_ratio"] = ideal / row["predicted_ms"]
-            found["rows" if method else "ideal" if name == IDEAL else "comparators"].append(row)
+                row["predicted_ratio"] = 1e3 * median(ideal["seconds"]) / row["predicted_ms"]
+            found["rows" if method else "ideal" if name == EVEN_SHARE else "comparators"].append(row)
     return found
 
 
 def table_of(found: dict[str, Any]) -> str:
     """Markdown: a line for each contender and vocabulary, fastest first."""
-    devices = found["devices"]
+    devices, every = found["devices"], found["ideal"] + found["rows"] + found["comparators"]
     lines = [
         f"{devices['devices']} × {devices['device']}, one process each, jax {devices['jax']}; "
         f"{found['tokens_per_step']:,} tokens a step, loss and gradients. "
-        "Measured: the median and, in brackets, least and most. Ideal: the same work divided evenly, nobody waiting. "
+        f"Measured: the median of {min(r['repeats'] for r in every)} rounds and, in brackets, least and most; ratios "
+        "are medians of the rounds' own. Ideal: the same work divided evenly, nobody waiting. "
         "Work: processor time, the ideal's being 1; what is above it is the program's own and not waiting.",
         "",
         "| vocabulary | schedule | method | tokens/s | of ideal | predicted | ms | predicted ms | error | work |",
         "|---:|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    every = found["ideal"] + found["rows"] + found["comparators"]
     for row in sorted(every, key=lambda r: (r["vocab_size"], r["measured_ms"])):
         predicted = ("", "", "")
         if "predicted_ms" in row:
             error = row["predicted_ms"] / row["measured_ms"] - 1
             predicted = (f"{row['predicted_ratio']:.3f}", f"{row['predicted_ms']:.0f}", f"{error:+.1%}")
-        schedule = "ideal" if row["schedule"] == IDEAL else row["schedule"]
+        schedule = "ideal" if row["schedule"] == EVEN_SHARE else row["schedule"]
         lines.append(
             f"| {row['vocab_size']:,} | {schedule} | {row['method']} | {row['tokens_per_second']:,.0f} | "
             f"{row['ratio_to_ideal']:.3f} | {predicted[0]} | {row['measured_ms']:.0f} "
@@ -113,7 +113,7 @@ def draw_sweep(path: Path, found: dict[str, Any]) -> None:
         rows = sorted(
             (r for r in every if (r["schedule"], r["method"]) == (schedule, method)), key=lambda r: r["vocab_size"]
         )
-        ideal, color = schedule == IDEAL, "black" if schedule == IDEAL else f"C{(number - 1) % 10}"
+        ideal, color = schedule == EVEN_SHARE, "black" if schedule == EVEN_SHARE else f"C{(number - 1) % 10}"
         sizes, speeds = [r["vocab_size"] for r in rows], [r["tokens_per_second"] for r in rows]
         style = "--" if ideal else "-" if any("predicted_ms" in r for r in rows) else ":"
         label = "ideal" if ideal else f"{schedule}, {method}"

@@ -35,8 +35,15 @@ def test_permutes_do_what_broadcast_sum_and_gather_do(p, tensor):
         np.testing.assert_array_equal(found[device], np.broadcast_to(own.sum((0, 1)), found[device].shape))
     own, found = on_all(p, tensor, lambda x: made.gather(x).reshape(-1))
     np.testing.assert_array_equal(found, np.broadcast_to(own.reshape(-1), found.shape))
-    _, native = on_all(p, tensor, lambda x: Native(AXES[tensor]).gather(x).reshape(-1))
-    np.testing.assert_array_equal(found, native)
+
+
+@pytest.mark.parametrize(("p", "tensor"), [(3, 1), (3, 2)])
+def test_permutes_and_the_backends_own_agree(p, tensor):
+    made, native = OfPermutes(AXES[tensor], p), Native(AXES[tensor])
+    of = [on_all(p, tensor, lambda x, who=who: who.gather(x).reshape(-1))[1] for who in (made, native)]
+    np.testing.assert_array_equal(*of)
+    of = [on_all(p, tensor, lambda x, who=who: who.total(x, 1))[1] for who in (made, native)]
+    np.testing.assert_array_equal(of[0][1], of[1][1])
 
 
 @pytest.mark.parametrize(("p", "rounds"), [(1, 0), (2, 1), (3, 2), (8, 3)])
@@ -49,6 +56,6 @@ def test_a_broadcast_and_a_sum_take_a_round_for_every_doubling(p, rounds):
         assert sum(map(len, permutes)) == p - 1  # every array moves once
 
 
-def test_gpus_have_their_own():
-    assert isinstance(collectives(("pipe",), 4, "gpu"), Native)
-    assert isinstance(collectives(("pipe",), 4, "cpu"), OfPermutes)
+@pytest.mark.parametrize(("platform", "kind"), [("gpu", Native), ("cuda", Native), ("cpu", OfPermutes)])
+def test_gpus_have_their_own(platform, kind):
+    assert isinstance(collectives(("pipe",), 4, platform), kind)

@@ -1,6 +1,7 @@
 """The report on a train step for A100s that are not there. All but the refusals need jax's GPU packages."""
 
 import dataclasses
+import importlib.util
 import json
 
 import memory
@@ -8,14 +9,8 @@ import pytest
 from memory import MemoryOptions
 
 from options import ModelOptions, PipelineOptions
-from vocabpp_jax import compiled
-from vocabpp_jax.schedules.cost import load_gpu
 
-try:
-    compiled.devices(load_gpu("a100-80g"), 8)
-    HERE = True
-except compiled.UnsupportedTarget:
-    HERE = False
+HERE = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
 a100 = [pytest.mark.a100, pytest.mark.skipif(not HERE, reason="jax's GPU packages are not installed")]
 SMALL = ModelOptions(model="4B", layers=4, hidden=512, heads=4, seq=1024, vocab_size=8192)
 
@@ -43,6 +38,7 @@ def test_without_the_gpu_packages_one_sentence_names_the_extra(capsys):
         (["--model", "5B"], "5B"),
         (["--data-parallel", "0"], "data_parallel is 0"),
         (["--tensor-parallel", "2"], "tensor_parallel is 2"),
+        (["--stages", "12", "--layers", "12"], "stages times data_parallel is 12"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused_in_a_sentence(arguments, said, capsys):

@@ -25,6 +25,7 @@ def test_pipelines_and_the_plain_step_are_timed_on_one_core_and_accounted_for(tm
         (["--devices", "0"], "devices is (0,)"),
         (["--stages", "2"], "here they are devices and methods"),
         (["--methods", "magic"], "magic"),
+        (["--soft-cap", "30"], "soft_cap=30"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_sentence(arguments, names, capsys):

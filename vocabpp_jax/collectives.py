@@ -1,9 +1,10 @@
-"""What the vocabulary's shards say to each other: the backend's own collectives, or such as are made of permutes.
+"""How the vocabulary's shards communicate: by the backend's own collectives, or by trees of permutes.
 
-The vocabulary layers need a broadcast from one stage, a sum that one stage reads, and a small gather. gloo, with which
-CPUs communicate, has no broadcast, and all that has more than two ends costs it many messages one after the other.
-Of permutes a broadcast and a sum are trees of ceil(log2 p) rounds in which every array moves once, and a gather takes
-as many rounds (Bruck et al. 1997, section 3).
+The layers need a broadcast from one stage, a sum that one stage reads, and a small gather. XLA has no broadcast on
+CPUs, and sums and gathers between processes take gloo many messages one after the other. Of permutes a broadcast and a
+sum take ceil(log2 p) rounds in which every array moves once, and a gather as many rounds (the concatenation of Bruck et
+al., "Efficient algorithms for all-to-all communications in multiport message-passing systems", 1997). Along the axis
+``tensor`` the backend's own are used either way.
 
 Shapes are per device. ``source`` and ``target`` are indices on the mesh axis ``pipe``.
 """
@@ -66,14 +67,15 @@ class OfPermutes:
     def total(self, x: jax.Array, target: int) -> jax.Array:
         """As :meth:`Native.total`."""
         x = lax.psum(x, self.axes[1:]) if self.axes[1:] else x
+        # A device to which nothing is sent receives zeros.
         for reached, more in reversed(list(self._rounds())):
-            x += lax.ppermute(x, PIPE, [self._pair(target, n + reached, n) for n in range(more)])  # or zeros
+            x += lax.ppermute(x, PIPE, [self._pair(target, n + reached, n) for n in range(more)])
         return x
 
     def gather(self, x: jax.Array) -> jax.Array:
         """As :meth:`Native.gather`."""
         here = lax.all_gather(x, self.axes[1:]) if self.axes[1:] else x[None]
-        found = here[None]  # of this device, and in the end of those behind it in their order
+        found = here[None]  # entry n comes from the device n places further on
         for reached, more in self._rounds():
             pairs = [self._pair(device, reached, 0) for device in range(self.p)]
             found = jnp.concatenate([found, lax.ppermute(found[:more], PIPE, pairs)])
@@ -91,5 +93,5 @@ class OfPermutes:
 
 
 def collectives(axes: tuple[str, ...], p: int, platform: str) -> Native | OfPermutes:
-    """The faster ones on a platform."""
+    """:class:`Native` on GPUs, :class:`OfPermutes` elsewhere."""
     return Native(axes) if platform in ("gpu", "cuda") else OfPermutes(axes, p)

@@ -37,7 +37,8 @@ class Executor:
         program, layout: what to run, and where the parameters are.
         block: the passes of one layer.
         steps: what the vocabulary layers' instructions do.
-        params: this device's parameters in the compute dtype; ``blocks[chunk][j]`` without the device axis.
+        params: this device's part as :meth:`.Pipeline.rounded` leaves it; ``blocks[chunk][j]`` without the device
+            axis.
         side: per-microbatch inputs of the blocks, ``[m, B, ...]``.
         x: shape and dtype of the stream between blocks.
         observe: count the activations in flight while running.

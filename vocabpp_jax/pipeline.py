@@ -30,8 +30,8 @@ _PER_MICROBATCH = PartitionSpec(None, DATA)
 
 
 def make_mesh(pipe: int, data: int = 1, devices: Sequence[jax.Device] | None = None, *, tensor: int = 1) -> Mesh:
-    """A mesh ``data × pipe``, or ``data × pipe × tensor``; pipelines are runs of consecutive devices, and a layer's
-    parts runs within them.
+    """A mesh ``data × pipe``, or ``data × pipe × tensor``, of the first devices that it needs; pipelines are runs of
+    consecutive devices, and a layer's parts runs within them.
 
     Raises:
         ValueError: the devices are fewer than ``data · pipe · tensor``, or not a multiple of it.
@@ -55,7 +55,8 @@ class Pipeline:
     may be absent. Parameters are a tree in :attr:`layout`, float32, sharded as :attr:`shardings` says.
 
     Raises:
-        ValueError: the schedule is not sound, the mesh's axis ``pipe`` is not its p, or layers do not fill its stages.
+        ValueError: the schedule is not sound, the mesh has no axis ``data`` or its axis ``pipe`` is not the schedule's
+            p, or layers do not fill its stages.
     """
 
     model: Model
@@ -67,13 +68,16 @@ class Pipeline:
     def __post_init__(self) -> None:
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"compute_dtype is {self.compute_dtype!r}; it is float32 or bfloat16")
+        if DATA not in self.mesh.shape:
+            raise ValueError(
+                f"the mesh's axes are {self.mesh.axis_names}; it needs {DATA!r} as well, of size 1 for one pipeline"
+            )
         if self.mesh.shape.get(PIPE) != self.schedule.p:
             raise ValueError(
                 f"the mesh's axis {PIPE!r} is {self.mesh.shape.get(PIPE)}; the schedule's p is {self.schedule.p}"
             )
-        object.__setattr__(self, "layout", Layout(self.model, self.schedule, self.mesh.shape.get(TENSOR, 1)))
         check(self.schedule)
-        self.layout.layer_counts  # noqa: B018  refused here, before anything compiles
+        object.__setattr__(self, "layout", Layout(self.model, self.schedule, self.mesh.shape.get(TENSOR, 1)))
 
     @cached_property
     def program(self) -> Program:
@@ -111,9 +115,9 @@ class Pipeline:
         return lower(evaluation(self.schedule))
 
     def rounded(self, params: Params) -> Params:
-        """The parameters as passes take them, in the compute dtype.
+        """The parameters as passes take them: a copy in the compute dtype.
 
-        An embedding that is no head stays as it is: a lookup rounds the rows that it reads, which saves a whole copy.
+        Of an embedding that is not the head too there is none: a lookup rounds the rows that it reads.
         """
         dtype = jnp.dtype(self.compute_dtype)
         rounded = jax.tree.map(lambda w: w.astype(dtype), params)
@@ -179,6 +183,8 @@ class Pipeline:
 
     def _checked(self, batch: Batch) -> Batch:
         """The batch with a float32 mask; refuses one that does not fit."""
+        if missing := {"tokens", "labels"} - set(batch):
+            raise ValueError(f"the batch has {sorted(batch)}; it needs {', '.join(sorted(missing))} too")
         shape = jnp.shape(batch["tokens"])
         data = self.mesh.shape[DATA]
         if len(shape) != 3 or shape[0] != self.schedule.m or shape[1] % data:

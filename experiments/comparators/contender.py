@@ -5,6 +5,7 @@ Shapes: m microbatches, B sequences in each, L length, D model width, V vocabula
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -105,21 +106,41 @@ def head_loss(model: Model, params: Params, x: jax.Array, labels: jax.Array) -> 
     return jnp.sum(jax.nn.logsumexp(logits, axis=1) - jnp.sum(jnp.where(hot, logits, 0), axis=1))
 
 
-def accumulated(model: Model, params: Params, batch: Batch, tokens: int, dtype: str) -> tuple[jax.Array, Params]:
-    """A plain gradient-accumulation step: microbatches one after the other, autodiff through the whole model.
+def accumulated(
+    model: Model,
+    params: Params,
+    batch: Batch,
+    tokens: int,
+    dtype: str,
+    whole: Callable[[Params], Params] = lambda params: params,
+) -> tuple[jax.Array, Params]:
+    """A plain gradient-accumulation step: microbatches one after the other, autodiff through blocks and head.
 
-    Returns the loss and the float32 gradients, over ``tokens`` tokens.
+    The embedding's gradient is added to the rows that were looked up: autodiff would make a table of zeros for it.
+    ``whole`` makes whole parameters of what is sharded. Returns the loss and the float32 gradients, over ``tokens``
+    tokens.
     """
 
-    def loss(params: Params, one: Batch) -> jax.Array:
-        params = jax.tree.map(lambda w: w.astype(dtype), params)
-        x = embedded(model, params, one["tokens"])
+    def loss(params: Params, x: jax.Array, labels: jax.Array) -> jax.Array:
+        params = jax.tree.map(lambda w: w.astype(dtype), whole(params))
         for block in params["blocks"]:
             x = model.block(block, x, {})
-        return head_loss(model, params, x, one["labels"]) / tokens
+        return head_loss(model, params, x, labels) / tokens
 
     def add(total: tuple, one: Batch) -> tuple[tuple, None]:
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, one)), None
+        x = embedded(model, params, one["tokens"]).astype(dtype)
+        value, (grads, dx) = jax.value_and_grad(loss, (0, 1))(params, x, one["labels"])
+        summed, grads = jax.tree.map(jnp.add, total, (value, grads))
+        return (summed, grads | {"embed": _looked_up(model, grads["embed"], one["tokens"], dx)}), None
 
     zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
     return jax.lax.scan(add, zero, batch)[0]
+
+
+def _looked_up(model: Model, total: Params, tokens: jax.Array, dx: jax.Array) -> Params:
+    """The gradient of the embedding with that of a stream ``dx [B, L, D]`` that came from it added."""
+    dx = dx.astype(jnp.float32)
+    added = {"tokens": total["tokens"].at[tokens].add(dx * model.embed_scale)}
+    if model.positions is not None:
+        added["positions"] = total["positions"].at[: tokens.shape[1]].add(dx.sum(0))
+    return total | added

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vocabpp_jax.layout import PIPE
 from vocabpp_jax.model import Params
@@ -71,7 +71,7 @@ class DataParallel(Separate):
 @dataclass(frozen=True)
 class FullySharded(OnPipe):
     """Fully sharded data parallelism: every parameter and its gradient split over the devices, gathered where it is
-    used, in every microbatch. The compiler places the collectives."""
+    used, in every microbatch."""
 
     batch_spec = PartitionSpec(PIPE)
 
@@ -91,10 +91,11 @@ class FullySharded(OnPipe):
     def value_and_grad(self, params: Params, batch: Batch) -> tuple[jax.Array, Params]:
         # As many sequences a microbatch as there are devices, so that each has one microbatch's worth.
         batch = jax.tree.map(self._one_a_device, batch)
-        loss, grads = accumulated(self.model, params, batch, batch["tokens"].size, self.compute_dtype)
-        return loss, jax.tree.map(
-            lambda g, spec: jax.lax.with_sharding_constraint(g, NamedSharding(self.mesh, spec)), grads, self.specs()
-        )
+        return accumulated(self.model, params, batch, batch["tokens"].size, self.compute_dtype, self._gathered)
+
+    def _gathered(self, params: Params) -> Params:
+        """Whole parameters, whose gradients are split as the parameters are."""
+        return jax.tree.map(lambda w, spec: _gathered(w, self.mesh, spec), params, self.specs())
 
     def _one_a_device(self, x: jax.Array) -> jax.Array:
         m, B, L = x.shape
@@ -103,3 +104,12 @@ class FullySharded(OnPipe):
 
     def unpack(self, packed: Params) -> Params:
         return packed
+
+
+def _gathered(w: jax.Array, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
+    def placed(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    gather = jax.custom_vjp(lambda w: placed(w, PartitionSpec()))
+    gather.defvjp(lambda w: (placed(w, PartitionSpec()), None), lambda _, g: (placed(g, spec),))
+    return gather(w)

@@ -71,21 +71,21 @@ class SPMDPipeline(OnPipe):
         blocks = jax.tree.map(lambda w: w[0], params["blocks"])
         stage, p = lax.axis_index(PIPE), self.p
 
-        def move(x: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-            x = jnp.where(stage == 0, embedded(self.model, params, tokens), x)
+        def move(x: jax.Array, entering: jax.Array) -> tuple[jax.Array, jax.Array]:
+            x = jnp.where(stage == 0, entering, x)
             for block in blocks:
                 x = self.model.block(block, x, {})
             return lax.ppermute(x, PIPE, [(d, (d + 1) % p) for d in range(p)]), x
 
         _, B, L = batch["tokens"].shape
         nothing = lax.pcast(jnp.zeros((B, L, self.model.width), self.compute_dtype), (PIPE,), to="varying")
-        fed = jnp.pad(batch["tokens"], ((0, p - 1), (0, 0), (0, 0)))
-        _, streams = lax.scan(move, nothing, fed)
+        # All at once, so that the embedding's gradient is made once and not in every iteration.
+        fed = jax.vmap(lambda tokens: embedded(self.model, params, tokens))(batch["tokens"])
+        _, streams = lax.scan(move, nothing, jnp.pad(fed, ((0, p - 1), (0, 0), (0, 0), (0, 0))))
         last = jnp.where(stage == p - 1, streams[p - 1 :], 0)
         share = lax.psum_scatter(last, PIPE, scatter_dimension=0, tiled=True)
         labels = lax.dynamic_slice_in_dim(batch["labels"], stage * (self.m // p), self.m // p)
 
-        @jax.checkpoint
         def head(total: jax.Array, one: tuple) -> tuple[jax.Array, None]:
             return total + head_loss(self.model, params, *one), None
 

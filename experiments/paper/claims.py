@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
+from paper.memory_section import read_reports
 from paper.page import Files, Say, table
 from paper.tables import Outcome, outcomes, settings
 
@@ -55,8 +55,7 @@ def speedups(tables: dict[int, Sequence[Outcome]]) -> list[dict[str, Any]]:
 
 def balance(files: Files) -> list[dict[str, Any]]:
     """How far the devices of V-Half differ in what they use, by the compiler's reports that there are."""
-    path = files.cache / "memory.jsonl"
-    reports = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    reports = read_reports(files.cache / "memory.jsonl").values()
     return [
         {"row": r["name"], "GB most": max(r["used_bytes"]) / 2**30, "least": min(r["used_bytes"]) / 2**30}
         | {"difference of peak": r["imbalance"]}

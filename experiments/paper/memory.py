@@ -12,13 +12,14 @@ import jax
 from memory import MemoryOptions, report
 from rich.console import Console
 
+from paper.memory_section import read_reports
 from paper.settings import Setting
 
 
 def compile_rows(rows: Iterable[Setting], results: Path, console: Console) -> dict[str, dict[str, Any]]:
     """A report for every setting, by its name. Those in ``results`` are read, the others compiled and added to it."""
     results.parent.mkdir(parents=True, exist_ok=True)
-    done = {r["name"]: r for r in map(json.loads, results.read_text().splitlines())} if results.exists() else {}
+    done = read_reports(results)
     rows = list(rows)
     missing = [row for row in rows if row.name not in done]
     started = time.monotonic()

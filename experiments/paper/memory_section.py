@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,56 +36,64 @@ def line(row: Setting, report: dict[str, Any]) -> dict[str, Any]:
     } | {name: size / GIB for name, size in report["parts"].items()}
 
 
+def read_reports(path: Path) -> dict[str, dict[str, Any]]:
+    """The reports that have been compiled, by the name of their row."""
+    return {r["name"]: r for r in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
+
+
 def section(files: Files, say: Say) -> str:
     """The part of the page for memory: compiles what the cache does not have."""
     from paper.memory import compile_rows  # which sets up JAX to compile for GPUs that are not there
 
     rows = [row for number in (5, 6) for row in published(number)]
     path = files.cache / "memory.jsonl"
-    known = path.read_text().count("\n") if path.exists() else 0
-    if known < len(rows):
+    known = read_reports(path)
+    if missing := [row for row in rows if row.name not in known]:
         compiled.devices(load_gpu("a100-80g"), 1)  # says in one sentence what is missing, before the work
-        say(f"{known} of {len(rows)} rows compiled already; each takes about a minute")
+        say(f"{len(missing)} of {len(rows)} rows are to be compiled, which takes about a minute each")
+    else:
+        say(f"all {len(rows)} rows are in {path}; without it they are compiled again")
     reports = compile_rows(rows, path, Console())
     lines = [line(row, reports[row.name]) for row in rows]
     link = files.csv("memory", lines)
     shown = ["schedule", "GPUs", "s", "method", "V", "published", "compiled", "difference", "share"]
     sharded = [x["share"] for x in lines if x["method"] not in ("baseline", "redis") and x["share"] is not None]
+    state = of_v_half_baseline(lines)
     highest = sorted((x for x in lines if x["share"] is not None), key=lambda x: -x["share"])[:6]
     return "\n\n".join(
         [
             f"**Compiled** for A100-SXM4-80GB: the full train step of {len(rows)} rows, as `experiments/memory.py` "
-            f"does it, against the published peak in GB of 1024 MiB; *differ* is by how much of the peak the fullest "
-            f"and the emptiest device differ in what they use. {link} Over the {len(sharded)} published rows with the "
-            f"vocabulary on all devices {np.mean(sharded):+.1%} on average, from {min(sharded):+.1%} to "
-            f"{max(sharded):+.1%}.",
+            f"does it, against the published peak in GB of 1024 MiB; *differ* is, in the row where it is largest, by "
+            f"how much of the peak the fullest and the emptiest device differ in what they use. {link} Over the "
+            f"{len(sharded)} published rows with the vocabulary on all devices the compiled peak differs by "
+            f"{np.mean(sharded):+.1%} on average, from {min(sharded):+.1%} to {max(sharded):+.1%}.",
             table(by_family(lines), {"rows": "d", "with published": "d"}),
             "The highest against what is published:",
             table([{k: x[k] for k in shown} for x in highest], {"GPUs": "d", "s": "d", "V": "d", "share": "+.1%"}),
             REDIS,
-            STATE,
-            table(mostly_state(lines), {"GPUs": "d", "s": "d", "V": "d", "share": "+.1%"}),
+            STATE.format(most=state[0]["float32 state"] / state[0]["published"]),
+            table(state, {"GPUs": "d", "s": "d", "V": "d", "share": "+.1%"}),
             loops(rows, reports),
         ]
     )
 
 
 REDIS = """One program runs on all devices, so each has room for the parameters and the activations of the deepest
-stage. With `redis` the stages before the head are the deepest and the last device keeps that room as well; a process
-a device, as published, need not."""
+stage. With `redis` the stages before the head are the deepest and the last device keeps that room as well; where every
+device has a program of its own, as published, it need not."""
 
 
-STATE = """A V-Half `baseline` keeps embedding and head on one device, and that device is nearly all state, which no
-executor makes smaller: float32 parameters, gradients and two moments, 16 bytes a parameter, and the copies in bfloat16
-that products read every microbatch. Published rows without their vocabulary on all devices, most state first:"""
+STATE = """With V-Half `baseline` keeps embedding and head on one device. Float32 parameters, gradients and two moments,
+16 bytes a parameter, are then up to {most:.0%} of the published peak, which leaves little that an executor could save.
+All rows of it that were published, by the share of that state:"""
 
 
-def mostly_state(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """V-Half's baselines, and what their peak is made of."""
+def of_v_half_baseline(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the peaks of V-Half's published baselines are made of, most state first."""
     made = [
         {name: x[name] for name in ("GPUs", "s", "V", "published", "compiled", "share")}
         | {"float32 state": x["parameters"] + x["optimizer"] + x["gradients"]}
-        | {"in bfloat16": x["weights in bfloat16"], "activations": x["activations in flight"]}
+        | {"rounded weights": x["rounded weights"], "activations": x["activations in flight"]}
         | {"everything else": x["other buffers"] + x["everything else"]}
         for x in lines
         if x["schedule"] == "v-half" and x["method"] == "baseline" and x["share"] is not None
@@ -120,9 +130,8 @@ def loops(rows: Sequence[Setting], reports: Mapping[str, dict[str, Any]]) -> str
     waited = [f"{c['step']} in {name}" for name in promising for c in large[name] if not is_hidden(c["passes_between"])]
     return (
         f"Copies of 1 MiB or more in the loop of the steady state: {', '.join(copied) or 'none in any row'}. "
-        f"Collectives of the vocabulary of 1 MiB or more, in the {len(promising)} rows of vocab-1 and vocab-2 "
-        f"{sum(map(len, large.values()))}, without a transformer pass between start and end: "
-        f"{', '.join(waited) or 'none'}."
+        f"The {len(promising)} rows of vocab-1 and vocab-2 have {sum(map(len, large.values()))} collectives of the "
+        f"vocabulary of 1 MiB or more; without a transformer pass between start and end: {', '.join(waited) or 'none'}."
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from paper.calibration import frozen, predict
+from paper.memory_section import read_reports
 from paper.page import METHOD_COLORS, Files, Say, canvas, table
 from paper.settings import Setting, published
 from vocabpp_jax.schedules.cost import GPU
@@ -71,14 +71,13 @@ class Outcome:
 
 def outcomes(number: int, compiled: Path | None = None, own: bool = False, say: Say = lambda _: None) -> list[Outcome]:
     """Every row of a table; ``own`` also simulates our program, ``compiled`` holds the reports of the compiler."""
-    reports = {}
-    if compiled and compiled.exists():
-        reports = {r["name"]: r["peak_bytes"] / 2**30 for r in map(json.loads, compiled.read_text().splitlines())}
+    reports = read_reports(compiled) if compiled else {}
+    peaks = {name: report["peak_bytes"] / 2**30 for name, report in reports.items()}
     found = []
     rows = published(number)
     for n, row in enumerate(rows, start=1):
         ours = [predict(row, rules=rules).mfu for rules in OWN] if own else [None, None]
-        found.append(Outcome(row, predict(row).mfu, *ours, reports.get(row.name)))
+        found.append(Outcome(row, predict(row).mfu, *ours, peaks.get(row.name)))
         if n % 10 == 0 or n == len(rows):
             say(f"simulated {n}/{len(rows)} rows of Table {number}")
     return found

@@ -104,7 +104,7 @@ class Loop:
     def copies(self, at_least: int) -> list[Copy]:
         """Copies of arrays of so many bytes or more, anywhere in the loop."""
         return [
-            Copy(line.shape.split("{")[0], size, name, "/".join(line.scope))
+            Copy(_first_array(line.shape), size, name, "/".join(line.scope))
             for name in self.reached
             for line in self._copied(name)
             if line.op in ("copy", "copy-start") and (size := shape_bytes(_first_array(line.shape))) >= at_least
@@ -142,7 +142,7 @@ class Loop:
 
 
 def loops(text: str) -> list[Loop]:
-    """The scans of a program that communicate, longest first: of a pipeline, the steady state and its ends."""
+    """The scans of a program that communicate, longest first: of many microbatches the steady state, then its ends."""
     computations = dict(_computations(text))
     found = []
     for lines in computations.values():

@@ -26,11 +26,14 @@ def devices(gpu: GPU, count: int) -> list[jax.Device]:
 
     Raises:
         UnsupportedTarget: those packages are not installed, or the GPU's file does not describe it to a compiler.
-        ValueError: more than one node, and the last not full.
+        ValueError: ``count`` is more than one node, and the last is not full.
     """
     nodes, rest = divmod(count, gpu.gpus_per_node)
     if nodes and rest:
-        raise ValueError(f"{count} devices do not fill nodes of {gpu.gpus_per_node}; use a multiple")
+        raise ValueError(
+            f"stages times data_parallel is {count}; on {gpu.name} it must be below {gpu.gpus_per_node}, the GPUs of a "
+            "node, or a multiple of that"
+        )
     if not gpu.target:
         raise UnsupportedTarget(f"gpu is {gpu.name}; its file has no table [target], so nothing can be compiled for it")
     layout = f"1x{nodes}x{gpu.gpus_per_node}" if nodes else f"1x1x{count}"
@@ -38,9 +41,13 @@ def devices(gpu: GPU, count: int) -> list[jax.Device]:
         found = topologies.get_topology_desc(
             gpu.name.lower(), "cuda", target_config=_text(gpu.target), topology=layout
         ).devices
-    except (NotImplementedError, RuntimeError) as problem:
+    except NotImplementedError as problem:
         raise UnsupportedTarget(
-            f"compiling for {gpu.name} needs jax's GPU packages: pip install 'vocabpp-jax[cuda12]' "
+            f"compiling for {gpu.name} needs jax's GPU packages: pip install 'vocabpp-jax[cuda12]' ({problem})"
+        ) from None
+    except RuntimeError as problem:
+        raise UnsupportedTarget(
+            f"gpu is {gpu.name}; its file's table [target] must be XLA's GpuTargetConfigProto "
             f"({str(problem).splitlines()[0]})"
         ) from None
     return list(found)

@@ -19,9 +19,9 @@ from .output_steps import OutputSteps
 
 F32 = jnp.float32
 
-# Sums whose landing comes before any pass that replaces what they are made of. It keeps those passes behind; to read
-# the operand for that, as for the others, would keep it alive beside the sum that the backend makes in its place. In a
-# schedule where such a pass does come earlier (gpipe), the compiler copies what it replaces.
+# Sums that land before any pass replaces their operand. The landing holds those passes back; to read the operand for
+# that, as of other collectives, would keep it alive beside the sum that the backend makes in its place. In a schedule
+# where such a pass does come first (gpipe), the compiler copies the operand.
 LANDS_FIRST = ("big",)
 
 
@@ -40,7 +40,7 @@ class VocabularySteps(InputSteps, OutputSteps):
         if not self.layout.sharded:
             return state
         _, B, L = self.batch["tokens"].shape
-        wide, dtype = (B * L, self.layout.model.width), self.head.dtype
+        wide, dtype = (B * L, self.layout.model.width), self.dtype
         vector = jnp.zeros((rings["P"], B * L), F32)
         state |= {"X": jnp.zeros((rings["X"], *wide), dtype), "P": {"local": Stats(vector, vector, vector)}}
         if self.trains:

@@ -16,11 +16,11 @@ class InputSteps(VocabularyLayer):
     @property
     def _scale(self) -> jax.Array:
         """The factor on embedded tokens, in the compute dtype in both directions."""
-        return jnp.asarray(self.layout.model.embed_scale, self.head.dtype)
+        return jnp.asarray(self.layout.model.embed_scale, self.dtype)
 
     def _read(self, table: jax.Array, ids: jax.Array) -> jax.Array:
-        """The rows of this shard among ``ids``, in the compute dtype, which the table need not be in."""
-        return vocab.lookup(table, ids, self._first_row(table)).astype(self.head.dtype)
+        """The rows of this shard among ``ids``, in the compute dtype."""
+        return vocab.lookup(table, ids, self._first_row(table)).astype(self.dtype)
 
     def run_IF(self, state: State, cells: Cells) -> State:
         """IF: this shard's part of the embedded tokens and positions, or all of it where it is not sharded."""

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from ..collectives import Native, OfPermutes
@@ -41,8 +42,8 @@ class VocabularyLayer:
 
     Attributes:
         layout: the model, the schedule, and where the tables are.
-        params: this device's ``embed``, ``final`` and, where it is not the embedding, ``head``; in the compute dtype,
-            but for an embedding that is no head, which may be in any.
+        params: this device's ``embed``, ``final`` and, where it is not the embedding, ``head``, as
+            :meth:`.Pipeline.rounded` leaves them.
         batch: ``tokens`` and ``labels`` ``[m, B, L]``; ``weight`` ``[m, B, L]`` float32, the mask over the global
             count of valid tokens.
         collectives: how the shards communicate.
@@ -62,6 +63,16 @@ class VocabularyLayer:
     def names(self) -> set[str]:
         """The steps that occur."""
         return {step.name for step in self.layout.schedule.vocabulary.steps}
+
+    @property
+    def head(self) -> jax.Array:
+        """The table that makes the logits, ``[R, D]``."""
+        return self.params["embed"]["tokens"] if self.layout.head_is_embedding else self.params["head"]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The compute dtype, which the head is always in."""
+        return self.head.dtype
 
     def _first_row(self, table: jax.Array) -> jax.Array | int:
         return lax.axis_index(self.layout.vocabulary_axes) * table.shape[0] if self.layout.sharded else 0

@@ -37,11 +37,6 @@ class OutputSteps(VocabularyLayer):
         return "grads.embed.tokens" if self.layout.head_is_embedding else "grads.head"
 
     @property
-    def head(self) -> jax.Array:
-        """The table that makes the logits, ``[R, D]``."""
-        return self.params["embed"]["tokens"] if self.layout.head_is_embedding else self.params["head"]
-
-    @property
     def loss(self) -> Loss:
         """What is minimised."""
         return self.layout.model.loss
@@ -65,7 +60,7 @@ class OutputSteps(VocabularyLayer):
 
         def passed(state: State) -> State:
             y, labels = self._logits(self._hidden(state, cells)), self._labels(cells)
-            p, stats = vocab.exponentials(y, labels, self.shard, self.head.dtype, self.loss)
+            p, stats = vocab.exponentials(y, labels, self.shard, self.dtype, self.loss)
             slopes = self._slopes(y, labels)
             record = get(state["P"], cells["P"]) | {"local": stats}
             if self.trains:
@@ -217,7 +212,7 @@ class OutputSteps(VocabularyLayer):
         return vocab.logits(self.head, hidden, self.shard, self.loss)
 
     def _slopes(self, y: jax.Array, labels: jax.Array) -> Slopes | None:
-        return vocab.slopes(y, labels, self.shard, self.head.dtype, self.loss)
+        return vocab.slopes(y, labels, self.shard, self.dtype, self.loss)
 
     def _labels(self, cells: Cells) -> jax.Array:
         return get(self.batch["labels"], jnp.maximum(cells["microbatch"], 0)).reshape(-1)
