@@ -75,9 +75,7 @@ class CompareOptions:
     share_cores: bool = False
     """Go on where there are fewer cores than stages. Such times say nothing."""
     model: ModelOptions = field(
-        default_factory=lambda: ModelOptions(
-            model="gpt-mini", layers=4, hidden=768, heads=12, seq=512, residuals="everything"
-        )
+        default_factory=lambda: ModelOptions(model="gpt-mini", layers=4, hidden=768, heads=12, seq=512)
     )
     pipeline: PipelineOptions = field(
         default_factory=lambda: PipelineOptions(stages=2, microbatches=12, microbatch_size=1)

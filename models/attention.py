@@ -14,6 +14,7 @@ from vocabpp_jax.model import Side
 from vocabpp_jax.models.config import Config, attention_implementation
 
 F32 = jnp.float32
+_QUERIES, _MOST_BLOCKS = 128, 4  # fewest queries of a block of written-out attention, and most blocks
 
 
 def attend(config: Config, q: jax.Array, k: jax.Array, v: jax.Array, side: Side) -> jax.Array:
@@ -45,43 +46,63 @@ def _same_document(side: Side) -> jax.Array | None:
 def written_out(
     q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, *, scale: float, cap: float | None = None
 ) -> jax.Array:
-    """``softmax(scale · q kᵀ) v`` over what is seen; with ``cap`` the scores are squashed into plus and minus it."""
+    """``softmax(scale · q kᵀ) v`` over what is seen, which is nothing behind the query; with ``cap`` the scores are
+    squashed into plus and minus it."""
     B, L, H, K = q.shape
-    weights = _weights(q.reshape(B, L, k.shape[2], -1, K), k, seen[:, :, None], scale, cap)
-    return jnp.einsum("BGRLM,BMGK->BLGRK", weights, v).reshape(B, L, H, K)
+    by_head = jnp.moveaxis(q.reshape(B, L, k.shape[2], -1, K), 1, 3)
+    a_BGRLK = _attended(by_head, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), seen[:, :, None], scale, cap)
+    return jnp.moveaxis(a_BGRLK, 3, 1).reshape(B, L, H, K)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _weights(q: jax.Array, k: jax.Array, seen: jax.Array, scale: float, cap: float | None) -> jax.Array:
-    """The softmax, ``[B, G, R, L, M]``, computed in float32.
+def _blocks(length: int) -> list[slice]:
+    """Runs of queries. None sees a key behind its last, so of four of them three eighths of the products fall away."""
+    count = max(1, min(_MOST_BLOCKS, length // _QUERIES))
+    return [slice(length * n // count, length * (n + 1) // count) for n in range(count)]
 
-    It keeps no matrix of scores beside its result, which the product with v keeps too; autodiff would keep three and
-    the mask.
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attended(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, scale: float, cap: float | None) -> jax.Array:
+    """Attention of ``q [B, G, R, L, K]`` to ``k`` and ``v [B, G, M, K]``; the softmax is computed in float32.
+
+    It keeps the softmax and no other matrix of scores; autodiff would keep four.
     """
-    return _weights_forward(q, k, seen, scale, cap)[0]
+    return _attended_forward(q, k, v, seen, scale, cap)[0]
 
 
-def _weights_forward(q: jax.Array, k: jax.Array, seen: jax.Array, scale: float, cap: float | None) -> tuple:
-    scores = scale * jnp.einsum("BLGRK,BMGK->BGRLM", q, k, preferred_element_type=F32)
-    if cap is not None:
-        scores = cap * jnp.tanh(scores / cap)
-    scores = jnp.where(seen, scores, -jnp.inf)
-    maximum = jnp.max(scores, -1, keepdims=True)
-    e = jnp.exp(scores - maximum)
-    total = jnp.sum(e, -1, keepdims=True)
-    weights = (e / total).astype(q.dtype)
-    return weights, (q, k, weights, None if cap is None else jnp.log(total) + maximum)
+def _attended_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, scale: float, cap: float | None
+) -> tuple:
+    made, kept = [], []
+    for block in _blocks(q.shape[3]):
+        upto = slice(block.stop)
+        scores = scale * jnp.einsum("BGRLK,BGMK->BGRLM", q[..., block, :], k[:, :, upto], preferred_element_type=F32)
+        if cap is not None:
+            scores = cap * jnp.tanh(scores / cap)
+        scores = jnp.where(seen[..., block, upto], scores, -jnp.inf)
+        maximum = jnp.max(scores, -1, keepdims=True)
+        e = jnp.exp(scores - maximum)
+        total = jnp.sum(e, -1, keepdims=True)
+        weights = (e / total).astype(q.dtype)
+        made.append(jnp.einsum("BGRLM,BGMK->BGRLK", weights, v[:, :, upto]))
+        kept.append((weights, None if cap is None else jnp.log(total) + maximum))
+    return jnp.concatenate(made, axis=3), (q, k, v, tuple(kept))
 
 
-def _weights_backward(scale: float, cap: float | None, kept: tuple, g: jax.Array) -> tuple:
-    q, k, weights, lse = kept
-    wide = weights.astype(F32)
-    weighted = wide * g.astype(F32)
-    d = scale * (weighted - wide * jnp.sum(weighted, -1, keepdims=True))
-    if cap is not None:  # log weights + lse are the capped scores
-        d = jnp.where(wide > 0, d * (1 - jnp.square((jnp.log(wide) + lse) / cap)), 0)
-    d = d.astype(q.dtype)
-    return jnp.einsum("BGRLM,BMGK->BLGRK", d, k), jnp.einsum("BGRLM,BLGRK->BMGK", d, q), None
+def _attended_backward(scale: float, cap: float | None, residual: tuple, g: jax.Array) -> tuple:
+    q, k, v, kept = residual
+    dq, dk, dv = [], jnp.zeros(k.shape, F32), jnp.zeros(v.shape, F32)
+    for block, (weights, lse) in zip(_blocks(q.shape[3]), kept, strict=True):
+        upto, wide = slice(block.stop), weights.astype(F32)
+        there = (slice(None), slice(None), upto)
+        weighted = wide * jnp.einsum("BGRLK,BGMK->BGRLM", g[..., block, :], v[there], preferred_element_type=F32)
+        d = scale * (weighted - wide * jnp.sum(weighted, -1, keepdims=True))
+        if cap is not None:  # log weights + lse are the capped scores
+            d = jnp.where(wide > 0, d * (1 - jnp.square((jnp.log(wide) + lse) / cap)), 0)
+        d = d.astype(q.dtype)
+        dq.append(jnp.einsum("BGRLM,BGMK->BGRLK", d, k[there]))
+        dk = dk.at[there].add(jnp.einsum("BGRLM,BGRLK->BGMK", d, q[..., block, :], preferred_element_type=F32))
+        dv = dv.at[there].add(jnp.einsum("BGRLM,BGRLK->BGMK", weights, g[..., block, :], preferred_element_type=F32))
+    return jnp.concatenate(dq, axis=3), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
-_weights.defvjp(_weights_forward, _weights_backward)
+_attended.defvjp(_attended_forward, _attended_backward)

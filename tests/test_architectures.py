@@ -1,6 +1,7 @@
 """What holds for every architecture, and what each has of its own. What they compute is tests/test_transformers.py."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +119,25 @@ def test_attention_that_is_written_out_keeps_one_matrix_a_head(name):
     config = dataclasses.replace(CONFIGS[name], seq=64)
     kept = [a.shape for a in kept_activations(config, side=shapes(inputs(config)[2]))]
     assert [shape for shape in kept if shape[-2:] == (64, 64)] == [(1, 2, 2, 64, 64)]
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("blocks", [2, 3, 4])
+def test_attention_in_blocks_of_queries_is_attention_and_keeps_less(blocks, cap, monkeypatch):
+    length = 18  # that four do not divide
+    q, k, v, g = (jax.random.normal(jax.random.key(n), (2, length, heads, 8)) for n, heads in enumerate((4, 2, 2, 4)))
+    side = {"segment_ids": np.repeat([[0, 1]], [5, length - 5], axis=1).repeat(2, axis=0)}
+    attended = functools.partial(
+        attention.written_out, seen=attention.reach(length, side, window=9), scale=8**-0.5, cap=cap
+    )
+    want, whole = jax.vjp(attended, q, k, v)
+    wanted = whole(g)
+    monkeypatch.setattr(attention, "_QUERIES", length // blocks)
+    got, parts = jax.vjp(attended, q, k, v)
+    assert_close(got, want)
+    jax.tree.map(assert_close, parts(g), wanted)
+    scores = [sum(a.size for a in jax.tree.leaves(of) if a.ndim == 5 and a.shape[-1] > 8) for of in (parts, whole)]
+    assert scores[0] < scores[1]
 
 
 def test_attention_by_cudnn_is_the_one_that_is_written_out(monkeypatch):

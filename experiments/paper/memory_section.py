@@ -84,8 +84,9 @@ device has a program of its own, as published, it need not."""
 
 
 STATE = """With V-Half `baseline` keeps embedding and head on one device. Float32 parameters, gradients and two moments,
-16 bytes a parameter, are then up to {most:.0%} of the published peak, which leaves little that an executor could save.
-All rows of it that were published, by the share of that state:"""
+16 bytes a parameter, are then up to {most:.0%} of the published peak, and activations are the schedule's. What could be
+saved is the rounded weights: made anew in every pass, they would cost 6 bytes of traffic a weight each time. All rows
+of it that were published, by the share of that state:"""
 
 
 def of_v_half_baseline(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
