@@ -43,9 +43,7 @@ class OverheadOptions:
     docs: OptionalStr = None
     """Markdown page whose table of these measurements is to be replaced."""
     model: ModelOptions = field(
-        default_factory=lambda: ModelOptions(
-            model="gpt-mini", layers=8, hidden=512, heads=8, seq=256, vocab_size=8192, residuals="everything"
-        )
+        default_factory=lambda: ModelOptions(model="gpt-mini", layers=8, hidden=512, heads=8, seq=256, vocab_size=8192)
     )
     pipeline: PipelineOptions = field(default_factory=lambda: PipelineOptions(microbatches=16, microbatch_size=1))
 

@@ -67,9 +67,7 @@ class SpeedOptions:
     share_cores: bool = False
     """Go on where there are fewer cores than stages. Such times say nothing about the schedules."""
     model: ModelOptions = field(
-        default_factory=lambda: ModelOptions(
-            model="gpt-mini", layers=2, hidden=768, heads=6, seq=512, residuals="everything"
-        )
+        default_factory=lambda: ModelOptions(model="gpt-mini", layers=2, hidden=768, heads=6, seq=512)
     )
     pipeline: PipelineOptions = field(
         default_factory=lambda: PipelineOptions(stages=2, microbatches=24, microbatch_size=1)
