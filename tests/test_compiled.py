@@ -2,7 +2,6 @@
 
 import jax
 import numpy as np
-import optax
 import pytest
 
 from vocabpp_jax import Pipeline, compiled, make_mesh, models, schedules, train
@@ -140,4 +139,5 @@ def test_gradients_are_the_same_with_the_state_donated(small):
     placed = jax.device_put(tokens, program.input_shardings[0][1]["tokens"])
     _, metrics = program(state, {"tokens": placed, "labels": placed})
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
-    np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(grads), rtol=1e-5)
+    norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(jax.device_get(grads))))
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
