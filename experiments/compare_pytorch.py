@@ -29,13 +29,14 @@ import jax
 import numpy as np
 
 import exchange
+from comparators import EVEN_SHARE
 from compare_report import losses_table, ratios_of, speed_table
 from megatron_logs import read_log
 from options import ModelOptions, OptionalStr, PipelineOptions, or_fail, parse, write_json
 from processes import Group, GroupFailed, free_port
 from speed_report import insert_table
 from speed_stage import name_of
-from turns import EVEN_SHARE, Left, countdown, in_turns, say
+from turns import Left, countdown, in_turns, say
 from vocabpp_jax import models
 from vocabpp_jax.models.gpt import GPTConfig
 

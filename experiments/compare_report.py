@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from comparators import EVEN_SHARE
 from megatron_logs import MegatronRun
-from turns import EVEN_SHARE, ratio
+from turns import ratio
 
 
 def ratios_of(ours: Sequence[str], vocab_size: int, seconds: dict[str, list[float]]) -> list[dict[str, Any]]:

@@ -16,10 +16,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from comparators import EVEN_SHARE
 from options import ModelOptions, OptionalStr, PipelineOptions, or_fail, parse, write_json
 from processes import Group, GroupFailed
 from speed_report import insert_table
-from turns import EVEN_SHARE, countdown, in_turns, ratio, say
+from turns import countdown, in_turns, ratio, say
 
 PLAIN = "plain step"
 
@@ -72,12 +73,8 @@ def measure(options: OverheadOptions) -> dict[str, Any]:
         pipelines = [name for name in cases if name != PLAIN] if options.account else []
         for name in pipelines:
             group.ask("prepare_passes", left(), name=name)
-
-        def time_passes() -> None:
-            if pipelines:
-                group.ask("time_passes", left())
-
-        for name, times in in_turns({n: (group, n) for n in cases}, options.repeats, left, after=time_passes).items():
+        asked, passes_of = {name: (group, name) for name in cases}, group if pipelines else None
+        for name, times in in_turns(asked, options.repeats, left, passes_of=passes_of).items():
             rows[name] |= dataclasses.asdict(times)
         for name in pipelines:
             rows[name]["account_ms"] = group.ask("account", left(), name=name)[0]

@@ -65,6 +65,12 @@ class Group:
                 "unless share_cores is set"
             )
 
+        visible = len(visible_gpus())
+        if self.gpus and 0 < visible < self.ranks:
+            raise ValueError(
+                f"stages is {self.ranks}; CUDA_VISIBLE_DEVICES names {visible} GPUs, and each stage needs its own"
+            )
+
     def __enter__(self) -> Group:
         try:
             for rank in range(self.ranks):
@@ -81,10 +87,9 @@ class Group:
         environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(self.ranks)}
         command = [sys.executable, str(self.script)]
         if self.gpus:
-            visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
             # Groups of two frameworks share the GPUs, so neither may take all of the memory at once.
             environment |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-            environment |= {"CUDA_VISIBLE_DEVICES": visible[rank] if rank < len(visible) else str(rank)}
+            environment |= {"CUDA_VISIBLE_DEVICES": str((visible_gpus() or range(self.ranks))[rank])}
         else:
             cores = available_cores()
             # A rank has the devices that it is asked to have, not those that its parent simulates.
@@ -227,6 +232,11 @@ def available_cores() -> list[int]:
     if not hasattr(os, "sched_getaffinity"):
         raise ValueError("this operating system cannot pin a process to a core; use Linux")
     return sorted(os.sched_getaffinity(0))
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that CUDA_VISIBLE_DEVICES names; none where it says nothing."""
+    return [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
 
 
 def free_port() -> int:

@@ -24,9 +24,9 @@ import torch.distributed as dist
 
 import exchange
 import processes
+from comparators import EVEN_SHARE
 from options import ModelOptions, PipelineOptions, fail, or_fail, parse
 from pytorch_gpt import Shape, Stage, pipeline, token_loss
-from turns import EVEN_SHARE
 
 
 @dataclass

@@ -27,11 +27,11 @@ from typing import Any
 import jax
 
 import speed_stage
-from comparators import COMPARATORS
+from comparators import COMPARATORS, EVEN_SHARE
 from options import ClusterOptions, ModelOptions, OptionalStr, PipelineOptions, fail, or_fail, parse, write_json
 from processes import Group, GroupFailed, Here, free_port
 from speed_report import insert_table, rows_of, write_report
-from turns import EVEN_SHARE, Left, countdown, in_turns, say
+from turns import Left, countdown, in_turns, say
 from vocabpp_jax.models import model_flops
 from vocabpp_jax.schedules import METHODS, SCHEDULES, methods_of
 
@@ -150,13 +150,8 @@ def measure(options: SpeedOptions, vocab_size: int, limit_s: float) -> dict[str,
         for name in names:
             group.ask("prepare_passes", left(), name=name)
         say(f"V={vocab_size}: compiled {len(found)} programs, {left():.0f} s left")
-
-        def time_passes() -> None:
-            if names:
-                group.ask("time_passes", left())
-
-        asked = {name: (group, name) for name in found}
-        for name, times in in_turns(asked, options.repeats, left, f"V={vocab_size}: ", time_passes).items():
+        asked, passes_of = {name: (group, name) for name in found}, group if names else None
+        for name, times in in_turns(asked, options.repeats, left, f"V={vocab_size}: ", passes_of).items():
             found[name] |= dataclasses.asdict(times)
         predict(group, result, names, left)
     return result

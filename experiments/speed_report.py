@@ -7,8 +7,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from comparators import EVEN_SHARE
 from options import PipelineOptions
-from turns import EVEN_SHARE, ratio
+from turns import ratio
 
 METHODS_OF_OTHERS = {
     "spmd-pipeline": "head outside",

@@ -11,8 +11,6 @@ from typing import Any
 
 from processes import Group
 
-EVEN_SHARE = "even-share"
-"""The contender that is the ideal: every device alone with the whole model and its share of the microbatches."""
 Left = Callable[[], float]  # seconds that are left
 
 
@@ -36,7 +34,7 @@ def countdown(seconds: float) -> Left:
 
 
 def in_turns(
-    asked: dict[str, tuple[Any, str]], repeats: int, left: Left, label: str = "", after: Callable = lambda: None
+    asked: dict[str, tuple[Any, str]], repeats: int, left: Left, label: str = "", passes_of: Any = None
 ) -> dict[str, Times]:
     """Times a step of each in rounds, as many as there is time for, behind one round that touches the memory.
 
@@ -45,7 +43,7 @@ def in_turns(
         repeats: the most rounds.
         left: the time that they have.
         label: what progress is told of.
-        after: what else belongs to a round.
+        passes_of: the group, if any, that times the passes it has prepared in every round as well.
     """
     times = {name: Times() for name in asked}
     for number in range(repeats + 1):
@@ -55,8 +53,8 @@ def in_turns(
             if number:
                 times[name].seconds.append(max(seconds for seconds, _ in took))
                 times[name].cpu_s.append(sum(cpu for _, cpu in took))
-        if number:
-            after()
+        if number and passes_of:
+            passes_of.ask("time_passes", left())
         spent = time.monotonic() - began
         say(f"{label}round {number} of {repeats}, {spent:.1f} s, {left():.0f} s left")
         # Where nothing else watches the ranks, none may decide on its own.

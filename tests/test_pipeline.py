@@ -188,12 +188,16 @@ def test_a_batch_that_does_not_fit_is_refused(change, sentence):
     pipe = pipeline(schedules.build("1f1b", "vocab-2", p=2, m=2))
     with pytest.raises(ValueError, match=sentence):
         pipe.value_and_grad(pipe.layout.shapes(), batch_of(2) | change)
+    with pytest.raises(ValueError, match=r"the batch has \['tokens'\]; it needs labels too"):
+        pipe.value_and_grad(pipe.layout.shapes(), {"tokens": batch_of(2)["tokens"]})
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
     schedule = schedules.build("1f1b", "vocab-2", p=2, m=2)
     with pytest.raises(ValueError, match="axis 'pipe' is 4; the schedule's p is 2"):
         Pipeline(plain_model(), schedule, make_mesh(4, devices=jax.devices()[:4]))
+    with pytest.raises(ValueError, match=r"the mesh's axes are \('pipe',\); it needs 'data' as well"):
+        Pipeline(plain_model(), schedule, jax.make_mesh((2,), ("pipe",), devices=jax.devices()[:2]))
     with pytest.raises(ValueError, match="stages is 3 and data-parallel 1"):
         make_mesh(3)
     with pytest.raises(ValueError, match="compute_dtype is 'float16'"):

@@ -103,3 +103,9 @@ def test_more_ranks_than_cores_are_refused(script):
 
 def test_a_process_can_be_a_rank_by_itself():
     assert Here({"twice": lambda n: 2 * n}).ask("twice", 1, n=3) == [6]
+
+
+def test_no_rank_takes_a_gpu_that_was_hidden(script, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    with pytest.raises(ValueError, match="stages is 2; CUDA_VISIBLE_DEVICES names 1 GPUs"):
+        Group(script, ranks=2, gpus=True)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .hardware import GPU_PLATFORMS
 from .layout import PIPE
 
 
@@ -94,4 +95,4 @@ class OfPermutes:
 
 def collectives(axes: tuple[str, ...], p: int, platform: str) -> Native | OfPermutes:
     """:class:`Native` on GPUs, :class:`OfPermutes` elsewhere."""
-    return Native(axes) if platform in ("gpu", "cuda") else OfPermutes(axes, p)
+    return Native(axes) if platform in GPU_PLATFORMS else OfPermutes(axes, p)

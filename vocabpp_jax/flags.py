@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
+from .hardware import GPU_PLATFORMS
+
 
 class Flag(NamedTuple):
     """A compiler option and why it is set."""
@@ -40,6 +42,6 @@ def compiler_options(mesh: Mesh, without: tuple[str, ...] = ()) -> dict[str, Any
     for name in without:
         if name not in FLAGS:
             raise ValueError(f"without is {name!r}; the flags are {', '.join(FLAGS)}")
-    if mesh.devices.flat[0].platform not in ("gpu", "cuda"):
+    if mesh.devices.flat[0].platform not in GPU_PLATFORMS:
         return {}
     return {name: flag.value for name, flag in FLAGS.items() if name not in without}

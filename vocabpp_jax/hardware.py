@@ -6,6 +6,8 @@ import jax
 
 from .schedules.cost import GPU, gpu_names, load_gpu
 
+GPU_PLATFORMS = ("gpu", "cuda")  # of devices that are there, and of descriptions of such as are not
+
 
 def known_gpu(device: jax.Device) -> GPU | None:
     """The GPU whose name, up to the first dash, is a word of the device's kind (``NVIDIA H100 80GB HBM3``)."""

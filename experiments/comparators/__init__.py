@@ -15,12 +15,14 @@ from .contender import Contender, Ours
 from .data_parallel import DataParallel, FullySharded, Separate
 from .spmd_pipeline import SPMDPipeline
 
+EVEN_SHARE = "even-share"
+"""The one that is the ideal: every device alone with the whole model and its share of the microbatches."""
 COMPARATORS: dict[str, Callable[[Model, Mesh, int, str], Contender]] = {
-    "even-share": Separate,
+    EVEN_SHARE: Separate,
     "data-parallel": DataParallel,
     "fsdp": FullySharded,
     "spmd-pipeline": SPMDPipeline,
 }
 """By name: ``(model, mesh, m, compute_dtype) -> contender``."""
 
-__all__ = ["COMPARATORS", "Contender", "DataParallel", "FullySharded", "Ours", "SPMDPipeline", "Separate"]
+__all__ = ["COMPARATORS", "EVEN_SHARE", "Contender", "DataParallel", "FullySharded", "Ours", "SPMDPipeline", "Separate"]
