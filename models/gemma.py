@@ -14,7 +14,8 @@ from vocabpp_jax.model import Side
 from vocabpp_jax.models import parts
 from vocabpp_jax.models.attention import reach, written_out
 from vocabpp_jax.models.config import RotaryConfig
-from vocabpp_jax.models.parts import GatedMLP, RMSNorm, RotaryAttention
+from vocabpp_jax.models.norms import RMSNorm
+from vocabpp_jax.models.parts import GatedMLP, RotaryAttention
 from vocabpp_jax.vocab import Loss
 
 

@@ -15,6 +15,7 @@ from flax import nnx
 from vocabpp_jax.model import Side
 from vocabpp_jax.models.attention import attend
 from vocabpp_jax.models.config import Config
+from vocabpp_jax.models.norms import LayerNorm
 from vocabpp_jax.models.parts import Block, cheap, linear, merged_heads_linear, row_linear
 from vocabpp_jax.tensor import enter
 
@@ -31,9 +32,8 @@ class GPTConfig(Config):
     def block(self, rngs: nnx.Rngs, axis: str | None = None) -> Block:
         return Block(self, Attention(self, axis, rngs), MLP(self, axis, rngs))
 
-    def norm(self, rngs: nnx.Rngs) -> nnx.LayerNorm:
-        # Flax computes statistics in float32 whatever the input; the fast variance E[x²] - E[x]² would cancel there.
-        return nnx.LayerNorm(self.hidden, epsilon=NORM_EPSILON, use_fast_variance=False, rngs=rngs)
+    def norm(self, rngs: nnx.Rngs) -> LayerNorm:
+        return LayerNorm(self.hidden, NORM_EPSILON)
 
     @property
     def positions(self) -> int:
@@ -66,7 +66,7 @@ class Attention(nnx.Module):
 
 
 def _norm_qkv(
-    width: int, axis: str | None, norm: nnx.LayerNorm, qkv: nnx.Linear, x_BLD: jax.Array
+    width: int, axis: str | None, norm: LayerNorm, qkv: nnx.Linear, x_BLD: jax.Array
 ) -> tuple[jax.Array, ...]:
     # Split in here, so that q, k and v are kept once, in the form in which attention takes them.
     B, L, _ = x_BLD.shape
@@ -87,7 +87,7 @@ class MLP(nnx.Module):
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         axis = self.axis
 
-        def up(norm: nnx.LayerNorm, layer: nnx.Linear, x_BLD: jax.Array) -> jax.Array:
+        def up(norm: LayerNorm, layer: nnx.Linear, x_BLD: jax.Array) -> jax.Array:
             return layer(enter(norm(x_BLD), axis))
 
         def down(layer: nnx.Linear, u: jax.Array) -> jax.Array:

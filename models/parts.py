@@ -22,17 +22,14 @@ import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from vocabpp_jax.model import Side
 from vocabpp_jax.models.attention import attend
 from vocabpp_jax.models.config import Config, RotaryConfig
+from vocabpp_jax.models.norms import RMSNorm
 from vocabpp_jax.models.rotary import frequencies, rotated
 from vocabpp_jax.tensor import enter, leave
-
-F32 = jnp.float32
 
 
 def recomputed(function: Callable) -> Callable:
@@ -61,19 +58,6 @@ def row_linear(layer: nnx.Linear, x: jax.Array, axis: str | None) -> jax.Array:
 def merged_heads_linear(axis: str | None, out: nnx.Linear, a_BLHK: jax.Array) -> jax.Array:
     """The output projection. Reshaped in here, or the attention output would be kept twice."""
     return row_linear(out, a_BLHK.reshape(*a_BLHK.shape[:2], -1), axis)
-
-
-class RMSNorm(nnx.Module):
-    """``x / rms(x) · (offset + scale)``, computed in float32."""
-
-    def __init__(self, width: int, epsilon: float, *, offset: float = 0.0):
-        self.epsilon, self.offset = epsilon, offset
-        self.scale = nnx.Param(jnp.full((width,), 1.0 - offset))
-
-    def __call__(self, x: jax.Array, axis: str | None = None) -> jax.Array:
-        wide = x.astype(F32)
-        wide = wide * lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.epsilon)
-        return (wide * (self.offset + enter(self.scale[...], axis).astype(F32))).astype(x.dtype)
 
 
 class RotaryAttention(nnx.Module):

@@ -11,7 +11,8 @@ import jax
 from flax import nnx
 
 from vocabpp_jax.models.config import RotaryConfig
-from vocabpp_jax.models.parts import Block, GatedMLP, RMSNorm, RotaryAttention
+from vocabpp_jax.models.norms import RMSNorm
+from vocabpp_jax.models.parts import Block, GatedMLP, RotaryAttention
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from test_models import (
 from vocabpp_jax import models
 from vocabpp_jax.linearize import linearize
 from vocabpp_jax.models import attention
+from vocabpp_jax.models.norms import LayerNorm, RMSNorm
 
 B, L = 2, 12
 SHAPE = dict(layers=2, hidden=32, heads=4, kv_heads=2, head_size=6, inner=40, seq=L, vocab_size=50)
@@ -138,6 +139,34 @@ def test_attention_in_blocks_of_queries_is_attention_and_keeps_less(blocks, cap,
     jax.tree.map(assert_close, parts(g), wanted)
     scores = [sum(a.size for a in jax.tree.leaves(of) if a.ndim == 5 and a.shape[-1] > 8) for of in (parts, whole)]
     assert scores[0] < scores[1]
+
+
+def test_a_layer_norm_is_flax_layer_norm_and_keeps_its_input_alone():
+    x = 3 + np.random.default_rng(0).normal(size=(B, L, 32)).astype(np.float32)
+    mine, flax = LayerNorm(32, 1e-5), nnx.LayerNorm(32, epsilon=1e-5, use_fast_variance=False, rngs=nnx.Rngs(0))
+    _holds_as(mine, flax, x)
+
+
+def test_an_rms_norm_is_flax_rms_norm_and_keeps_its_input_alone():
+    x = np.random.default_rng(0).normal(size=(B, L, 32)).astype(np.float32)
+    mine, flax = RMSNorm(32, 1e-5, offset=1.0), nnx.RMSNorm(32, epsilon=1e-5, rngs=nnx.Rngs(0))
+    _holds_as(mine, flax, x, offset=1.0)
+
+
+def _holds_as(mine, flax, x, offset=0.0):
+    rng = np.random.default_rng(1)
+    for name, param in nnx.to_pure_dict(nnx.state(flax)).items():
+        drawn = rng.normal(size=param.shape).astype(np.float32)
+        getattr(flax, name)[...] = drawn
+        getattr(mine, name)[...] = drawn - (offset if name == "scale" else 0)
+    (graph, params), (flax_graph, flax_params) = nnx.split(mine), nnx.split(flax)
+    got, backward = jax.vjp(lambda params, x: nnx.merge(graph, params)(x), params, x)
+    want, flax_backward = jax.vjp(lambda params, x: nnx.merge(flax_graph, params)(x), flax_params, x)
+    assert_close(got, want)
+    (dparams, dx), (flax_dparams, flax_dx) = backward(np.cos(x)), flax_backward(np.cos(x))
+    jax.tree.map(assert_close, nnx.to_pure_dict(dparams), nnx.to_pure_dict(flax_dparams))
+    assert_close(dx, flax_dx)
+    assert sum(a.size for a in jax.tree.leaves(backward) if a.size > 2 * 32) == x.size
 
 
 def test_attention_by_cudnn_is_the_one_that_is_written_out(monkeypatch):
