@@ -35,7 +35,7 @@ from megatron_logs import read_log
 from options import ModelOptions, OptionalStr, PipelineOptions, or_fail, parse, write_json
 from processes import Group, GroupFailed, free_port
 from speed_report import insert_table
-from speed_stage import name_of
+from speed_stage import name_of, request
 from turns import Left, countdown, in_turns, say
 from vocabpp_jax import models
 from vocabpp_jax.models.gpt import GPTConfig
@@ -59,7 +59,7 @@ class CompareOptions:
     """With losses: the learning rate."""
     tolerance: float = 1e-4
     """With losses: the largest difference in nats a token."""
-    repeats: int = 3
+    repeats: int = 5
     """With speed: rounds in which each is timed once."""
     minutes: float = 20.0
     """The most time that the whole run takes."""
@@ -110,11 +110,9 @@ class Both:
 
     def arguments(self, vocab_size: int, schedule: str, method: str) -> dict[str, Any]:
         """What our ranks need to know."""
-        options = self.options
-        given = options.pipeline.on("gpu" if options.gpus else "cpu")
-        pipeline = dataclasses.replace(given, schedule=schedule, method=method, data_parallel=1)
+        options, platform = self.options, "gpu" if self.options.gpus else "cpu"
         model = dataclasses.replace(options.model, vocab_size=vocab_size)
-        return {"model": dataclasses.asdict(model), "pipeline": dataclasses.asdict(pipeline)}
+        return request(model, options.pipeline, platform, schedule=schedule, method=method)
 
     def torch_arguments(self, vocab_size: int, schedule: str, folder: str) -> dict[str, Any]:
         """What PyTorch's ranks need to know."""

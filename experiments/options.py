@@ -166,7 +166,13 @@ class PipelineOptions:
                 f"stages is {self.stages}{times}; it must divide the devices, of which there are {devices} "
                 f"({jax.devices()[0].device_kind})"
             )
-        return make_mesh(self.stages, self.data_parallel or devices // one, tensor=self.tensor_parallel)
+        copies = devices // one if self.data_parallel is None else self.data_parallel
+        if copies < 1 or devices // one % copies:
+            raise ValueError(
+                f"data_parallel is {copies}; it must divide the {devices // one} copies of the model that the devices "
+                f"have room for ({devices}, of which a copy takes {one})"
+            )
+        return make_mesh(self.stages, copies, tensor=self.tensor_parallel)
 
     @property
     def devices(self) -> int:

@@ -20,6 +20,7 @@ from comparators import EVEN_SHARE
 from options import ModelOptions, OptionalStr, PipelineOptions, or_fail, parse, write_json
 from processes import Group, GroupFailed
 from speed_report import insert_table
+from speed_stage import request
 from turns import countdown, in_turns, ratio, say
 
 PLAIN = "plain step"
@@ -59,16 +60,15 @@ class OverheadOptions:
 def measure(options: OverheadOptions) -> dict[str, Any]:
     """Rows of the plain step and of every pipeline."""
     left = countdown(60 * options.minutes)
-    model = dataclasses.asdict(options.model)
     cases = {PLAIN: (1, "vocab-2")} | {f"{m}, p={p}": (p, m) for m in options.methods for p in options.devices}
     rows: dict[str, dict[str, Any]] = {}
     with Group(Path(__file__).with_name("speed_stage.py"), ranks=1) as group:
         device = group.ask("simulate", left(), devices=max(options.devices))[0]
         for name, (p, method) in cases.items():
-            pipeline = dataclasses.replace(options.pipeline.on("cpu"), stages=p, method=method, data_parallel=1)
+            arguments = request(options.model, options.pipeline, "cpu", stages=p, method=method)
             comparator = EVEN_SHARE if name == PLAIN else None
-            arguments = {"model": model, "pipeline": dataclasses.asdict(pipeline), "comparator": comparator}
-            rows[name] = {"devices": p, "method": method} | group.ask("prepare", left(), name=name, **arguments)[0]
+            ready = group.ask("prepare", left(), name=name, comparator=comparator, **arguments)[0]
+            rows[name] = {"devices": p, "method": method} | ready
             say(f"{name}: compiled, {left():.0f} s left")
         pipelines = [name for name in cases if name != PLAIN] if options.account else []
         for name in pipelines:

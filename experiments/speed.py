@@ -1,7 +1,7 @@
 """Measure every method and schedule side by side on real processors: a process a stage, each with its own core or GPU.
 
-    python experiments/speed.py --output runs/speed --docs docs/speed.md
-    python experiments/speed.py --schedules all --methods baseline vocab-2 --vocab-sizes 40960 --layers 4
+    python experiments/speed.py --methods baseline redis vocab-2 --docs docs/speed.md
+    python experiments/speed.py --schedules all --methods baseline vocab-2 --vocab-sizes 53248 --layers 4
 
 For each vocabulary it starts one group of processes, compiles everything, and times all in turns, so that whatever
 slows the machine down slows all of them. The ideal is the same work divided evenly with nobody waiting: every device
@@ -44,14 +44,14 @@ class SpeedOptions:
     """Vocabulary methods, or all. What a schedule does not know is left out."""
     schedules: tuple[str, ...] = ("1f1b",)
     """Pipeline schedules, or all."""
-    vocab_sizes: tuple[int, ...] = (10240, 20480, 40960)
+    vocab_sizes: tuple[int, ...] = (13312, 26624, 53248)
     """The sweep: sizes of the vocabulary."""
     comparators: tuple[str, ...] = ()
     """Other ways to use the same devices: spmd-pipeline, a pipeline by autodiff with the head outside it;
     data-parallel, copies of the model; fsdp, parameters split over the devices."""
     repeats: int = 3
     """Rounds in which each is timed once; fewer where the time does not suffice."""
-    minutes: float = 30.0
+    minutes: float = 60.0
     """The most time that the whole run takes. Each vocabulary gets a part of it by its FLOPs."""
     no_passes: bool = False
     """Do not time the passes; then nothing is predicted."""
@@ -67,10 +67,10 @@ class SpeedOptions:
     share_cores: bool = False
     """Go on where there are fewer cores than stages. Such times say nothing about the schedules."""
     model: ModelOptions = field(
-        default_factory=lambda: ModelOptions(model="gpt-mini", layers=2, hidden=768, heads=6, seq=512)
+        default_factory=lambda: ModelOptions(model="gpt-mini", layers=2, hidden=1024, heads=8, seq=512)
     )
     pipeline: PipelineOptions = field(
-        default_factory=lambda: PipelineOptions(stages=2, microbatches=24, microbatch_size=1)
+        default_factory=lambda: PipelineOptions(stages=2, microbatches=36, microbatch_size=1)
     )
     cluster: ClusterOptions = field(default_factory=ClusterOptions)
 
@@ -159,12 +159,10 @@ def measure(options: SpeedOptions, vocab_size: int, limit_s: float) -> dict[str,
 
 def prepare(options: SpeedOptions, group: Any, result: dict[str, Any], left: Left) -> None:
     """Have everything built and compiled, or noted among what is left out."""
-    model, cases = dataclasses.asdict(options.at(result["vocab_size"])), options.cases()
-    given = options.pipeline.on(result["devices"]["platform"])
+    model, platform, cases = options.at(result["vocab_size"]), result["devices"]["platform"], options.cases()
     for name in (EVEN_SHARE, *cases, *options.comparators):
         schedule, method = cases.get(name, ("1f1b", "vocab-2"))
-        pipeline = dataclasses.replace(given, schedule=schedule, method=method, data_parallel=1)
-        arguments = {"model": model, "pipeline": dataclasses.asdict(pipeline)}
+        arguments = speed_stage.request(model, options.pipeline, platform, schedule=schedule, method=method)
         try:
             ready = group.ask("prepare", left(), name=name, comparator=None if name in cases else name, **arguments)
         except ValueError as problem:

@@ -5,6 +5,7 @@ All ranks get the same requests in the same order, so that what they run togethe
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import time
@@ -151,8 +152,14 @@ class Stage:
         return found
 
 
+def request(model: ModelOptions, pipeline: PipelineOptions, platform: str, **case: Any) -> dict[str, dict]:
+    """What names a contender to a rank: the options, of the pipeline with what ``case`` says, one copy of the model."""
+    timed = dataclasses.replace(pipeline.on(platform), data_parallel=1, **case)
+    return {"model": dataclasses.asdict(model), "pipeline": dataclasses.asdict(timed)}
+
+
 def build(model: dict, pipeline: dict, comparator: str | None = None) -> tuple[Contender, models.Config]:
-    """A contender from the options that name it."""
+    """A contender from a :func:`request` and the comparator's name, if it is one."""
     config, options = ModelOptions(**model).config(), PipelineOptions(**pipeline)
     mesh = options.mesh()
     if comparator is None:

@@ -123,7 +123,8 @@ def test_without_data_parallel_all_devices_are_used(monkeypatch):
     [
         ("--stages 3", "stages is 3; it must divide the devices, of which there are 8"),
         ("--stages 0", "stages is 0"),
-        ("--stages 2 --data-parallel 3", "data-parallel 3"),
+        ("--stages 2 --data-parallel 3", "data_parallel is 3; it must divide the 4 copies"),
+        ("--stages 2 --data-parallel 0", "data_parallel is 0"),
         ("--stages four", "--stages: invalid literal for int() with base 10: 'four'"),
         ("--layers 1", "layers is 1"),
         ("--heads 3", "heads is 3; it must divide hidden, which is 32"),

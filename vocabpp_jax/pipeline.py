@@ -40,7 +40,8 @@ def make_mesh(pipe: int, data: int = 1, devices: Sequence[jax.Device] | None = N
     if min(pipe, data, tensor) < 1 or len(devices) % (pipe * data * tensor):
         also = f" and tensor {tensor}" if tensor != 1 else ""
         raise ValueError(
-            f"stages is {pipe} and data-parallel {data}{also}; their product must divide the {len(devices)} devices"
+            f"pipe is {pipe} and data {data}{also}; each must be at least 1, and their product must divide the "
+            f"{len(devices)} devices"
         )
     shape, names = ((data, pipe), (DATA, PIPE)) if tensor == 1 else ((data, pipe, tensor), (DATA, PIPE, TENSOR))
     return Mesh(np.array(devices[: math.prod(shape)]).reshape(shape), names)
