@@ -6,9 +6,9 @@
 
 Both sides begin with the same weights and train on the same batches, a process a stage, each with its own core or GPU.
 ``losses`` trains with Adam on both sides and holds every step's losses against each other; it exits with status 1 where
-they differ by more than the tolerance. ``speed`` times them in turns, and each framework's plain accumulation step,
-every device alone with its share of the microbatches: the kernel ratio. The schedule ratio is that of our own
-pipelines. ``logs`` puts runs of Megatron-LM or VocabularyParallelism into the same table; --logs works with the others
+they differ by more than the tolerance. ``speed`` times them in turns, and each framework's plain accumulation step on
+one device, while the others have nothing to do: the kernel ratio. The schedule ratio is that of our own pipelines.
+``logs`` puts runs of Megatron-LM or VocabularyParallelism into the same table; --logs works with the others
 too.
 """
 
@@ -30,7 +30,7 @@ import numpy as np
 
 import exchange
 from comparators import EVEN_SHARE
-from compare_report import losses_table, ratios_of, speed_table
+from compare_report import ALONE, losses_table, ratios_of, speed_table
 from megatron_logs import read_log
 from options import ModelOptions, OptionalStr, PipelineOptions, or_fail, parse, write_json
 from processes import Group, GroupFailed, free_port
@@ -59,7 +59,7 @@ class CompareOptions:
     """With losses: the learning rate."""
     tolerance: float = 1e-4
     """With losses: the largest difference in nats a token."""
-    repeats: int = 5
+    repeats: int = 4
     """With speed: rounds in which each is timed once."""
     minutes: float = 20.0
     """The most time that the whole run takes."""
@@ -112,7 +112,7 @@ class Both:
         """What our ranks need to know."""
         options, platform = self.options, "gpu" if self.options.gpus else "cpu"
         model = dataclasses.replace(options.model, vocab_size=vocab_size)
-        return request(model, options.pipeline, platform, schedule=schedule, method=method)
+        return request(model, options.pipeline, platform, stages=self.ours.ranks, schedule=schedule, method=method)
 
     def torch_arguments(self, vocab_size: int, schedule: str, folder: str) -> dict[str, Any]:
         """What PyTorch's ranks need to know."""
@@ -127,9 +127,9 @@ class Both:
 
 
 @contextlib.contextmanager
-def both(options: CompareOptions, left: Left) -> Iterator[Both]:
-    """A group of each framework. One waits while the other computes."""
-    here, p = Path(__file__).parent, options.pipeline.stages
+def both(options: CompareOptions, left: Left, p: int) -> Iterator[Both]:
+    """A group of each framework, of p devices. One waits while the other computes."""
+    here = Path(__file__).parent
     with contextlib.ExitStack() as stack:
         groups, devices = [], {}
         for script in ("pytorch_baseline.py", "speed_stage.py"):
@@ -159,7 +159,7 @@ def export(options: CompareOptions, vocab_size: int, steps: int, folder: Path) -
 def compare_losses(options: CompareOptions, left: Left) -> dict[str, Any]:
     """Every run's losses, and the largest difference from our first one's."""
     vocab_size = options.model.config().vocab_size
-    with folder_of(options) as folder, both(options, left) as groups:
+    with folder_of(options) as folder, both(options, left, options.pipeline.stages) as groups:
         export(options, vocab_size, options.steps, Path(folder))
         losses, train = {}, {"lr": options.lr, "steps": options.steps}
         for name in options.ours:
@@ -187,7 +187,7 @@ def compare_speed(options: CompareOptions, left: Left) -> dict[str, Any]:
             result["rows"].append(
                 {
                     "framework": framework,
-                    "what": "even share, nobody waiting" if rest == EVEN_SHARE else rest,
+                    "what": rest,
                     "vocab_size": vocab_size,
                     "measured_ms": 1e3 * median(of),
                     "least_ms": 1e3 * min(of),
@@ -202,17 +202,22 @@ def compare_speed(options: CompareOptions, left: Left) -> dict[str, Any]:
 
 def time_all(options: CompareOptions, vocab_size: int, left: Left) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """What it runs on, and seconds of every step of both frameworks, in turns, for one vocabulary."""
-    with folder_of(options) as folder, both(options, left) as groups:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(folder_of(options))
+        alone, groups = (stack.enter_context(both(options, left, p)) for p in (1, options.pipeline.stages))
         export(options, vocab_size, 1, Path(folder))
         asked: dict[str, tuple[Group, str]] = {}
-        for name in (EVEN_SHARE, *options.ours):
-            parts = ("1f1b", "vocab-2") if name == EVEN_SHARE else name.split()
-            comparator = {"comparator": EVEN_SHARE if name == EVEN_SHARE else None}
-            groups.ours.ask("prepare", left(), name=name, **groups.arguments(vocab_size, *parts), **comparator)
-            asked[f"ours {name}"] = groups.ours, name
-        for name in (EVEN_SHARE, *options.schedules):
-            groups.theirs.ask("prepare", left(), name=name, **groups.torch_arguments(vocab_size, name, folder))
-            asked[f"torch {name}"] = groups.theirs, name
+
+        def prepare(framework: str, of: Group, name: str, **arguments: Any) -> None:
+            of.ask("prepare", left(), name=name, **arguments)
+            asked[f"{framework} {name}"] = of, name
+
+        prepare("ours", alone.ours, ALONE, comparator=EVEN_SHARE, **alone.arguments(vocab_size, "1f1b", "vocab-2"))
+        prepare("torch", alone.theirs, ALONE, **alone.torch_arguments(vocab_size, EVEN_SHARE, folder))
+        for name in options.ours:
+            prepare("ours", groups.ours, name, **groups.arguments(vocab_size, *name.split()))
+        for name in options.schedules:
+            prepare("torch", groups.theirs, name, **groups.torch_arguments(vocab_size, name, folder))
         times = in_turns(asked, options.repeats, left, f"V={vocab_size}: ")
         return groups.devices, {name: of.seconds for name, of in times.items()}
 

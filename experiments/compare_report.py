@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from comparators import EVEN_SHARE
 from megatron_logs import MegatronRun
 from turns import ratio
+
+ALONE = "plain step, one device"
+"""The whole model and all microbatches in a plain accumulation step."""
 
 
 def ratios_of(ours: Sequence[str], vocab_size: int, seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
@@ -17,7 +19,7 @@ def ratios_of(ours: Sequence[str], vocab_size: int, seconds: dict[str, list[floa
     """
     if "torch 1f1b" not in seconds or "ours 1f1b baseline" not in seconds:
         return []
-    kernel = ratio(seconds[f"torch {EVEN_SHARE}"], seconds[f"ours {EVEN_SHARE}"])
+    kernel = ratio(seconds[f"torch {ALONE}"], seconds[f"ours {ALONE}"])
     found = []
     for name in ours:
         mine = seconds[f"ours {name}"]

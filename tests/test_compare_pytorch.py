@@ -5,7 +5,7 @@ import pytest
 
 import compare_pytorch
 import exchange
-from compare_report import ratios_of
+from compare_report import ALONE, ratios_of
 from megatron_logs import read_log
 
 ARGUMENTS = """------------------------ arguments ------------------------
@@ -90,7 +90,7 @@ def test_weights_and_batches_come_back_as_they_were(tmp_path):
 
 def test_kernels_and_schedule_explain_the_measured_ratio():
     options = compare_pytorch.CompareOptions()
-    seconds = {"ours even-share": 10.0, "torch even-share": 15.0, "torch 1f1b": 33.0}
+    seconds = {f"ours {ALONE}": 10.0, f"torch {ALONE}": 15.0, "torch 1f1b": 33.0}
     seconds |= {"ours 1f1b baseline": 20.0, "ours 1f1b vocab-2": 12.0}
     # A round in which the machine is half as fast changes nothing.
     seconds = {name: [once, 2 * once, once] for name, once in seconds.items()}

@@ -68,7 +68,9 @@ class SPMDPipeline(OnPipe):
         """On one device: the loop over the stages' layers, then this device's share of the head."""
         count = batch["tokens"].size
         params = self.cast(params)
-        blocks = jax.tree.map(lambda w: w[0], params["blocks"])
+        blocks = jax.tree.map(lambda w: w[0], params.pop("blocks"))
+        # Each device's own from here on, so that their gradients are summed over the devices once, not in every loop.
+        params = jax.tree.map(lambda w: lax.pcast(w, (PIPE,), to="varying"), params)
         stage, p = lax.axis_index(PIPE), self.p
 
         def move(x: jax.Array, entering: jax.Array) -> tuple[jax.Array, jax.Array]:
