@@ -6,10 +6,9 @@
 
 Both sides begin with the same weights and train on the same batches, a process a stage, each with its own core or GPU.
 ``losses`` trains with Adam on both sides and holds every step's losses against each other; it exits with status 1 where
-they differ by more than the tolerance. ``speed`` times them in turns, and each framework's plain accumulation step on
-one device, while the others have nothing to do: the kernel ratio. The schedule ratio is that of our own pipelines.
-``logs`` puts runs of Megatron-LM or VocabularyParallelism into the same table; --logs works with the others
-too.
+they differ by more than the tolerance. ``speed`` times them in turns, and the last stage alone in a plain accumulation
+step of each framework on one device: the kernel ratio. The schedule ratio is that of our own pipelines. ``logs`` puts
+runs of Megatron-LM or VocabularyParallelism into the same table; --logs works with the others too.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ from speed_stage import name_of, request
 from turns import Left, countdown, in_turns, say
 from vocabpp_jax import models
 from vocabpp_jax.models.gpt import GPTConfig
+from vocabpp_jax.schedules.layers import even_split
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,22 @@ class Both:
     left: Left
     devices: dict[str, Any]
 
+    @property
+    def platform(self) -> str:
+        """What it runs on."""
+        return "gpu" if self.options.gpus else "cpu"
+
     def arguments(self, vocab_size: int, schedule: str, method: str) -> dict[str, Any]:
         """What our ranks need to know."""
-        options, platform = self.options, "gpu" if self.options.gpus else "cpu"
-        model = dataclasses.replace(options.model, vocab_size=vocab_size)
-        return request(model, options.pipeline, platform, stages=self.ours.ranks, schedule=schedule, method=method)
+        model = dataclasses.replace(self.options.model, vocab_size=vocab_size)
+        return request(model, self.options.pipeline, self.platform, schedule=schedule, method=method)
+
+    def last_stage(self, vocab_size: int, p: int) -> dict[str, Any]:
+        """What one rank of ours needs to know of the last of p stages: a model of its layers alone. Its embedding takes
+        next to nothing, since only rows that are looked up get a gradient."""
+        layers = even_split(self.options.model.config().layers, p)[-1]
+        model = dataclasses.replace(self.options.model, vocab_size=vocab_size, layers=layers)
+        return request(model, self.options.pipeline, self.platform, stages=1)
 
     def torch_arguments(self, vocab_size: int, schedule: str, folder: str) -> dict[str, Any]:
         """What PyTorch's ranks need to know."""
@@ -203,8 +214,8 @@ def compare_speed(options: CompareOptions, left: Left) -> dict[str, Any]:
 def time_all(options: CompareOptions, vocab_size: int, left: Left) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """What it runs on, and seconds of every step of both frameworks, in turns, for one vocabulary."""
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(folder_of(options))
-        alone, groups = (stack.enter_context(both(options, left, p)) for p in (1, options.pipeline.stages))
+        folder, p = stack.enter_context(folder_of(options)), options.pipeline.stages
+        alone, groups = stack.enter_context(both(options, left, 1)), stack.enter_context(both(options, left, p))
         export(options, vocab_size, 1, Path(folder))
         asked: dict[str, tuple[Group, str]] = {}
 
@@ -212,8 +223,8 @@ def time_all(options: CompareOptions, vocab_size: int, left: Left) -> tuple[dict
             of.ask("prepare", left(), name=name, **arguments)
             asked[f"{framework} {name}"] = of, name
 
-        prepare("ours", alone.ours, ALONE, comparator=EVEN_SHARE, **alone.arguments(vocab_size, "1f1b", "vocab-2"))
-        prepare("torch", alone.theirs, ALONE, **alone.torch_arguments(vocab_size, EVEN_SHARE, folder))
+        prepare("ours", alone.ours, ALONE, comparator=EVEN_SHARE, **alone.last_stage(vocab_size, p))
+        prepare("torch", alone.theirs, ALONE, stages=p, **alone.torch_arguments(vocab_size, EVEN_SHARE, folder))
         for name in options.ours:
             prepare("ours", groups.ours, name, **groups.arguments(vocab_size, *name.split()))
         for name in options.schedules:

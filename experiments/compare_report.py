@@ -8,8 +8,8 @@ from typing import Any
 from megatron_logs import MegatronRun
 from turns import ratio
 
-ALONE = "plain step, one device"
-"""The whole model and all microbatches in a plain accumulation step."""
+ALONE = "last stage, one device"
+"""What the others wait for in a 1F1B without a sharded vocabulary, in a plain accumulation step of all microbatches."""
 
 
 def ratios_of(ours: Sequence[str], vocab_size: int, seconds: dict[str, list[float]]) -> list[dict[str, Any]]:

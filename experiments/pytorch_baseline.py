@@ -55,9 +55,11 @@ class Rank:
         calmed = {} if self.gpus else {"calmed": processes.calm_transport()}
         return {"device": name, "devices": ranks, "torch": torch.__version__} | calmed
 
-    def prepare(self, name: str, schedule: str, shape: dict, folder: str, microbatches: int) -> dict[str, float]:
-        """Load the weights and the first batch for one schedule, or for ``even-share``: every rank alone with the
-        whole model and its share of the microbatches.
+    def prepare(
+        self, name: str, schedule: str, shape: dict, folder: str, microbatches: int, stages: int = 1
+    ) -> dict[str, float]:
+        """Load the weights and the first batch for one schedule, or for ``even-share``: every rank alone with its
+        share of the microbatches and the last of ``stages``, which is the whole model where there is one.
 
         Raises:
             ValueError: PyTorch has no such schedule, or it cannot hold this model.
@@ -66,7 +68,7 @@ class Rank:
         weights = exchange.read_weights(Path(folder))
         batch = next(exchange.read_batches(Path(folder)))
         if schedule == EVEN_SHARE:
-            self.steps[name] = self._alone(Shape(**shape), weights, batch, microbatches)
+            self.steps[name] = self._alone(Stage(Shape(**shape), weights, stages - 1, stages), batch, microbatches)
         else:
             run, modules = self._pipeline(schedule, Shape(**shape), weights, microbatches)
 
@@ -97,15 +99,18 @@ class Rank:
 
         return run, modules
 
-    def _alone(self, shape: Shape, weights: dict, batch: dict, m: int) -> Callable[[], None]:
-        """A plain gradient-accumulation step on this rank's share."""
-        model, p, rank = Stage(shape, weights, 0, 1).to(self.device), dist.get_world_size(), dist.get_rank()
-        mine = [torch.from_numpy(batch[k][rank::p]).long().to(self.device) for k in ("tokens", "labels")]
+    def _alone(self, module: Stage, batch: dict, m: int) -> Callable[[], None]:
+        """A plain gradient-accumulation step on this rank's share. A stage that has no embedding gets some stream."""
+        module, p, rank = module.to(self.device), dist.get_world_size(), dist.get_rank()
+        entering, labels = (torch.from_numpy(batch[k][rank::p]).long().to(self.device) for k in ("tokens", "labels"))
+        if module.tokens is None:
+            entering = torch.randn(*entering.shape, module.final.normalized_shape[0], device=self.device)
 
         def step() -> None:
-            model.zero_grad(set_to_none=True)
-            for tokens, labels in zip(*mine, strict=True):
-                (token_loss(model(tokens), labels) / m).backward()
+            module.zero_grad(set_to_none=True)
+            for x, of in zip(entering, labels, strict=True):
+                x = x if module.tokens is not None else x.detach().requires_grad_()
+                (token_loss(module(x), of) / m).backward()
 
         return step
 

@@ -110,3 +110,16 @@ def test_pytorch_s_pipelines_train_to_the_same_losses(tmp_path):
     assert losses[-1] < losses[0] and found["holds"]
     assert set(found["losses"]) == {"ours 1f1b vocab-2", "torch 1f1b", "torch v-zb"}
     assert max(found["largest_difference"].values()) < 1e-5
+
+
+@pytest.mark.torch
+def test_throughput_is_told_with_what_it_is_made_of(tmp_path):
+    pytest.importorskip("torch", reason="the extra torch is not installed")
+    small = "--layers 4 --hidden 16 --heads 2 --seq 8 --vocab-sizes 37 --microbatches 4 --share-cores".split()
+    compare_pytorch.main([*small, "--what", "speed", "--repeats", "1", "--json", str(tmp_path / "x.json")])
+    found = json.loads((tmp_path / "x.json").read_text())
+    ms = {f"{row['framework']} {row['what']}": row["measured_ms"] for row in found["rows"]}
+    assert set(ms) == {f"ours {ALONE}", f"torch {ALONE}", "ours 1f1b vocab-2", "ours 1f1b baseline", "torch 1f1b"}
+    for ratio in found["ratios"]:
+        assert ratio["kernel_ratio"] == pytest.approx(ms[f"torch {ALONE}"] / ms[f"ours {ALONE}"])
+        assert ratio["measured_ratio"] == pytest.approx(ms["torch 1f1b"] / ms[f"ours {ratio['ours']}"])
