@@ -95,8 +95,6 @@ def prepare(model: ModelOptions, pipeline: PipelineOptions, gpu: GPU) -> Pipelin
     config = on_gpu(model)
     schedule = pipeline.build(config)
     data = 1 if pipeline.data_parallel is None else pipeline.data_parallel
-    if data < 1:
-        raise ValueError(f"data_parallel is {data}; it must be at least 1")
     if pipeline.tensor_parallel > 1:
         raise ValueError(
             f"tensor_parallel is {pipeline.tensor_parallel}; the report knows pipelines without it, so give 1"

@@ -136,9 +136,10 @@ class PipelineOptions:
 
     def build(self, config: Config) -> Schedule:
         """The schedule for a model. Raises ValueError for an unknown name or what cannot be scheduled."""
-        for name in ("stages", "microbatches", "microbatch_size", "tensor_parallel"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("stages", "microbatches", "microbatch_size", "tensor_parallel", "data_parallel"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
         counts = None
         if self.method == "redis":
             counts = redistributed(
@@ -167,7 +168,7 @@ class PipelineOptions:
                 f"({jax.devices()[0].device_kind})"
             )
         copies = devices // one if self.data_parallel is None else self.data_parallel
-        if copies < 1 or devices // one % copies:
+        if devices // one % copies:
             raise ValueError(
                 f"data_parallel is {copies}; it must divide the {devices // one} copies of the model that the devices "
                 f"have room for ({devices}, of which a copy takes {one})"

@@ -104,12 +104,12 @@ class Rank:
         module, p, rank = module.to(self.device), dist.get_world_size(), dist.get_rank()
         entering, labels = (torch.from_numpy(batch[k][rank::p]).long().to(self.device) for k in ("tokens", "labels"))
         if module.tokens is None:
-            entering = torch.randn(*entering.shape, module.final.normalized_shape[0], device=self.device)
+            shape = (*labels.shape[1:], module.head.in_features)
+            entering = [torch.randn(shape, device=self.device, requires_grad=True) for _ in labels]
 
         def step() -> None:
             module.zero_grad(set_to_none=True)
             for x, of in zip(entering, labels, strict=True):
-                x = x if module.tokens is not None else x.detach().requires_grad_()
                 (token_loss(module(x), of) / m).backward()
 
         return step
