@@ -293,6 +293,56 @@ def test_the_newest_and_the_periodic_ones_are_kept(trained, tmp_path):
     assert checkpoints.steps_in(tmp_path) == [4, 8, 10, 11]
 
 
+def write(writer, trained, step, seed=0):
+    canonical, state = trained
+    state = state._replace(step=jnp.int32(step), skipped=jnp.int32(seed))
+    writer.save(canonical, state, KEY, rows=6 * step, identity={"lr": 1e-2}, config={})
+
+
+@pytest.mark.parametrize("saved_by", ["another writer", "the same writer"])
+def test_a_step_that_is_done_again_after_its_checkpoint_was_damaged_is_written_again(saved_by, trained, tmp_path):
+    writer = checkpoints.Writer(tmp_path)
+    for step in (1, 2):
+        write(writer, trained, step)
+    if saved_by == "another writer":
+        writer.close()
+    else:
+        writer._finish()
+    flip(largest_file(tmp_path / "2/state"))
+    if saved_by == "another writer":
+        writer = checkpoints.Writer(tmp_path)
+    assert int(load(tmp_path, trained[0], say=lambda text: None).state.step) == 1
+    for step in (2, 3):
+        write(writer, trained, step)
+    writer.close()
+    assert checkpoints.steps_in(tmp_path) == [1, 2, 3] and (tmp_path / "damaged-2").is_dir()
+    shutil.rmtree(tmp_path / "3")
+    assert int(load(tmp_path, trained[0]).state.step) == 2
+
+
+def test_a_damaged_checkpoint_does_not_count_among_the_newest(trained, tmp_path):
+    with checkpoints.Writer(tmp_path, keep=2) as writer:
+        for step in (1, 2):
+            write(writer, trained, step)
+    flip(largest_file(tmp_path / "2/state"))
+    with checkpoints.Writer(tmp_path, keep=2) as writer:
+        load(tmp_path, trained[0], say=lambda text: None)
+        write(writer, trained, 3)
+    assert checkpoints.steps_in(tmp_path) == [1, 3]
+
+
+def test_a_state_that_is_there_is_not_written_twice_and_another_is_not_put_in_its_place(trained, folder):
+    before = contents(folder)
+    with checkpoints.Writer(folder) as writer:
+        write(writer, trained, 2)
+        with pytest.raises(Stop, match="step 2 cannot be written: .*2 holds another state of the same step"):
+            write(writer, trained, 2, seed=1)
+        with pytest.raises(Stop, match="step 1 cannot be written: .* holds the checkpoint of step 2, which is later"):
+            write(writer, trained, 1)
+    after = contents(folder)
+    assert after.pop(Path(".lock")) and after == {name: raw for name, raw in before.items() if name.name != ".lock"}
+
+
 def test_a_full_disk_is_named_and_the_last_good_checkpoint_stays(trained, folder):
     canonical, state = trained
     writer, before = checkpoints.Writer(folder), contents(folder / "2")

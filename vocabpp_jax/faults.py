@@ -16,7 +16,15 @@ from jax.experimental import multihost_utils
 
 
 class Stop(RuntimeError):
-    """The run cannot go on; the message is the sentence that says why."""
+    """The run cannot go on; the message is the sentence that says why.
+
+    Attributes:
+        agreed: all processes raise it at the same point, so they can still wait for each other.
+    """
+
+    def __init__(self, sentence: str, agreed: bool = False):
+        super().__init__(sentence)
+        self.agreed = agreed
 
 
 class Termination:
@@ -136,6 +144,15 @@ def reason(problem: BaseException) -> str:
         return system[1]
     lines = text.strip().splitlines()
     return lines[0][:200] if lines else type(problem).__name__
+
+
+def as_sentence(problem: BaseException) -> str:
+    """An error in one line: the message of a ValueError or Stop, which are sentences, else also where it is from."""
+    if isinstance(problem, ValueError | Stop):
+        return str(problem) or "refused"
+    if isinstance(problem, OSError):
+        return f"{problem.filename}: {reason(problem)}" if problem.filename else reason(problem)
+    return f"{type(problem).__name__}: {reason(problem)}"
 
 
 def _who() -> str:
