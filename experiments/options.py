@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar, get_type_hints
 
 import jax
 import tyro
@@ -30,6 +30,9 @@ Result = TypeVar("Result")
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(optional)")]
 OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(optional)")]
 OptionalStr = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="(optional)")]
+_BUCKET = "can be in a bucket"
+BucketPath = Annotated[str, _BUCKET]
+OptionalBucketPath = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="(optional)"), _BUCKET]
 
 
 @dataclass(frozen=True)
@@ -196,27 +199,52 @@ class ClusterOptions:
 
     heartbeat_timeout: int = 60
     """Seconds without a sign of life after which a process counts as gone, and all the others end."""
+    join_timeout: OptionalInt = None
+    """Seconds in which all processes must have started; 300 if not given."""
+
+    @property
+    def several(self) -> bool:
+        """Whether this is meant to be one of several processes."""
+        return self.distributed or any(v is not None for v in (self.coordinator, self.processes, self.process_id))
+
+    def tell_and_fail(self, problem: ValueError) -> NoReturn:
+        """End because of a problem that the other processes may not have, and let them know if there are any."""
+        if self.several:
+            print(f"error: {problem}", file=sys.stderr, flush=True)  # joining may take long
+
+            def refuse() -> NoReturn:
+                raise problem
+
+            with contextlib.suppress(ValueError):
+                self.join(simulated_devices=1)
+                hosts.agree(refuse)
+            raise SystemExit(2)
+        fail(str(problem))
 
     def join(self, simulated_devices: int) -> None:
         """Find the other processes, if there are any; where there are only CPUs, have them simulate devices.
 
         To be called before anything asks JAX for a device.
         """
-        explicit = (self.coordinator, self.processes, self.process_id)
         processes = 1
-        if self.distributed or any(value is not None for value in explicit):
-            processes = hosts.join(*explicit, heartbeat_timeout=self.heartbeat_timeout)
+        if self.several:
+            timeouts = {"heartbeat_timeout": self.heartbeat_timeout, "join_timeout": self.join_timeout}
+            processes = hosts.join(self.coordinator, self.processes, self.process_id, **timeouts)
         # Whoever sets the number of CPU devices in XLA_FLAGS means it.
         if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
             jax.config.update("jax_num_cpu_devices", max(1, simulated_devices // processes))
 
 
 def parse(options: type[Options], description: str, arguments: Sequence[str] | None = None) -> Options:
-    """Read the command line into a dataclass; what it cannot mean ends the process as :func:`fail` does."""
+    """Read the command line into a dataclass; what it cannot mean ends the process as :func:`fail` does.
+
+    ``~`` at the beginning of a path is expanded, also where a shell would not. Only options that are a
+    :data:`BucketPath` can name a bucket.
+    """
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(
+            parsed = tyro.cli(
                 options,
                 args=arguments,
                 description=description,
@@ -229,6 +257,37 @@ def parse(options: type[Options], description: str, arguments: Sequence[str] | N
         lines = [line.strip("│ ") for line in said.getvalue().splitlines() if not line.startswith(("╭", "╰"))]
         sentence = re.split(r"\n(?:─|\n)", "\n".join(lines))[0]
         fail(" ".join(sentence.split()))
+    return or_fail(lambda: _with_paths(parsed))
+
+
+def _with_paths(options: Options) -> Options:
+    """The options with every path as it is meant."""
+    hints, changed = get_type_hints(type(options), include_extras=True), {}
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            changed[field.name] = _with_paths(value)
+        elif isinstance(value, str):
+            bucket = _BUCKET in getattr(hints[field.name], "__metadata__", ())
+            changed[field.name] = _checkpoints(value) if bucket else _local(field.name, value)
+        elif isinstance(value, tuple):
+            changed[field.name] = tuple(_local(field.name, x) if isinstance(x, str) else x for x in value)
+    return dataclasses.replace(options, **changed)
+
+
+def _checkpoints(value: str) -> str:
+    from vocabpp_jax.checkpoints import folder_path  # takes seconds to import, which most scripts need not wait for
+
+    return os.fspath(folder_path(value))
+
+
+def _local(name: str, value: str) -> str:
+    if re.match("[A-Za-z][A-Za-z0-9+.-]+://", value):
+        raise ValueError(f"{name} is {value!r}; it must be on this machine's file system")
+    try:
+        return os.fspath(Path(value).expanduser()) if value.startswith("~") else value
+    except RuntimeError:
+        raise ValueError(f"{name} is {value!r}, which names a user that does not exist; write it in full") from None
 
 
 def write_json(path: str | None, value: Any, indent: int = 1) -> None:

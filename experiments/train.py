@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from train_run import (
     Run,
     describe,
     hardware_record,
+    sample,
     say_once,
     summarise,
     validation_loss,
@@ -32,24 +34,49 @@ from train_run import (
 )
 from vocabpp_jax import Pipeline, checkpoints, hosts, train
 from vocabpp_jax.data import TokenizedCorpus, load_tokens, prefetched
-from vocabpp_jax.faults import LastWords, Stop, Termination, Watchdog, lost_peer, reason, say_and_leave
+from vocabpp_jax.faults import (
+    LOST,
+    SAVED,
+    LastWords,
+    Stop,
+    Termination,
+    Watchdog,
+    lost_peer,
+    reason,
+    say_and_leave,
+)
 from vocabpp_jax.metrics import StepProgress
 from vocabpp_jax.models import Config, huggingface
 from vocabpp_jax.optimizer import adamw, warmup_cosine
 from vocabpp_jax.profiling import Profile
+from vocabpp_jax.schedules import Schedule
 
 __all__ = ["PipelineOptions", "TrainOptions", "main", "prepare", "run_training"]
 STARTS_AGAIN = "start all processes again to go on from the last checkpoint"
 
 
-def prepare(options: TrainOptions) -> Run:
-    """Check everything, cheap things first, make the data, find where to go on. Raises ValueError where training could
-    not begin."""
-    options.check()
-    config = options.model.config()
-    schedule = options.pipeline.build(config)
+def join(options: TrainOptions) -> tuple[Config, Schedule]:
+    """Check everything that needs no device, and find the other processes, where there are any."""
+    try:
+        options.check()
+        config = options.model.config()
+        schedule = options.pipeline.build(config)
+    except ValueError as problem:
+        options.cluster.tell_and_fail(problem)
     options.cluster.join(simulated_devices=options.pipeline.devices)
-    pipe = Pipeline(options.model.build(), schedule, options.pipeline.mesh(), compute_dtype=config.dtype)
+    hosts.agree(lambda: None)  # hears of a problem that another process has
+    hosts.check_same("the options", options.shared())
+    return config, schedule
+
+
+def prepare(options: TrainOptions, config: Config, schedule: Schedule) -> Run:
+    """Check everything, cheap things first, make the data, find where to go on.
+
+    Raises:
+        ValueError: training cannot begin; all processes raise it together.
+    """
+    mesh = hosts.agree(options.pipeline.mesh)
+    pipe = Pipeline(options.model.build(), schedule, mesh, compute_dtype=config.dtype)
     if options.pretrained:
         hosts.agree(lambda: huggingface.check(options.model.folder, pipe))
     optimizer = adamw(
@@ -62,13 +89,17 @@ def prepare(options: TrainOptions) -> Run:
     output = Path(hosts.from_first(str(options.output_folder())))
     run = Run(options, config, pipe, optimizer, read_tokens(options, config), output, None, None)
     hosts.agree(lambda: run.data(0))
+    hosts.check_same("what decides the result", run.identity | sample(run.tokens))
     hosts.agree(lambda: jax.process_index() or (check_output(output, options, run.identity), make_folder(output)))
     if options.checkpoint.checkpoint_dir is None:
         return run
     folder, kept = options.checkpoint.checkpoint_dir, options.checkpoint
-    writer = hosts.agree(lambda: checkpoints.Writer(folder, kept.checkpoint_keep, kept.checkpoint_keep_every))
+    writer = checkpoints.Writer(folder, kept.checkpoint_keep, kept.checkpoint_keep_every)
     try:
-        loaded = checkpoints.load(folder, run.canonical, run.identity, accept_changes=kept.accept_changes, say=say_once)
+        with Watchdog(kept.hang_timeout, LOST):
+            loaded = checkpoints.load(
+                folder, run.canonical, run.identity, accept_changes=kept.accept_changes, say=say_once
+            )
     except ValueError:
         writer.close()
         raise
@@ -119,7 +150,11 @@ class Training:
         if not run.options.pretrained:
             return train.init_state(run.pipe, run.optimizer, self.key)
         say_once(f"starting from the weights in {folder}")
-        return train.start_from(run.pipe, run.optimizer, huggingface.load(folder, run.pipe))
+        try:
+            weights = hosts.agree(lambda: huggingface.load(folder, run.pipe))
+        except ValueError as problem:
+            raise Stop(str(problem), agreed=True) from None
+        return train.start_from(run.pipe, run.optimizer, weights)
 
     def export(self) -> None:
         """Write the weights as a Hugging Face folder, where one is asked for."""
@@ -162,20 +197,23 @@ class Training:
             self.run.writer.save(self.run.canonical, self.state, self.key, rows=self.rows, **about)
 
 
-def run_training(run: Run) -> None:
-    """Train, telling how it goes; process 0 writes what comes of it. Raises Stop where the run cannot go on."""
+def run_training(run: Run) -> str | None:
+    """Train and report progress; process 0 writes the results. Returns the signal after which it was saved before its
+    end, if there was one.
+
+    Raises:
+        Stop: the run cannot go on.
+    """
     options, kept, first = run.options, run.options.checkpoint, jax.process_index() == 0
     signal = None
-    with run.writer or contextlib.nullcontext():
+    with run.writer or contextlib.nullcontext(), Watchdog(kept.hang_timeout, LOST) as watchdog:
         training = Training(run)
         if first:
             describe(run, training.begin)
         with (
             StepProgress(options.steps, run.tokens_per_step, silent=not first) as progress,
-            Watchdog(kept.hang_timeout) as watchdog,
             Profile(run.output / "profile", options.watch.profile if first else None) as profile,
             Records(run, training.begin) as records,
-            LastWords(f"ended before its time; {STARTS_AGAIN}", wanted=jax.process_count() > 1),
             Termination() as termination,
         ):
             for record in training.steps(profile):
@@ -194,7 +232,8 @@ def run_training(run: Run) -> None:
                 if record["skipped_steps"] > kept.max_skipped:
                     raise Stop(
                         f"{record['skipped_steps']} steps had a loss or gradient that is not finite, the last at step "
-                        f"{step}, and max_skipped is {kept.max_skipped}"
+                        f"{step}, and max_skipped is {kept.max_skipped}",
+                        agreed=True,
                     )
                 signal = termination.requested(step)
                 if signal or last or step % kept.checkpoint_every == 0:
@@ -206,27 +245,53 @@ def run_training(run: Run) -> None:
                 if signal and not last:
                     break
     if signal and not last:
+        if not run.writer:
+            raise Stop(f"{signal} at step {step}", agreed=True)
         say_once(f"{signal} at step {step}: {whole_ones(run)}")
-        return
+        return signal
     training.export()
     if first:
         summarise(run)
+    return None
+
+
+def leave(sentence: str, agreed: bool) -> None:
+    """End with status 1; at once if the other processes may be waiting for this one."""
+    if jax.process_count() > 1 and not agreed:
+        say_and_leave(sentence, status=1)
+    fail(sentence, status=1)
+
+
+def train_to_the_end(options: TrainOptions, config: Config, schedule: Schedule) -> str | None:
+    """Prepare and train; whatever goes wrong ends in a sentence and a status."""
+    run = or_fail(lambda: prepare(options, config, schedule))
+    try:
+        return run_training(run)
+    except Stop as problem:
+        leave(f"{problem}; {whole_ones(run)}", problem.agreed)
+    except OSError as problem:
+        leave(f"{problem.filename or run.output}: {reason(problem)}; {whole_ones(run)}", agreed=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """The command. Status 0 at the end; 75 if a signal came and the run was saved, 76 if another process failed: both go
+    on when started again. 2 for wrong input, 1 for what would fail again."""
     options = parse(TrainOptions, __doc__, arguments)
     hosts.quiet_libraries()
-    run = or_fail(lambda: prepare(options))
+    config, schedule = or_fail(lambda: join(options))
+    signal = None
     try:
-        run_training(run)
-    except Stop as problem:
-        fail(f"{problem}; {whole_ones(run)}", status=1)
-    except OSError as problem:
-        fail(f"{problem.filename or run.output}: {reason(problem)}; {whole_ones(run)}", status=1)
+        with LastWords(f"ended before its time; {STARTS_AGAIN}", wanted=jax.process_count() > 1):
+            signal = train_to_the_end(options, config, schedule)
     except Exception as problem:
         if sentence := lost_peer(problem):
-            say_and_leave(f"{sentence}; {whole_ones(run)}")
+            say_and_leave(f"{sentence}; {STARTS_AGAIN}", LOST)
+        if jax.process_count() > 1:  # a bug here; the others must not wait for this process
+            traceback.print_exc()
+            say_and_leave(f"process {jax.process_index()} failed", status=1)
         raise
+    if signal:
+        raise SystemExit(SAVED)
 
 
 if __name__ == "__main__":

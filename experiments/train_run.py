@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import platform
 from dataclasses import dataclass
@@ -53,7 +54,8 @@ class Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return self.options.identity(self.config, self.tokens.identity)
+        loss = self.pipe.model.loss
+        return self.options.identity(self.config, loss, self.tokens.identity, self.tokens_per_step)
 
     def place(self, local: dict[str, Any]) -> dict[str, Any]:
         return hosts.place(self.pipe.mesh, self.shape["batch"], local)
@@ -74,6 +76,18 @@ def say_once(text: str) -> None:
     """Print it, in process 0."""
     if jax.process_index() == 0:
         print(text, flush=True)
+
+
+def sample(tokens: TokenizedCorpus, windows: int = 64, width: int = 1024) -> dict[str, Any]:
+    """The length of each split and a hash of some of its tokens, to compare between processes: each has read its own
+    files, or its own cache."""
+    found = {}
+    for name, split in (("train", tokens.train), ("validation", tokens.validation)):
+        digest = hashlib.blake2b(digest_size=8)
+        for start in np.linspace(0, max(0, len(split) - width), windows, dtype=np.int64):
+            digest.update(np.asarray(split[start : start + width], np.int64).tobytes())
+        found |= {f"{name}_tokens": len(split), f"{name}_sample": digest.hexdigest()}
+    return found
 
 
 def whole_ones(run: Run) -> str:

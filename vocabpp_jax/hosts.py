@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from . import clusters
-from .faults import as_sentence, reason
+from .faults import LastWords, as_sentence, reason
 from .pipeline import DATA, Batch
 
 Result = TypeVar("Result")
@@ -28,10 +28,12 @@ def join(
     process_id: int | None = None,
     *,
     heartbeat_timeout: int = 60,
+    join_timeout: int | None = None,
 ) -> int:
     """Find the other processes, as SLURM or Open MPI started them or as the arguments say; returns how many there are.
 
-    A process from which nothing is heard for ``heartbeat_timeout`` seconds counts as gone, and the others end.
+    A process from which nothing is heard for ``heartbeat_timeout`` seconds counts as gone, and the others end. If not
+    all have come within ``join_timeout`` seconds (by default JAX's 300), those that have end, with a sentence.
     To be called before anything asks JAX for a device.
 
     Raises:
@@ -40,12 +42,15 @@ def join(
     explicit = (coordinator, processes, process_id)
     if any(value is not None for value in explicit) and None in explicit:
         raise ValueError("coordinator, processes and process_id are given together or not at all")
-    if heartbeat_timeout < 1:
-        raise ValueError(f"heartbeat_timeout is {heartbeat_timeout}; it must be at least 1 second")
+    for name, value in (("heartbeat_timeout", heartbeat_timeout), ("join_timeout", join_timeout)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1 second")
     settings: dict[str, Any] = {
         "heartbeat_timeout_seconds": heartbeat_timeout,
         "shutdown_timeout_seconds": heartbeat_timeout,
     }
+    if join_timeout is not None:
+        settings["initialization_timeout"] = join_timeout
     if (gpus := clusters.own_gpus()) is not None:
         settings["local_device_ids"] = gpus
     if coordinator is not None:
@@ -62,18 +67,18 @@ def join(
 
 
 def _initialize(*arguments: Any, **settings: Any) -> None:
+    where = f"at {arguments[0]}" if arguments else "that the launcher has started"
+    begins = f"{socket.gethostname()} cannot join the other processes {where}"
     try:
-        jax.distributed.initialize(*arguments, **settings)
+        with LastWords(f"{begins}: not all have come in time", who=""):  # JAX ends the process
+            jax.distributed.initialize(*arguments, **settings)
     except ValueError as problem:  # what the launcher says is not enough for JAX
         raise ValueError(
             f"JAX cannot tell from the environment how this process was started ({reason(problem)}); start it with "
             f"srun or mpirun, or {clusters.explicit_options('N', 'I')}"
         ) from None
-    except (RuntimeError, OSError) as problem:  # nobody listens, somebody else does, or not all came in time
-        where = arguments[0] if arguments else "the coordinator"
-        raise ValueError(
-            f"{socket.gethostname()} cannot join the other processes at {where}: {reason(problem)}"
-        ) from None
+    except (RuntimeError, OSError) as problem:  # nobody listens, or somebody else does
+        raise ValueError(f"{begins}: {reason(problem)}") from None
 
 
 def agree(act: Callable[[], Result]) -> Result:

@@ -1,7 +1,7 @@
 """Checkpoints that survive: canonical, so that any layout can read them; whole, or not there."""
 
 from .canonical import Canonical, fingerprints
-from .folders import folder_path, steps_in
+from .folders import folder_path, in_bucket, steps_in
 from .store import Damaged, Loaded, changes, load, read_arrays, read_record
 from .writer import Writer
 
@@ -13,6 +13,7 @@ __all__ = [
     "changes",
     "fingerprints",
     "folder_path",
+    "in_bucket",
     "load",
     "read_arrays",
     "read_record",
