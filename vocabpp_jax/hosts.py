@@ -18,7 +18,7 @@ from .faults import LastWords, as_sentence, reason
 from .pipeline import DATA, Batch
 
 Result = TypeVar("Result")
-Errors = type[Exception] | tuple[type[Exception], ...]
+Errors = tuple[type[Exception], ...]
 _PER_MICROBATCH = PartitionSpec(None, DATA)
 
 
@@ -86,28 +86,21 @@ def agree(act: Callable[[], Result]) -> Result:
 
     An error other than ValueError and OSError is a bug: the process that hit it raises it unchanged.
     """
-    result, sentences = attempts(act, (ValueError, OSError))
-    raise_first(sentences)
-    return result
+    return attempts(act, ())[0]
 
 
 def attempts(act: Callable[[], Result], expected: Errors) -> tuple[Result | None, list[str]]:
-    """Call ``act`` in every process: its result here, and per process the message of an ``expected`` error or "".
-
-    Raises:
-        ValueError: in another process it raised an error that is not expected. The process itself raises that error.
-    """
+    """As :func:`agree`, but an error of an ``expected`` type is returned: per process its sentence, or "" without."""
     result, problem = None, None
     try:
         result = act()
     except Exception as error:
         problem = error
-    known = problem is None or isinstance(problem, expected)
-    answers = gathered({"known": known, "sentence": "" if problem is None else as_sentence(problem)})
-    if not known:
+    answers = gathered([isinstance(problem, expected), "" if problem is None else as_sentence(problem)])
+    if not isinstance(problem, (ValueError, OSError, *expected, type(None))):
         raise problem
-    raise_first(["" if answer["known"] else answer["sentence"] for answer in answers])
-    return result, [answer["sentence"] for answer in answers]
+    raise_first(["" if known else sentence for known, sentence in answers])
+    return result, [sentence for _, sentence in answers]
 
 
 def raise_first(sentences: list[str]) -> None:

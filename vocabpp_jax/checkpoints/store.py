@@ -122,7 +122,7 @@ def load(
 
 def _everywhere(act: Callable[[], Result]) -> tuple[Result | None, str]:
     """The result of ``act`` here, and why the checkpoint counts as damaged: because it is in one process."""
-    result, sentences = hosts.attempts(act, Damaged)
+    result, sentences = hosts.attempts(act, (Damaged,))
     return result, next(filter(None, sentences), "")
 
 
