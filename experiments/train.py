@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -41,6 +41,7 @@ from vocabpp_jax.faults import (
     Stop,
     Termination,
     Watchdog,
+    as_sentence,
     lost_peer,
     reason,
     say_and_leave,
@@ -64,8 +65,6 @@ def join(options: TrainOptions) -> tuple[Config, Schedule]:
     except ValueError as problem:
         options.cluster.tell_and_fail(problem)
     options.cluster.join(simulated_devices=options.pipeline.devices)
-    hosts.agree(lambda: None)  # hears of a problem that another process has
-    hosts.check_same("the options", options.shared())
     return config, schedule
 
 
@@ -75,6 +74,8 @@ def prepare(options: TrainOptions, config: Config, schedule: Schedule) -> Run:
     Raises:
         ValueError: training cannot begin; all processes raise it together.
     """
+    hosts.agree(lambda: None)  # hears of a problem that another process had before it joined
+    hosts.check_same("the options", options.shared())
     mesh = hosts.agree(options.pipeline.mesh)
     pipe = Pipeline(options.model.build(), schedule, mesh, compute_dtype=config.dtype)
     if options.pretrained:
@@ -255,22 +256,25 @@ def run_training(run: Run) -> str | None:
     return None
 
 
-def leave(sentence: str, agreed: bool) -> None:
-    """End with status 1; at once if the other processes may be waiting for this one."""
+def leave(sentence: str, status: int, agreed: bool) -> NoReturn:
+    """End, and at once if other processes may be waiting for this one."""
     if jax.process_count() > 1 and not agreed:
-        say_and_leave(sentence, status=1)
-    fail(sentence, status=1)
+        say_and_leave(sentence, status)
+    fail(sentence, status)
 
 
 def train_to_the_end(options: TrainOptions, config: Config, schedule: Schedule) -> str | None:
     """Prepare and train; whatever goes wrong ends in a sentence and a status."""
-    run = or_fail(lambda: prepare(options, config, schedule))
+    try:
+        run = prepare(options, config, schedule)
+    except (ValueError, OSError) as problem:
+        leave(as_sentence(problem), 2, agreed=isinstance(problem, hosts.Agreed))
     try:
         return run_training(run)
     except Stop as problem:
-        leave(f"{problem}; {whole_ones(run)}", problem.agreed)
+        leave(f"{problem}; {whole_ones(run)}", 1, problem.agreed)
     except OSError as problem:
-        leave(f"{problem.filename or run.output}: {reason(problem)}; {whole_ones(run)}", agreed=False)
+        leave(f"{problem.filename or run.output}: {reason(problem)}; {whole_ones(run)}", 1, agreed=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from types import FrameType, TracebackType
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 import jax
 from jax.experimental import multihost_utils
@@ -149,7 +149,7 @@ def lost_peer(problem: BaseException) -> str | None:
     return f"{_who()}another process is gone ({reason(problem)})"
 
 
-def say_and_leave(sentence: str, status: int = 1) -> None:
+def say_and_leave(sentence: str, status: int = 1) -> NoReturn:
     """End the process now: no clean-up that would wait for processes that are gone."""
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     LastWords.withhold()

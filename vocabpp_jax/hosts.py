@@ -81,8 +81,12 @@ def _initialize(*arguments: Any, **settings: Any) -> None:
         raise ValueError(f"{begins}: {reason(problem)}") from None
 
 
+class Agreed(ValueError):
+    """All processes raise it at the same point, so they can still wait for each other."""
+
+
 def agree(act: Callable[[], Result]) -> Result:
-    """Call ``act`` in every process and wait for all of them. If it fails in one, all raise the same ValueError.
+    """Call ``act`` in every process and wait for all of them. If it fails in one, all raise the same Agreed.
 
     An error other than ValueError and OSError is a bug: the process that hit it raises it unchanged.
     """
@@ -104,14 +108,14 @@ def attempts(act: Callable[[], Result], expected: Errors) -> tuple[Result | None
 
 
 def raise_first(sentences: list[str]) -> None:
-    """Raise ValueError with the first that is not empty, and with the process it is from if others differ."""
+    """Raise Agreed with the first that is not empty, and with the process it is from if others differ."""
     for process, said in enumerate(sentences):
         if said:
-            raise ValueError(said if len({*sentences}) == 1 else f"process {process} of {len(sentences)}: {said}")
+            raise Agreed(said if len({*sentences}) == 1 else f"process {process} of {len(sentences)}: {said}")
 
 
 def check_same(what: str, values: dict[str, Any]) -> None:
-    """Raise ValueError in every process unless all have the same ``values`` (JSON), naming those that differ."""
+    """Raise Agreed in every process unless all have the same ``values`` (JSON), naming those that differ."""
     first, here = gathered(values)[0], jax.process_index()
 
     def compare() -> None:
