@@ -48,7 +48,7 @@ class KillOptions:
     checkpoint_every: int = 4
     """Steps between checkpoints; few, so that many kills come amid a save."""
     longest: float = 2.0
-    """Seconds that a life lasts at most after its first step. One life in four ends before its first step."""
+    """Seconds that a life lasts at most after its first step. One in four, once there is a checkpoint, ends before."""
     timeout: float = 60.0
     """Seconds in which the other processes must have ended after one has failed."""
     data: OptionalStr = None
@@ -99,11 +99,16 @@ class Lives:
         """Whether this life has done a step."""
         return "  loss " in self.said(0)
 
-    def finish(self) -> None:
-        """Live to the end."""
-        statuses = [process.wait() for process in self.start()]
-        if any(statuses):
+    def finish(self) -> float:
+        """Live to the end; seconds to the first step."""
+        processes, start, stepped_at = self.start(), time.monotonic(), 0.0
+        while any(process.poll() is None for process in processes):
+            time.sleep(0.01)
+            if not stepped_at and self.stepped():
+                stepped_at = time.monotonic()
+        if statuses := [process.returncode for process in processes if process.returncode]:
             raise RuntimeError(f"training ended with status {statuses}:\n{self.said(0)[-2000:]}")
+        return stepped_at - start
 
     def records(self) -> list[dict]:
         path = self.output / "metrics.jsonl"
@@ -119,14 +124,15 @@ class Lives:
         return {name: array["fingerprint"] for name, array in record["arrays"].items()}
 
 
-def live_and_die(lives: Lives, seconds: float | None) -> dict:
-    """One life: killed so many seconds after its first step, or, with None, somewhere on the way to it."""
+def live_and_die(lives: Lives, after_start: float | None, after_step: float) -> dict:
+    """One life: killed so many seconds after its start, or, with None, so many seconds after its first step; of several
+    processes, while there is nothing to restore, after the first checkpoint."""
     begun_at = lives.kept()
     processes, start = lives.start(), time.monotonic()
-    killed_at = None if seconds is not None else random.uniform(0, 6)
+    killed_at = after_start
     while processes[0].poll() is None and (killed_at is None or time.monotonic() - start < killed_at):
-        if killed_at is None and lives.stepped():
-            killed_at = time.monotonic() - start + seconds
+        if killed_at is None and lives.stepped() and (lives.kept() or len(processes) == 1):
+            killed_at = time.monotonic() - start + after_step
         time.sleep(0.01)
     end(processes)
     partial = any("orbax-checkpoint-tmp" in path.name for path in lives.checkpoints.glob("*"))
@@ -169,12 +175,12 @@ def kill_test(options: KillOptions, folder: Path) -> dict:
         words = [f"{consonant}{vowel}" for consonant in "bcdfgklmnp" for vowel in "aeiou"]
         Path(data).write_text(" ".join(random.choice(words) for _ in range(20_000)))
     whole, killed = Lives(options, folder, data, "whole"), Lives(options, folder, data, "killed")
-    whole.finish()
+    to_first_step = whole.finish()
     deaths, failures = [], []
     while len(deaths) < options.kills:
-        death = live_and_die(killed, random.uniform(0, options.longest) if random.random() > 0.25 else None)
-        deaths.append(death)
-        print(f"kill {len(deaths)}/{options.kills}: {death}", file=sys.stderr, flush=True)
+        early = random.uniform(0, to_first_step) if killed.kept() and random.random() < 0.25 else None
+        deaths.append(live_and_die(killed, early, random.uniform(0, options.longest)))
+        print(f"kill {len(deaths)}/{options.kills}: {deaths[-1]}", file=sys.stderr, flush=True)
         if options.processes > 1 and killed.kept():
             failures.append(fail_to_restore(killed, options))
             print(f"    then: {failures[-1]}", file=sys.stderr, flush=True)

@@ -24,7 +24,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from options import ModelOptions
 from train_options import CheckpointOptions
-from vocabpp_jax import checkpoints, models
+from vocabpp_jax import checkpoints, faults, models
 from vocabpp_jax.data import train_tokenizer
 from vocabpp_jax.models import huggingface
 
@@ -257,7 +257,9 @@ def test_sigterm_saves_and_leaves(text, monkeypatch, capsys):
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(script.StepProgress, "step", step)
-    script.main(f"{SMALL} --data {text} --steps 20 --output out {CHECKPOINTS}".split())
+    with pytest.raises(SystemExit) as stop:
+        script.main(f"{SMALL} --data {text} --steps 20 --output out {CHECKPOINTS}".split())
+    assert stop.value.code == faults.SAVED == 75
     assert "SIGTERM at step 4: the same command goes on from step 4" in capsys.readouterr().out
     assert len(records("out")) == 4 and checkpoints.steps_in("checkpoints") == [3, 4]
 

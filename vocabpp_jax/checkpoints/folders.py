@@ -25,6 +25,8 @@ from ..faults import reason
 
 Folder = str | os.PathLike[str]
 LOCK = ".lock"
+BEAT, PATIENCE, SETTLE = 10.0, 35.0, 2.0
+"""Seconds between two signs of life of a :class:`Lease`, in which one must come, and in which two takers notice."""
 _REFUSALS = re.compile(
     "PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|os_error_code='E(ACCES|MFILE|STALE)"
     "|credential|forbidden|unauthorized|http ?error|connect|timeout",
@@ -146,18 +148,26 @@ class FileLock:
         pass
 
     def release(self) -> None:
+        self._file.truncate(0)
         self._file.close()
 
 
 class Lease:
-    """A lock where there are none: a file that its holder rewrites every ``beat`` seconds.
+    """A lock where there are none: a file that its holder rewrites every ``beat`` seconds (:data:`BEAT`).
 
     Whoever finds the file reads it again after ``patience`` seconds. If it has changed, its writer lives; if not, the
     writer is gone and the lease can be taken. Of two that take it at once, the one whose write came last has it.
     """
 
-    def __init__(self, folder: epath.Path, beat: float = 10.0, patience: float = 35.0, settle: float = 2.0):
+    def __init__(
+        self,
+        folder: epath.Path,
+        beat: float | None = None,
+        patience: float | None = None,
+        settle: float | None = None,
+    ):
         self.token = secrets.token_hex(8)
+        beat, patience, settle = beat or BEAT, patience or PATIENCE, settle or SETTLE
         self._folder, self._file, self._beat = folder, folder / LOCK, beat
         self._count, self._lost, self._end = 0, False, threading.Event()
         if (found := self._read()) and self._changes(found, patience):
