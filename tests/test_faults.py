@@ -12,7 +12,8 @@ import optax
 import pytest
 from test_checkpoints import KEY, batch, setup
 
-from vocabpp_jax import faults, train
+from vocabpp_jax import train
+from vocabpp_jax.runtime import faults
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():

@@ -17,8 +17,9 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 import jax
 import tyro
 
-from vocabpp_jax import Model, hosts, make_mesh, models, schedules
+from vocabpp_jax import Model, make_mesh, models, schedules
 from vocabpp_jax.models import Config
+from vocabpp_jax.runtime import hosts
 from vocabpp_jax.schedules import Schedule
 from vocabpp_jax.schedules.layers import redistributed
 from vocabpp_jax.vocab import Loss

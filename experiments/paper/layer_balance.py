@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from paper.page import Files, Say, canvas, table
+from paper.page import Files, Say, canvas
+from reports.markdown import table
 from vocabpp_jax import models, vocab
 from vocabpp_jax.models import GPTConfig
-from vocabpp_jax.schedules.cost import Sizes
 from vocabpp_jax.schedules.layers import even_split, head_in_layers, optimal_split, published_split
+from vocabpp_jax.schedules.simulation.cost import Sizes
 from vocabpp_jax.vocab import Shard, Stats, Target
 
 GEMMA2_9B = {"hidden": 3584, "layers": 42}

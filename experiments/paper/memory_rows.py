@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from memory import MemoryOptions, report
 from rich.console import Console
 
-from paper.memory_section import read_reports
 from paper.settings import Setting
+
+
+def read_reports(path: Path) -> dict[str, dict[str, Any]]:
+    """The reports that have been compiled, by the name of their row."""
+    return {r["name"]: r for r in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
 
 
 def compile_rows(rows: Iterable[Setting], results: Path, console: Console) -> dict[str, dict[str, Any]]:
     """A report for every setting, by its name. Those in ``results`` are read, the others compiled and added to it."""
+    from memory import MemoryOptions, report  # which sets up JAX to compile for GPUs that are not there
+
     results.parent.mkdir(parents=True, exist_ok=True)
     done = read_reports(results)
     rows = list(rows)

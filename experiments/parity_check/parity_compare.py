@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from options import ModelOptions, PipelineOptions
+from command_line.options import ModelOptions, PipelineOptions
 from vocabpp_jax import Pipeline, make_mesh, models
 
 # Relative error of a gradient, in float32. In bfloat16 a reference in bfloat16 sets the scale; see `allowed`.

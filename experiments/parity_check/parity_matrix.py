@@ -17,8 +17,8 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from options import ClusterOptions, ModelOptions, PipelineOptions
-from parity_compare import Case, Parity, compare
+from command_line.options import ClusterOptions, ModelOptions, PipelineOptions
+from parity_check.parity_compare import Case, Parity, compare
 from vocabpp_jax import schedules
 from vocabpp_jax.schedules.vocabulary import SHARDED
 

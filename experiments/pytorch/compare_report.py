@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_logs import MegatronRun
-from turns import ratio
+from pytorch.megatron_logs import MegatronRun
+from speed_measure.turns import ratio
 
 ALONE = "last stage, one device"
 """What the others wait for in a 1F1B without a sharded vocabulary, in a plain accumulation step of all microbatches."""

@@ -28,6 +28,7 @@ _PINNED = (
     "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])}); "
     "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
 )
+_EXPERIMENTS = str(Path(__file__).parents[1])  # where a rank's script finds the packages that it imports
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 # glibc gives every large array back to the system when it is freed, and clears its pages when it is made again. A
 # framework that allocates in every microbatch, as eager PyTorch does, would pay for that and for nothing of its own.
@@ -85,6 +86,7 @@ class Group:
 
     def _start(self, rank: int) -> None:
         environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(self.ranks)}
+        environment |= {"PYTHONPATH": os.pathsep.join(filter(None, (_EXPERIMENTS, os.environ.get("PYTHONPATH"))))}
         command = [sys.executable, str(self.script)]
         if self.gpus:
             # Groups of two frameworks share the GPUs, so neither may take all of the memory at once.

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vocabpp_jax import Pipeline
-from vocabpp_jax.executor import Executor
-from vocabpp_jax.rings import Cells, State, when
+from vocabpp_jax.pipeline.buffers import Cells, State, when
+from vocabpp_jax.pipeline.executor import Executor
 from vocabpp_jax.schedules import COMPILED, ON_CPUS, Durations, Instruction, Program, Segment, simulate
 
 RINGS = {"deliver": "inbox"}  # the tables that are not named after the ring they index

@@ -7,9 +7,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from command_line.options import PipelineOptions
 from comparators import EVEN_SHARE
-from options import PipelineOptions
-from turns import ratio
+from speed_measure.turns import ratio
 
 METHODS_OF_OTHERS = {
     "spmd-pipeline": "head outside",
@@ -128,18 +128,3 @@ def draw_sweep(path: Path, found: dict[str, Any]) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
-
-
-def insert_table(page: Path, name: str, text: str) -> None:
-    """Replace what stands between the comments ``<!-- name -->`` and ``<!-- /name -->`` of a Markdown page.
-
-    Raises:
-        ValueError: the page is not there, or has no such comments.
-    """
-    if not page.is_file():
-        raise ValueError(f"docs is {str(page)!r}; there is no such page")
-    start, end, whole = f"<!-- {name} -->", f"<!-- /{name} -->", page.read_text()
-    if start not in whole or end not in whole:
-        raise ValueError(f"docs is {str(page)!r}, which has no comments {start} and {end} to write between")
-    head, rest = whole.split(start, 1)
-    page.write_text(f"{head}{start}\n{text.strip()}\n{end}{rest.split(end, 1)[1]}")

@@ -20,13 +20,15 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-import exchange
-import processes
+from command_line.options import ClusterOptions, ModelOptions, PipelineOptions
 from comparators import COMPARATORS, Contender, Ours
-from options import ClusterOptions, ModelOptions, PipelineOptions
-from speed_passes import PassTimes
+from speed_measure import exchange, processes
+from speed_measure.speed_passes import PassTimes
 from vocabpp_jax import Pipeline, models, train
-from vocabpp_jax.model import Params
+from vocabpp_jax.pipeline.model_interface import Params
+
+STAGE_SCRIPT = Path(__file__)
+"""What a :class:`~speed_measure.processes.Group` runs."""
 
 
 @dataclass

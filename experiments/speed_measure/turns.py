@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from processes import Group
+from speed_measure.processes import Group
 
 Left = Callable[[], float]  # seconds that are left
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from options import ClusterOptions, ModelOptions, OptionalInt, OptionalStr, PipelineOptions
+from command_line.options import ClusterOptions, ModelOptions, OptionalInt, OptionalStr, PipelineOptions
 from vocabpp_jax.data import STANDARD_LIBRARY
 from vocabpp_jax.models import Config
 

@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train_options import TrainOptions
-from vocabpp_jax import Pipeline, checkpoints, hosts, models
+from training_run.train_options import TrainOptions
+from vocabpp_jax import Pipeline, checkpoints, models
 from vocabpp_jax.data import TokenizedCorpus, training_batches, unigram_entropy, validation_batches
-from vocabpp_jax.hardware import mfu, peak_memory
-from vocabpp_jax.metrics import JsonLines, TensorBoard, draw_losses, read_records
 from vocabpp_jax.models import Config
-from vocabpp_jax.profiling import predicted_trace
+from vocabpp_jax.runtime import hosts
+from vocabpp_jax.runtime.hardware import mfu, peak_memory
+from vocabpp_jax.runtime.metrics import JsonLines, TensorBoard, draw_losses, read_records
+from vocabpp_jax.runtime.profiling import predicted_trace
 
 
 @dataclass(frozen=True)

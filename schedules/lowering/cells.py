@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..schedule import Schedule
+from ..vocabulary import sums_before_T
 from .events import Events
-from .schedule import Schedule
 
 RINGS = ("inbox", "residual", "kept", "carried", "X", "P")
 FORWARD, BACKWARD = 0, 1
@@ -114,16 +115,6 @@ def _read(schedule: Schedule, events: Events) -> Values:
     if sums_before_T(schedule):
         reads.add("P", events.are(("start", "big")), FORWARD)
     return reads.values
-
-
-def sums_before_T(schedule: Schedule) -> bool:
-    """Whether the sum of input gradients starts before T, from what S left (Algorithm 2), and so needs S's record."""
-    place = {
-        (s.op, s.name): (max(t for t in s.at if t is not None), s.place, n)
-        for n, s in enumerate(schedule.vocabulary.steps)
-    }
-    T, big = place.get(("run", "T")), place.get(("start", "big"))
-    return T is not None and big is not None and T > big
 
 
 class _Values:

@@ -9,7 +9,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from .check import ScheduleError
+from ..check import ScheduleError
 from .program import Instruction, Program, Segment
 
 Key = tuple[str, np.ndarray, np.ndarray]  # what a value is: "F" or "B" of a stage, of a microbatch

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .schedule import PASSES, TRANSFERS, Schedule
+from ..schedule import PASSES, TRANSFERS, Schedule
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ The program is a few scans over intervals of ``K`` slots. Their bodies are strai
 every device; tables say for which microbatch, if any, a device runs one, and which cell of which ring buffer it uses.
 The executor compiles this list and the simulator times it, so what is simulated is what runs.
 
-Order inside a slot: see :mod:`.events`. Rings: :mod:`.rings`. Where a scan ends and the next begins: :mod:`.segments`.
+Order inside a slot: see :mod:`.events`. Rings: :mod:`.cells`. Where a scan ends and the next begins: :mod:`.segments`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from functools import cached_property
 
 import numpy as np
 
+from ..schedule import AFTER, BEFORE, TRANSFERS, Schedule
+from .cells import Cells, allocate
 from .events import Events, events_of
-from .rings import Cells, allocate
-from .schedule import AFTER, BEFORE, TRANSFERS, Schedule
 from .segments import cuts
 
 

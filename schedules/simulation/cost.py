@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from .layers import even_split
-from .schedule import Schedule
-from .simulate import Durations
+from ..layers import even_split
+from ..schedule import Schedule
+from .simulator import Durations
 from .timeline import Timeline
 
 GPUS = Path(__file__).parent / "gpus"
@@ -100,7 +100,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class GPU:
-    """A GPU and its network; ``schedules/gpus/*.toml`` say what the fields mean. Units: FLOP/s, bytes, seconds."""
+    """A GPU and its network; the files in ``gpus/`` say what the fields mean. Units: FLOP/s, bytes, seconds."""
 
     name: str
     peak_flops: float
@@ -162,7 +162,7 @@ def gpu_names() -> tuple[str, ...]:
 
 
 def load_gpu(name: str) -> GPU:
-    """A GPU by name or the beginning of one, or from a file of one's own like those in ``schedules/gpus``.
+    """A GPU by name or the beginning of one, or from a file of one's own like those in ``schedules/simulation/gpus``.
 
     Raises:
         ValueError: no such GPU; a file with a field missing or unknown.

@@ -21,8 +21,8 @@ import re
 from dataclasses import asdict, fields
 from typing import NamedTuple
 
-from .events import events_of
-from .schedule import Pass, Schedule, Step, Vocabulary
+from ..lowering.events import events_of
+from ..schedule import Pass, Schedule, Step, Vocabulary
 from .timeline import Timeline
 
 _ACTION = re.compile(r"(\d+)([A-Z]+)(\d+)")

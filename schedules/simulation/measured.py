@@ -7,9 +7,9 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .build import build
-from .program import lower
-from .simulate import FREE, Durations, Rules, simulate
+from ..build import build
+from ..lowering.program import lower
+from .simulator import FREE, Durations, Rules, simulate
 from .timeline import Timeline
 
 # The share of the output layer's time that is S: Algorithm 2 has two of the three matrix products there, the rest one.

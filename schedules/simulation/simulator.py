@@ -22,8 +22,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .program import Instruction, Program, Segment
-from .schedule import Schedule
+from ..lowering.program import Instruction, Program, Segment
+from ..schedule import Schedule
 from .timeline import Timeline, Track
 
 Times = float | Sequence[float]

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .program import Program
-from .schedule import Schedule
+from ..lowering.program import Program
+from ..schedule import Schedule
 
 Curve = tuple[np.ndarray, np.ndarray]  # times, and the value from each of them to the next
 

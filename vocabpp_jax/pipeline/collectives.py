@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .hardware import GPU_PLATFORMS
-from .layout import PIPE
+from .mesh import GPU_PLATFORMS, PIPE
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ carries what it updates in place, so that gradient accumulators and ring buffers
 passes. Collectives stand outside the loops, at the same place on every device.
 
 Nothing here knows a schedule by name, nor a model: blocks are pure functions, and what the output layer's steps do is
-in :mod:`vocabpp_jax.steps`.
+in :mod:`vocabpp_jax.vocab.instructions`.
 
 Shapes, per device: B microbatch, L length, D width; rings have their cells in front.
 """
@@ -22,11 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .layout import PIPE, Layout
+from ..schedules import Instruction, Program, Segment
+from ..vocab.instructions import VocabularySteps, flight
+from .buffers import Cells, State, after, before_later_passes, behind_earlier_passes, get, put, put_if, when, zeros
+from .layout import Layout
 from .linearize import Linearized
-from .rings import Cells, State, after, before_later_passes, behind_earlier_passes, get, put, put_if, when, zeros
-from .schedules import Instruction, Program, Segment
-from .steps import VocabularySteps, flight
+from .mesh import PIPE
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from .hardware import GPU_PLATFORMS
+from .mesh import GPU_PLATFORMS
 
 
 class Flag(NamedTuple):

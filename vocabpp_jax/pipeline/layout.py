@@ -25,13 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from .model import Model
-from .schedules import Schedule
-from .schedules.layers import even_split
+from ..schedules import Schedule
+from ..schedules.layers import even_split
+from .mesh import PIPE
+from .model_interface import Model
 from .tensor import TENSOR
 
 Params = Any
-PIPE = "pipe"
 ROW_MULTIPLE = 8  # rows a shard are padded to this, which is what matrix units want
 
 

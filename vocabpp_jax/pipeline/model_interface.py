@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .vocab import Loss
+from ..vocab import Loss
 
 Params = Any  # a pytree of arrays
 Side = dict[str, jax.Array]  # per-microbatch arrays that no gradient flows into, e.g. segment ids
@@ -25,7 +25,7 @@ def _identity(params: Params, x: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True)
 class TensorSplit:
-    """How blocks are spread over the mesh axis ``tensor``; see :mod:`vocabpp_jax.tensor`."""
+    """How blocks are spread over the mesh axis ``tensor``; see :mod:`vocabpp_jax.pipeline.tensor`."""
 
     block: Callable[[Params, jax.Array, Side], jax.Array]
     """A block for one device's part of its parameters, with the sums over the axis in it."""

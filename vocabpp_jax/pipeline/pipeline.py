@@ -2,49 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ..schedules import Program, Schedule, check, evaluation, lower
+from ..vocab import Loss
+from ..vocab.instructions import VocabularySteps
 from .collectives import collectives
 from .executor import Executor
-from .layout import PIPE, Layout
+from .layout import Layout
 from .linearize import Linearized, linearize
-from .model import Model
-from .schedules import Program, Schedule, check, evaluation, lower
-from .steps import VocabularySteps
+from .mesh import DATA, PIPE
+from .model_interface import Model
 from .tensor import TENSOR
-from .vocab import Loss
 
-DATA = "data"
 Params = Any
 Batch = dict[str, Any]
 _PER_MICROBATCH = PartitionSpec(None, DATA)
-
-
-def make_mesh(pipe: int, data: int = 1, devices: Sequence[jax.Device] | None = None, *, tensor: int = 1) -> Mesh:
-    """A mesh ``data × pipe``, or ``data × pipe × tensor``, of the first devices that it needs; pipelines are runs of
-    consecutive devices, and a layer's parts runs within them.
-
-    Raises:
-        ValueError: the devices are fewer than ``data · pipe · tensor``, or not a multiple of it.
-    """
-    devices = list(jax.devices() if devices is None else devices)
-    if min(pipe, data, tensor) < 1 or len(devices) % (pipe * data * tensor):
-        also = f" and tensor {tensor}" if tensor != 1 else ""
-        raise ValueError(
-            f"pipe is {pipe} and data {data}{also}; each must be at least 1, and their product must divide the "
-            f"{len(devices)} devices"
-        )
-    shape, names = ((data, pipe), (DATA, PIPE)) if tensor == 1 else ((data, pipe, tensor), (DATA, PIPE, TENSOR))
-    return Mesh(np.array(devices[: math.prod(shape)]).reshape(shape), names)
 
 
 @dataclass(frozen=True)

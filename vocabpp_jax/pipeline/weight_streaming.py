@@ -1,6 +1,6 @@
 """Parameters into a pipeline's layout and out of it one leaf at a time, so that no host ever holds the whole model.
 
-A leaf of the canonical tree (see :class:`vocabpp_jax.model.Model`) goes by its path, ``("blocks", 3, "mlp", ...)``.
+A leaf of the canonical tree (see :class:`vocabpp_jax.pipeline.Model`) goes by its path, ``("blocks", 3, "mlp", ...)``.
 """
 
 from __future__ import annotations

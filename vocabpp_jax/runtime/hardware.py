@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from .schedules.cost import GPU, gpu_names, load_gpu
-
-GPU_PLATFORMS = ("gpu", "cuda")  # of devices that are there, and of descriptions of such as are not
+from ..schedules.simulation.cost import GPU, gpu_names, load_gpu
 
 
 def known_gpu(device: jax.Device) -> GPU | None:

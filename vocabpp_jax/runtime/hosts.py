@@ -13,7 +13,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .pipeline import DATA, Batch
+from ..pipeline.mesh import DATA
+from ..pipeline.pipeline import Batch
 
 _PER_MICROBATCH = PartitionSpec(None, DATA)
 

@@ -8,10 +8,11 @@ from types import TracebackType
 
 import jax
 
+from ..schedules import lower, simulate
+from ..schedules.schedule import Schedule
+from ..schedules.simulation import formats
+from ..schedules.simulation.cost import GPU, Cost, Sizes, load_gpu
 from .hardware import known_gpu
-from .schedules import formats, lower, simulate
-from .schedules.cost import GPU, Cost, Sizes, load_gpu
-from .schedules.schedule import Schedule
 
 STANDIN = "a100-80g"
 """Whose proportions between passes are taken for hardware that is not known."""

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .flags import compiler_options
-from .pipeline import Batch, Pipeline
+from ..pipeline.flags import compiler_options
+from ..pipeline.pipeline import Batch, Pipeline
 
 Metrics = dict[str, jax.Array]
 
@@ -77,7 +77,7 @@ def make_step(
 
     Args:
         clip: the largest global norm of the gradient; a longer one is shortened to it. None for no clipping.
-        without_flags: names of :data:`~vocabpp_jax.flags.FLAGS`, which GPUs get, to leave out.
+        without_flags: names of :data:`~vocabpp_jax.pipeline.flags.FLAGS`, which GPUs get, to leave out.
 
     A step whose loss or gradient is not finite changes no parameter and nothing of the optimizer; it is counted.
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from .. import vocab
-from ..rings import Cells, State, get, put, put_if, when
-from .layer import Start, VocabularyLayer, flight, sent
+from ... import vocab
+from ...pipeline.buffers import Cells, State, get, put, put_if, when
+from .vocabulary_layer import Start, VocabularyLayer, flight, sent
 
 
 class InputSteps(VocabularyLayer):

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .. import vocab
-from ..rings import Cells, State, get, put, put_if, when, zeros
-from ..schedules import sums_before_T
-from ..vocab import Loss, Shard, Slopes, Stats, Target
-from .layer import Start, VocabularyLayer, flight, sent
+from ... import vocab
+from ...pipeline.buffers import Cells, State, get, put, put_if, when, zeros
+from ...schedules import sums_before_T
+from .. import Loss, Shard, Slopes, Stats, Target
+from .vocabulary_layer import Start, VocabularyLayer, flight, sent
 
 F32 = jnp.float32
 

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..collectives import Native, OfPermutes
-from ..layout import Layout
-from ..rings import Cells, State, get, when
+from ...pipeline.buffers import Cells, State, get, when
+from ...pipeline.collectives import Native, OfPermutes
+from ...pipeline.layout import Layout
 
 Collective = Callable[[jax.Array], jax.Array]
 Start = tuple[jax.Array, Collective]  # what a collective takes, and the collective

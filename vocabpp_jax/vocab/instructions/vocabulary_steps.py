@@ -10,12 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..rings import Cells, State, before_later_passes, behind_earlier_passes
-from ..schedules import Instruction
-from ..vocab import Stats
+from ...pipeline.buffers import Cells, State, before_later_passes, behind_earlier_passes
+from ...schedules import Instruction
+from .. import Stats
 from .input_steps import InputSteps
-from .layer import flight, sent
 from .output_steps import OutputSteps
+from .vocabulary_layer import flight, sent
 
 F32 = jnp.float32
 
