@@ -20,17 +20,17 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kill_faults import FAULTS, ONLY_FIRST, PHASES
-
-from options import OptionalStr, fail, parse, write_json
-from processes import free_port
+from command_line.options import OptionalStr, fail, parse, write_json
+from speed_measure.processes import free_port
+from training_run.kill_faults import FAULTS, ONLY_FIRST, PHASES
 from vocabpp_jax.checkpoints import read_record, steps_in
-from vocabpp_jax.metrics import read_records
+from vocabpp_jax.runtime.metrics import read_records
 
 SMALL = (
     "--vocab-size 300 --layers 2 --hidden 32 --heads 2 --seq 16 --stages 2 --data-parallel 1 --microbatches 3 "
     "--eval-batches 1 --eval-every 1000000"
 )
+HERE = Path(__file__).parent
 HEARTBEAT, JOIN = 10, 60
 """Seconds after which a process counts as gone, and in which all must have started."""
 
@@ -77,11 +77,15 @@ class Lives:
 
     def start(self, fault: dict | None = None) -> list[subprocess.Popen]:
         """A new life, in which a process fails as KILL_FAULT of kill_faults.py says."""
-        script, environment = "train.py" if fault is None else "kill_faults.py", dict(self._environment)
+        script, environment = [str(HERE / "train.py")], dict(self._environment)
         if fault is not None:
             self.mark.unlink(missing_ok=True)
+            script = [
+                "-c",
+                f"import sys; sys.path[0] = {str(HERE)!r}; from training_run import kill_faults as f; f.main()",
+            ]
             environment["KILL_FAULT"] = json.dumps(fault | {"mark": str(self.mark)})
-        command, port = [sys.executable, str(Path(__file__).with_name(script)), *self._arguments], free_port()
+        command, port = [sys.executable, *script, *self._arguments], free_port()
         started = []
         for rank, log in enumerate(self._logs):
             cluster = f"--coordinator localhost:{port} --processes {self._processes} --process-id {rank}"

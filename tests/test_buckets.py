@@ -11,7 +11,7 @@ from test_checkpoints import KEY, setup
 
 from vocabpp_jax import checkpoints, train
 from vocabpp_jax.checkpoints import folders, inspection
-from vocabpp_jax.faults import Stop
+from vocabpp_jax.runtime.faults import Stop
 
 pytest.importorskip("gcsfs")
 import fake_gcs  # noqa: E402

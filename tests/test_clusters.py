@@ -8,7 +8,7 @@ import jax
 import pytest
 from conftest import FAST_COMPILE
 
-from vocabpp_jax import clusters, hosts
+from vocabpp_jax.runtime import clusters, hosts
 
 SLURM = {"SLURM_NTASKS": "8", "SLURM_LOCALID": "3", "SLURM_NODEID": "1"}
 OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "3", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
@@ -80,7 +80,7 @@ def test_a_job_script_that_does_not_use_srun_is_told(monkeypatch):
 
 JOIN = """
 import jax
-from vocabpp_jax import hosts
+from vocabpp_jax.runtime import hosts
 assert hosts.join(heartbeat_timeout=10) == 2
 print(jax.process_index(), jax._src.xla_bridge.CUDA_VISIBLE_DEVICES.value, hosts.gathered(jax.process_index()))
 """

@@ -16,17 +16,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import train as script
 from conftest import FAST_COMPILE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.compilation_cache import compilation_cache
 
-from options import ModelOptions
-from train_options import CheckpointOptions
-from vocabpp_jax import checkpoints, faults, models
+import train as script
+from command_line.options import ModelOptions
+from training_run.train_options import CheckpointOptions
+from vocabpp_jax import checkpoints, models
 from vocabpp_jax.data import train_tokenizer
 from vocabpp_jax.models import huggingface
+from vocabpp_jax.runtime import faults
 
 REPOSITORY = Path(__file__).parent.parent
 SMALL = "--vocab-size 300 --layers 2 --hidden 32 --heads 2 --seq 16 --stages 2 --data-parallel 1 --microbatches 3"

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from conftest import FAST_COMPILE
 
-from processes import free_port
+from speed_measure.processes import free_port
 
 HERE = Path(__file__).parent
 BEGIN = """
 import json, os, sys
 sys.path[:0] = [{here!r}, {experiments!r}]
-from vocabpp_jax import hosts
+from vocabpp_jax.runtime import hosts
 hosts.join("localhost:{port}", {count}, {index}, heartbeat_timeout={heartbeat}, join_timeout=200)
 process = {index}
 hosts.quiet_libraries()

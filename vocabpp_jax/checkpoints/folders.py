@@ -21,7 +21,7 @@ from typing import Protocol
 from etils import epath
 from orbax.checkpoint import utils
 
-from ..faults import reason
+from ..runtime.faults import reason
 
 Folder = str | os.PathLike[str]
 LOCK = ".lock"

@@ -20,8 +20,9 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from .. import hosts, train
-from ..faults import reason
+from .. import training
+from ..runtime import hosts
+from ..runtime.faults import reason
 from .canonical import Canonical, Flat, fingerprints
 from .folders import Folder, Unreadable, folder_path, in_bucket, move_aside, readable, steps_in
 
@@ -40,7 +41,7 @@ class Damaged(ValueError):
 class Loaded:
     """A checkpoint in a pipeline's layout."""
 
-    state: train.State
+    state: training.State
     key: jax.Array
     rows: int
     """Sequences of the training data that were consumed."""

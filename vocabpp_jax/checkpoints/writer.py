@@ -11,8 +11,9 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from .. import hosts, train
-from ..faults import Stop, as_sentence, reason
+from .. import training
+from ..runtime import hosts
+from ..runtime.faults import Stop, as_sentence, reason
 from .canonical import Canonical, fingerprints
 from .folders import Folder, folder_path, in_bucket, lock, sees_lock, steps_in
 from .store import FORMAT, RANDOM, VERSION, Record, _checksum, read_record
@@ -46,7 +47,7 @@ class Writer:
             self._release()
             raise
 
-    def save(self, canonical: Canonical, state: train.State, key: jax.Array, *, rows: int, **about: Any) -> None:
+    def save(self, canonical: Canonical, state: training.State, key: jax.Array, *, rows: int, **about: Any) -> None:
         """Begin to write the state; returns when it may be donated. Waits for the save before, if that still runs.
 
         ``about`` goes into the record: ``identity``, as :func:`load` compares it, and ``config``, for the reader.

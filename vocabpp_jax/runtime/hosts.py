@@ -1,0 +1,177 @@
+"""Several processes that train one model: how they find each other, and which part of a batch each of them needs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ..pipeline.mesh import DATA
+from ..pipeline.pipeline import Batch
+from . import clusters
+from .faults import LastWords, as_sentence, reason
+
+Result = TypeVar("Result")
+Errors = tuple[type[Exception], ...]
+_PER_MICROBATCH = PartitionSpec(None, DATA)
+
+
+def join(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    heartbeat_timeout: int = 60,
+    join_timeout: int | None = None,
+) -> int:
+    """Find the other processes, as SLURM or Open MPI started them or as the arguments say; returns how many there are.
+
+    A process from which nothing is heard for ``heartbeat_timeout`` seconds counts as gone, and the others end. If not
+    all have come within ``join_timeout`` seconds (by default JAX's 300), those that have end, with a sentence.
+    To be called before anything asks JAX for a device.
+
+    Raises:
+        ValueError: some of the arguments without the others, or nothing that says who the others are.
+    """
+    explicit = (coordinator, processes, process_id)
+    if any(value is not None for value in explicit) and None in explicit:
+        raise ValueError("coordinator, processes and process_id are given together or not at all")
+    for name, value in (("heartbeat_timeout", heartbeat_timeout), ("join_timeout", join_timeout)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1 second")
+    settings: dict[str, Any] = {
+        "heartbeat_timeout_seconds": heartbeat_timeout,
+        "shutdown_timeout_seconds": heartbeat_timeout,
+    }
+    if join_timeout is not None:
+        settings["initialization_timeout"] = join_timeout
+    if (gpus := clusters.own_gpus()) is not None:
+        settings["local_device_ids"] = gpus
+    if coordinator is not None:
+        if not 0 <= process_id < processes:
+            raise ValueError(f"process_id is {process_id}; it must be from 0 to {processes - 1}")
+        host, colon, port = coordinator.rpartition(":")
+        if not (host and colon and port.isdigit() and 0 < int(port) < 2**16):
+            raise ValueError(f"coordinator is {coordinator!r}; it must be HOST:PORT")
+        _initialize(*explicit, **settings)
+        return processes
+    processes = clusters.launched_processes()
+    _initialize(**settings)
+    return processes
+
+
+def _initialize(*arguments: Any, **settings: Any) -> None:
+    where = f"at {arguments[0]}" if arguments else "that the launcher has started"
+    begins = f"{socket.gethostname()} cannot join the other processes {where}"
+    try:
+        with LastWords(f"{begins}: not all have come in time", who=""):  # JAX ends the process
+            jax.distributed.initialize(*arguments, **settings)
+    except ValueError as problem:  # what the launcher says is not enough for JAX
+        raise ValueError(
+            f"JAX cannot tell from the environment how this process was started ({reason(problem)}); start it with "
+            f"srun or mpirun, or {clusters.explicit_options('N', 'I')}"
+        ) from None
+    except (RuntimeError, OSError) as problem:  # nobody listens, or somebody else does
+        raise ValueError(f"{begins}: {reason(problem)}") from None
+
+
+class Agreed(ValueError):
+    """All processes raise it at the same point, so they can still wait for each other."""
+
+
+def agree(act: Callable[[], Result]) -> Result:
+    """Call ``act`` in every process and wait for all of them. If it fails in one, all raise the same Agreed.
+
+    An error other than ValueError and OSError is a bug: the process that hit it raises it unchanged.
+    """
+    return attempts(act, ())[0]
+
+
+def attempts(act: Callable[[], Result], expected: Errors) -> tuple[Result | None, list[str]]:
+    """As :func:`agree`, but an error of an ``expected`` type is returned: per process its sentence, or "" without."""
+    result, problem = None, None
+    try:
+        result = act()
+    except Exception as error:
+        problem = error
+    answers = gathered([isinstance(problem, expected), "" if problem is None else as_sentence(problem)])
+    if not isinstance(problem, (ValueError, OSError, *expected, type(None))):
+        raise problem
+    raise_first(["" if known else sentence for known, sentence in answers])
+    return result, [sentence for _, sentence in answers]
+
+
+def raise_first(sentences: list[str]) -> None:
+    """Raise Agreed with the first that is not empty, and with the process it is from if others differ."""
+    for process, said in enumerate(sentences):
+        if said:
+            raise Agreed(said if len({*sentences}) == 1 else f"process {process} of {len(sentences)}: {said}")
+
+
+def check_same(what: str, values: dict[str, Any]) -> None:
+    """Raise Agreed in every process unless all have the same ``values`` (JSON), naming those that differ."""
+    first, here = gathered(values)[0], jax.process_index()
+
+    def compare() -> None:
+        if different := [name for name in sorted(first.keys() | values.keys()) if first.get(name) != values.get(name)]:
+            both = [f"{n} is {first.get(n)!r} in process 0 and {values.get(n)!r} in process {here}" for n in different]
+            raise ValueError(f"{what} must be the same in all processes: {', '.join(both)}")
+
+    agree(compare)
+
+
+def from_first(value: Any) -> Any:
+    """The JSON value that process 0 passes. The other processes' values are ignored."""
+    if jax.process_count() == 1:
+        return value
+    raw = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(raw))))
+    raw = raw if jax.process_index() == 0 else np.zeros(size, np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(raw)).astype(np.uint8).tobytes())
+
+
+def gathered(value: Any) -> list[Any]:
+    """The JSON values that all processes pass, in the order of the processes."""
+    if jax.process_count() == 1:
+        return [value]
+    raw = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(raw)))).ravel()
+    longest = -(-int(sizes.max()) // 1024) * 1024  # few sizes: each compiles a program of its own
+    padded = np.pad(raw, (0, longest - len(raw)))
+    buffers = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
+    return [json.loads(buffer[:size].tobytes()) for buffer, size in zip(buffers, sizes, strict=True)]
+
+
+def columns(mesh: Mesh, batch: int) -> list[int]:
+    """Which of the ``batch`` sequences of a microbatch the devices of this process train on, ascending."""
+    indices = NamedSharding(mesh, _PER_MICROBATCH).addressable_devices_indices_map((1, batch)).values()
+    return sorted({column for index in indices for column in range(*index[1].indices(batch))})
+
+
+def place(mesh: Mesh, batch: int, local: Batch) -> Batch:
+    """A batch of which this process has its :func:`columns` ``[m, columns, ...]``, as global arrays ``[m, batch, ...]``
+    split over the data axis."""
+    sharding, mine = NamedSharding(mesh, _PER_MICROBATCH), columns(mesh, batch)
+
+    def put(array: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            wanted = range(*index[1].indices(batch))
+            first = mine.index(wanted[0])
+            return array[:, first : first + len(wanted)]
+
+        return jax.make_array_from_callback((array.shape[0], batch, *array.shape[2:]), sharding, part)
+
+    return jax.tree.map(put, local)
+
+
+def quiet_libraries() -> None:
+    """Keep the tracebacks that libraries log to themselves: whoever runs training gets the sentence instead."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
