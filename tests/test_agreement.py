@@ -31,14 +31,14 @@ answers["goes on"] = hosts.agree(lambda: "yes")
 def test_failures_and_differences_are_raised_by_all_processes():
     first, second = run_code(AGREEMENT)
     assert (first.pop("all is well"), second.pop("all is well")) == (0, 1)
-    assert first.pop("bug") == "ValueError: process 1 of 2: KeyError: 'n'" and second.pop("bug") == "KeyError: 'n'"
+    assert first.pop("bug") == "Agreed: process 1 of 2: KeyError: 'n'" and second.pop("bug") == "KeyError: 'n'"
     assert first == second
     assert first == {
-        "value": "ValueError: process 1 of 2: n is 3; it must be even",
-        "system": "ValueError: process 0 of 2: data.txt: Permission denied",
-        "everywhere": "ValueError: no",
+        "value": "Agreed: process 1 of 2: n is 3; it must be even",
+        "system": "Agreed: process 0 of 2: data.txt: Permission denied",
+        "everywhere": "Agreed: no",
         "same": "",
-        "different": "ValueError: process 1 of 2: the options must be the same in all processes: "
+        "different": "Agreed: process 1 of 2: the options must be the same in all processes: "
         "lr is 0 in process 0 and 1 in process 1, x is None in process 0 and 1 in process 1",
         "long": [3000, 6000],
         "first": ["from", 0],
@@ -117,12 +117,12 @@ def test_a_checkpoint_that_one_process_cannot_read_is_read_by_none(tmp_path):
     (tmp_path / "other").mkdir()
     code = CHECKPOINTS.format(folder=str(tmp_path / "shared"), other=str(tmp_path / "other"))
     first, second = run_code(code, timeout=500)
-    assert first.pop("bug") == "ValueError: process 1 of 2: KeyError: 'n'" and second.pop("bug") == "KeyError: 'n'"
+    assert first.pop("bug") == "Agreed: process 1 of 2: KeyError: 'n'" and second.pop("bug") == "KeyError: 'n'"
     assert first == second
     assert "process 1 of 2" in first["not shared"] and "give a folder that all hosts share" in first["not shared"]
     assert "lr is 1 in process 0 and 2 in process 1" in first["changed in one"]
     assert "4 is of a run in which lr was 1 and is 2" in first["changed in both"]
-    assert first["refused"] == f"ValueError: process 1 of 2: {tmp_path}/shared cannot be read (Permission denied)"
+    assert first["refused"] == f"Agreed: process 1 of 2: {tmp_path}/shared cannot be read (Permission denied)"
     assert first["nothing was moved"] == [2, 3, 4]
     assert first["damaged for one"] == [3, [2, 3], 1] and first["no record"] == [2, [2], 2]
     assert first["done again"] == [4, [2, 3, 4]]
