@@ -268,14 +268,20 @@ def train_to_the_end(options: TrainOptions, config: Config, schedule: Schedule) 
     """Prepare and train; whatever goes wrong ends in a sentence and a status."""
     try:
         run = prepare(options, config, schedule)
+    except hosts.Agreed as problem:
+        leave(str(problem), 2, agreed=True)
     except (ValueError, OSError) as problem:
-        leave(as_sentence(problem), 2, agreed=isinstance(problem, hosts.Agreed))
+        if lost_peer(problem):
+            raise
+        leave(as_sentence(problem), 2, agreed=False)
     try:
         return run_training(run)
-    except Stop as problem:
-        leave(f"{problem}; {whole_ones(run)}", 1, problem.agreed)
-    except OSError as problem:
-        leave(f"{problem.filename or run.output}: {reason(problem)}; {whole_ones(run)}", 1, agreed=False)
+    except (Stop, OSError) as problem:
+        if lost_peer(problem):
+            raise
+        agreed = isinstance(problem, Stop) and problem.agreed
+        why = str(problem) if isinstance(problem, Stop) else f"{problem.filename or run.output}: {reason(problem)}"
+        leave(f"{why}; {whole_ones(run)}", 1, agreed)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -337,13 +337,14 @@ def start_script(arguments):
     return start(str(REPOSITORY / "experiments/train.py"), *arguments.split())
 
 
-def start_together(count, arguments):
+def start_together(count, arguments, own=None):
+    """Processes of one run; ``own`` are the further arguments of each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     return [
-        start_script(f"{arguments} --coordinator localhost:{port} --processes {count} --process-id {i}")
-        for i in range(count)
+        start_script(f"{arguments} {more} --coordinator localhost:{port} --processes {count} --process-id {i}")
+        for i, more in enumerate(own or [""] * count)
     ]
 
 

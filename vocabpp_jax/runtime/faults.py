@@ -142,7 +142,11 @@ class LastWords:
 
 
 def lost_peer(problem: BaseException) -> str | None:
-    """The sentence for an error that another process' end has caused; None for any other error."""
+    """The sentence for an error that another process' end has caused, itself or as its cause; None for any other."""
+    while problem.__cause__ is not None:
+        problem = problem.__cause__
+    if isinstance(problem, OSError) and not isinstance(problem, ConnectionError):
+        return None
     signs = "connection|broken pipe|heartbeat|unavailable|aborted|cancelled|gloo|nccl|socket|peer|distributed"
     if jax.process_count() == 1 or not re.search(signs, str(problem), re.IGNORECASE):
         return None
