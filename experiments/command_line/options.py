@@ -285,10 +285,10 @@ def _checkpoints(value: str) -> str:
 def _local(name: str, value: str) -> str:
     if re.match("[A-Za-z][A-Za-z0-9+.-]+://", value):
         raise ValueError(f"{name} is {value!r}; it must be on this machine's file system")
-    try:
-        return os.fspath(Path(value).expanduser()) if value.startswith("~") else value
-    except RuntimeError:
-        raise ValueError(f"{name} is {value!r}, which names a user that does not exist; write it in full") from None
+    expanded = os.path.expanduser(value)
+    if expanded.startswith("~"):
+        raise ValueError(f"{name} is {value!r}, which names a user that does not exist; write it in full")
+    return expanded
 
 
 def write_json(path: str | None, value: Any, indent: int = 1) -> None:

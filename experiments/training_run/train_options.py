@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,7 +147,7 @@ class TrainOptions:
         model = self.model.folder.name if self.model.folder else self.model.model
         name = f"{model}-{pipeline.schedule}-{pipeline.method}-p{pipeline.stages}"
         new = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        return Path(self.output or self.checkpoint.checkpoint_dir or new).expanduser()
+        return Path(os.path.expanduser(self.output or self.checkpoint.checkpoint_dir or new))
 
     def identity(self, config: Config, loss: Loss, corpus: dict[str, Any], tokens_per_step: int) -> dict[str, Any]:
         """What decides the numbers of the run, by name: it must not change between its parts.

@@ -43,10 +43,10 @@ def folder_path(folder: Folder) -> epath.Path:
     name = os.fspath(folder)
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", name)
     if not scheme:
-        try:
-            return epath.Path(name).expanduser()
-        except RuntimeError:
-            raise ValueError(f"{name!r} names a user that does not exist; write the folder in full") from None
+        expanded = os.path.expanduser(name)
+        if expanded.startswith("~"):
+            raise ValueError(f"{name!r} names a user that does not exist; write the folder in full")
+        return epath.Path(expanded)
     bucket = re.match(r"gs://[^/]+", name)
     if not bucket:
         raise ValueError(f"{name!r} is not a place for checkpoints; give a local folder or gs://BUCKET/FOLDER")
