@@ -144,10 +144,14 @@ def live_and_die(lives: Lives, after_start: float | None, after_step: float) -> 
     return {"began": begun_at, "died": last, "kept": lives.kept(), "in_save": partial}
 
 
-def fail_to_restore(lives: Lives, options: KillOptions) -> dict:
-    """A start in which one process fails at a random phase before the first step; how the others took it."""
-    phase, victim = random.choice(list(PHASES)), random.randrange(options.processes)
-    fault = {"phase": phase, "what": random.choice(FAULTS), "process": 0 if phase in ONLY_FIRST else victim}
+def random_fault(processes: int) -> dict:
+    """Which process fails at which phase of restoring, and how."""
+    phase, victim = random.choice(list(PHASES)), random.randrange(processes)
+    return {"phase": phase, "what": random.choice(FAULTS), "process": 0 if phase in ONLY_FIRST else victim}
+
+
+def fail_to_restore(lives: Lives, options: KillOptions, fault: dict) -> dict:
+    """A start in which one process fails before the first step; whether the others ended in time, with a sentence."""
     kept, processes = lives.kept(), lives.start(fault)
     others = [rank for rank in range(options.processes) if rank != fault["process"]]
     while not lives.mark.exists() and not lives.stepped() and all(p.poll() is None for p in processes):
@@ -186,7 +190,7 @@ def kill_test(options: KillOptions, folder: Path) -> dict:
         deaths.append(live_and_die(killed, early, random.uniform(0, options.longest)))
         print(f"kill {len(deaths)}/{options.kills}: {deaths[-1]}", file=sys.stderr, flush=True)
         if options.processes > 1 and killed.kept():
-            failures.append(fail_to_restore(killed, options))
+            failures.append(fail_to_restore(killed, options, random_fault(options.processes)))
             print(f"    then: {failures[-1]}", file=sys.stderr, flush=True)
             if not failures[-1]["good"]:
                 print("\n".join(killed.said(rank) for rank in range(options.processes)), file=sys.stderr, flush=True)

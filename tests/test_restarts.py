@@ -6,9 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
-from test_train import CHECKPOINTS, SMALL, cache, compiled, records, start_together, text, wait_until  # noqa: F401
+from test_train import CHECKPOINTS, SMALL, cache, compiled, records, start_script, start_together, text, wait_until  # noqa: F401
 
 import train as script
+from speed_measure.processes import free_port
 from vocabpp_jax import checkpoints
 from vocabpp_jax.runtime.faults import SAVED
 
@@ -134,7 +135,7 @@ def end_of(processes, timeout=200):
             "the options must be the same in all processes: lr is 0.003 in process 0 and 0.1 in process 1",
         ),
         (["", "--data other.txt"], "what decides the result must be the same in all processes: data is "),
-        (["", "--layers 1"], "layers is 1"),  # before it has joined
+        (["", "--heads 3"], "heads is 3; it must divide hidden, which is 32"),  # before it has joined
         (["--stages 1"] * 2, "2 processes have 2 devices, and the mesh of data 1 × pipe 1 takes 1, none of process 1"),
     ],
     ids=["options", "data", "wrong in one", "more processes than the mesh has devices"],
@@ -150,8 +151,8 @@ def test_what_is_wrong_in_one_process_ends_all_with_the_same_sentence(own, expec
 
 def test_a_process_that_is_left_alone_ends_in_a_sentence(text):  # noqa: F811
     begun = time.monotonic()
-    (process,) = start_together(2, f"{SMALL} --data {text} --join-timeout 5")[:1]
-    ((status, said),) = end_of([process])
+    alone = f"--coordinator localhost:{free_port()} --processes 2 --process-id 0 --join-timeout 5"
+    ((status, said),) = end_of([start_script(f"{SMALL} --data {text} {alone}")])
     assert status and "cannot join the other processes at localhost:" in said and time.monotonic() - begun < 100
 
 

@@ -173,5 +173,5 @@ def place(mesh: Mesh, batch: int, local: Batch) -> Batch:
 
 def quiet_libraries() -> None:
     """Keep the tracebacks that libraries log to themselves: whoever runs training gets the sentence instead."""
-    for name in ("absl", "asyncio"):
+    for name in ("absl", "asyncio", "gcsfs", "google.auth"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
