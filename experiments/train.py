@@ -84,6 +84,7 @@ def read_tokens(options: TrainOptions, config: Config) -> TokenizedCorpus:
             options.data.data,
             vocab_size=config.vocab_size,
             tokenizer=options.data.tokenizer,
+            end_of_text=options.data.end_of_text,
             damaged=options.data.damaged_data,
         )
 
@@ -91,6 +92,8 @@ def read_tokens(options: TrainOptions, config: Config) -> TokenizedCorpus:
     tokens = hosts.agree(lambda: tokens or load())
     for sentence in tokens.damaged:
         say_once(f"left out: {sentence}")
+    for sentence in tokens.notes:
+        say_once(f"note: {sentence}")
     return tokens
 
 

@@ -160,6 +160,7 @@ def describe(run: Run, begin: int) -> None:
             "fingerprint": run.tokens.fingerprint,
             "documents": run.tokens.documents,
             "damaged": list(run.tokens.damaged),
+            "notes": list(run.tokens.notes),
             "train_tokens": len(run.tokens.train),
             "validation_tokens": len(run.tokens.validation),
             "unigram_entropy": unigram_entropy(run.tokens.validation),
