@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from options import PipelineOptions, fail, or_fail, parse
+from train_export import plan_export
 from train_options import TrainOptions, check_output, make_folder
 from train_run import (
     Records,
@@ -60,7 +61,8 @@ def prepare(options: TrainOptions) -> Run:
         decay_mask=lambda _: pipe.layout.matrices(),
     )
     output = Path(hosts.from_first(str(options.output_folder())))
-    run = Run(options, config, pipe, optimizer, read_tokens(options, config), output, None, None)
+    export = plan_export(options, config, pipe)
+    run = Run(options, config, pipe, optimizer, read_tokens(options, config), output, None, None, export)
     hosts.agree(lambda: run.data(0))
     hosts.agree(lambda: jax.process_index() or (check_output(output, options, run.identity), make_folder(output)))
     if options.checkpoint.checkpoint_dir is None:
@@ -126,9 +128,9 @@ class Training:
 
     def export(self) -> None:
         """Write the weights as a Hugging Face folder, where one is asked for."""
-        if folder := self.run.options.export:
-            huggingface.save(folder, self.run.config, self.state.params, self.run.pipe)
-            say_once(f"weights written to {folder}")
+        if export := self.run.export:
+            export.write(self.state.params, self.run.pipe, self.run.tokens)
+            say_once(f"weights written to {export.folder}")
 
     def steps(self, profile: Profile) -> Iterator[dict[str, Any]]:
         """Take the steps that are left; after each, what was measured."""

@@ -125,8 +125,6 @@ class TrainOptions:
             raise ValueError(
                 "pretrained is set and tokenizer is not; give the tokenizer.json that the model was made with"
             )
-        if self.export and Path(self.export).exists():
-            raise ValueError(f"export is {self.export!r}, which exists; give a folder that does not")
 
     def output_folder(self) -> Path:
         """The folder that the run is to write to."""

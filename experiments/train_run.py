@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from train_export import Export
 from train_options import TrainOptions
 from vocabpp_jax import Pipeline, checkpoints, hosts, models
 from vocabpp_jax.data import TokenizedCorpus, training_batches, unigram_entropy, validation_batches
@@ -35,6 +36,7 @@ class Run:
     output: Path
     loaded: checkpoints.Loaded | None
     writer: checkpoints.Writer | None
+    export: Export | None = None
 
     @cached_property
     def canonical(self) -> checkpoints.Canonical:
