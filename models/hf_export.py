@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vocabpp_jax.model import Params
 from vocabpp_jax.models.config import Config
 from vocabpp_jax.models.decoder import build
 from vocabpp_jax.models.hf_fields import read_json
 from vocabpp_jax.models.hf_files import write
 from vocabpp_jax.models.hf_names import Architecture, architecture_of, by_kind, config_of
 from vocabpp_jax.pipeline import Pipeline
-from vocabpp_jax.stream import Path, canonical_leaves, leaves
+from vocabpp_jax.pipeline.model_interface import Params
+from vocabpp_jax.pipeline.weight_streaming import Path, canonical_leaves, leaves
 
 DTYPES = {"float32": np.float32, "bfloat16": jnp.bfloat16, "float16": np.float16}
 SHARD_BYTES = 5_000_000_000

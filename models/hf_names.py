@@ -20,7 +20,7 @@ from vocabpp_jax.models.hf_configs import Json
 from vocabpp_jax.models.hf_fields import Fields
 from vocabpp_jax.models.llama import LlamaConfig
 from vocabpp_jax.models.qwen import QwenConfig
-from vocabpp_jax.stream import Path
+from vocabpp_jax.pipeline.weight_streaming import Path
 
 
 @dataclass(frozen=True)

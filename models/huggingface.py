@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from vocabpp_jax.model import Params
 from vocabpp_jax.models.config import Config
 from vocabpp_jax.models.decoder import build
 from vocabpp_jax.models.hf_export import Source, check_save, read_source, save, tokenizer_files
@@ -18,7 +17,8 @@ from vocabpp_jax.models.hf_fields import read_json
 from vocabpp_jax.models.hf_files import Tensors
 from vocabpp_jax.models.hf_names import Architecture, by_head, config_of
 from vocabpp_jax.pipeline import Pipeline
-from vocabpp_jax.stream import Index, Path, assemble, leaves
+from vocabpp_jax.pipeline.model_interface import Params
+from vocabpp_jax.pipeline.weight_streaming import Index, Path, assemble, leaves
 
 __all__ = [
     "Source",
