@@ -5,14 +5,14 @@ from typing import Annotated, Literal
 
 import pytest
 import tyro
-from checkpoint import CheckpointOptions
 from hypothesis import given
 from hypothesis import strategies as st
+
+from checkpoint import CheckpointOptions
+from command_line.names import with_names
+from command_line.options import ModelOptions, parse
 from simulate import SimulateOptions
 from speed import SpeedOptions
-
-from command_line.names import with_choices
-from command_line.options import ModelOptions, parse
 from training_run.train_options import TrainOptions
 from vocabpp_jax import models, schedules
 from vocabpp_jax.names import as_spelt
@@ -91,4 +91,4 @@ class Outer:
     ],
 )
 def test_only_the_values_of_a_choice_are_respelt(given_, meant):
-    assert with_choices(Outer, given_) == meant
+    assert with_names(Outer, given_) == meant

@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 import jax
 import tyro
 
-from command_line.names import with_choices, with_names
+from command_line.names import with_names
 from vocabpp_jax import Model, make_mesh, models, schedules
 from vocabpp_jax.models import Config
 from vocabpp_jax.pipeline.mesh import all_devices
@@ -220,9 +220,9 @@ def parse(options: type[Options], description: str, arguments: Sequence[str] | N
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            parsed = tyro.cli(
+            return tyro.cli(
                 options,
-                args=with_choices(options, sys.argv[1:] if arguments is None else arguments),
+                args=with_names(options, sys.argv[1:] if arguments is None else arguments),
                 description=description,
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
             )
@@ -233,7 +233,6 @@ def parse(options: type[Options], description: str, arguments: Sequence[str] | N
         lines = [line.strip("│ ") for line in said.getvalue().splitlines() if not line.startswith(("╭", "╰"))]
         sentence = re.split(r"\n(?:─|\n)", "\n".join(lines))[0]
         fail(" ".join(sentence.split()))
-    return with_names(parsed)
 
 
 def write_json(path: str | None, value: Any, indent: int = 1) -> None:
