@@ -93,13 +93,13 @@ class Decoder(nnx.Module):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         normal = nnx.initializers.normal(config.init_std)
         self.config = config
-        self.tokens = nnx.Param(normal(rngs.params(), (config.vocab_size, config.hidden)))
+        self.tokens = nnx.Param(normal(rngs.params(), (config.vocab_size, config.hidden), jnp.float32))
         if config.positions is not None:
-            self.positions = nnx.Param(normal(rngs.params(), (config.positions, config.hidden)))
+            self.positions = nnx.Param(normal(rngs.params(), (config.positions, config.hidden), jnp.float32))
         self.blocks = nnx.List([config.block(rngs) for _ in range(config.layers)])
         self.final = config.norm(rngs)
         if not config.tie_embeddings:
-            self.head = nnx.Param(normal(rngs.params(), (config.vocab_size, config.hidden)))
+            self.head = nnx.Param(normal(rngs.params(), (config.vocab_size, config.hidden), jnp.float32))
 
     def __call__(self, tokens_BL: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
         """Logits; raises ValueError where L exceeds ``config.seq``. ``segment_ids [B, L]`` as in ``parts.Block``."""

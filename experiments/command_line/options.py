@@ -17,8 +17,10 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar, get_typ
 import jax
 import tyro
 
+from command_line.names import with_names
 from vocabpp_jax import Model, make_mesh, models, schedules
 from vocabpp_jax.models import Config
+from vocabpp_jax.pipeline.mesh import all_devices
 from vocabpp_jax.runtime import hosts
 from vocabpp_jax.schedules import Schedule
 from vocabpp_jax.schedules.layers import redistributed
@@ -164,7 +166,7 @@ class PipelineOptions:
 
     def mesh(self) -> jax.sharding.Mesh:
         """The mesh of devices. Raises ValueError where the devices there are cannot be laid out so."""
-        devices, one = jax.device_count(), self.stages * self.tensor_parallel
+        devices, one = len(all_devices()), self.stages * self.tensor_parallel
         if devices % one:
             times = f" times tensor_parallel {self.tensor_parallel} is {one}" if self.tensor_parallel > 1 else ""
             raise ValueError(
@@ -242,12 +244,13 @@ def parse(options: type[Options], description: str, arguments: Sequence[str] | N
     ``~`` at the beginning of a path is expanded, also where a shell would not. Only options that are a
     :data:`BucketPath` can name a bucket.
     """
+    hosts.quiet_plugins()
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             parsed = tyro.cli(
                 options,
-                args=arguments,
+                args=with_names(options, sys.argv[1:] if arguments is None else arguments),
                 description=description,
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
             )
@@ -316,6 +319,7 @@ def or_fail(prepare: Callable[[], Result]) -> Result:
 
 
 def fail(sentence: str, status: int = 2) -> NoReturn:
-    """Say what is wrong and what would do, and exit: with status 2 where the input is wrong."""
-    print(f"error: {sentence}", file=sys.stderr)
+    """Say what is wrong and what would do, on one line, and exit: with status 2 where the input is wrong."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(sentence.split()))
+    print(f"error: {line}", file=sys.stderr)
     raise SystemExit(status)

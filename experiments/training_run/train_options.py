@@ -21,7 +21,7 @@ from command_line.options import (
     PipelineOptions,
 )
 from vocabpp_jax import checkpoints
-from vocabpp_jax.data import STANDARD_LIBRARY
+from vocabpp_jax.data import STANDARD_LIBRARY, is_megatron
 from vocabpp_jax.models import Config
 from vocabpp_jax.vocab import Loss
 
@@ -33,10 +33,13 @@ class DataOptions:
     """What is read."""
 
     data: str = STANDARD_LIBRARY
-    """A text file, a .jsonl or .parquet file with a field "text" a record, a folder of such files, the .idx or .bin of
-    a Megatron dataset, or stdlib."""
+    """A text file, a .jsonl or .parquet file with a field "text" a record, a folder of such files, a Megatron dataset
+    (its .idx, its .bin, or both by their name without a suffix), or stdlib."""
     tokenizer: OptionalStr = None
     """A tokenizer.json to use instead of training one on the data."""
+    end_of_text: OptionalStr = None
+    """The tokenizer's token that follows every document. Without it, the eos_token of the tokenizer_config.json beside
+    the tokenizer, or else <|endoftext|>, <|end_of_text|>, <eos> or </s>, whichever it has."""
     damaged_data: Literal["refuse", "skip"] = "refuse"
     """What to do with a file or a record that is damaged: name it and end, or name it, count it and go on."""
     document_masks: bool = False
@@ -128,7 +131,7 @@ class TrainOptions:
                 raise ValueError(f"{name} is {value}; it must not be negative")
         if self.pretrained and not self.model.folder:
             raise ValueError(f"pretrained is set and model is {self.model.model!r}; name a Hugging Face folder")
-        if self.pretrained and self.data.tokenizer is None and not self.data.data.endswith((".idx", ".bin")):
+        if self.pretrained and self.data.tokenizer is None and not is_megatron(self.data.data):
             raise ValueError(
                 "pretrained is set and tokenizer is not; give the tokenizer.json that the model was made with"
             )
@@ -138,8 +141,6 @@ class TrainOptions:
                 f"checkpoint_dir is {checkpoint_dir!r} and output is not given; metrics.jsonl is appended to, which a "
                 "bucket does not allow: give a local folder as output"
             )
-        if self.export and Path(self.export).exists():
-            raise ValueError(f"export is {self.export!r}, which exists; give a folder that does not")
 
     def output_folder(self) -> Path:
         """The folder that the run is to write to."""

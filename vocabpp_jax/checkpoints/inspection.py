@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from ..pipeline.mesh import all_devices
 from .folders import Folder, steps_in
 from .store import Damaged, Record, read_arrays, read_record
 
@@ -111,7 +112,7 @@ def export(folder: Folder, step: int, output: str | Path, shard_bytes: int = 4 *
 
 
 def _read(folder: Folder, step: int, names: list[str], record: Record) -> dict[str, jax.Array]:
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    here = jax.sharding.SingleDeviceSharding(all_devices()[0])
     arrays = {name: record["arrays"][name] for name in names}
     shapes = {n: jax.ShapeDtypeStruct(tuple(x["shape"]), x["dtype"], sharding=here) for n, x in arrays.items()}
     return read_arrays(folder, step, shapes, record)
