@@ -18,7 +18,7 @@ import numpy as np
 from training_run.train_export import Export
 from training_run.train_options import TrainOptions
 from vocabpp_jax import Pipeline, checkpoints, models
-from vocabpp_jax.data import TokenizedCorpus, training_batches, unigram_entropy, validation_batches
+from vocabpp_jax.data import TokenizedCorpus, training_batches, validation_batches
 from vocabpp_jax.models import Config
 from vocabpp_jax.runtime import hosts
 from vocabpp_jax.runtime.hardware import mfu, peak_memory
@@ -149,7 +149,7 @@ def validation_loss(run: Run, batches: Any, evaluate: Any, params: Any) -> float
 
 def summarise(run: Run) -> None:
     """Draw the losses of the whole run, earlier parts of it too, and say how it ended."""
-    records, entropy = read_records(run.output / "metrics.jsonl"), unigram_entropy(run.tokens.validation)
+    records, entropy = read_records(run.output / "metrics.jsonl"), run.tokens.entropy
     losses = [(r["step"], r["loss"]) for r in records if r["loss"] is not None]
     validations = [(r["step"], r["validation_loss"]) for r in records if r.get("validation_loss") is not None]
     draw_losses(run.output / "loss.png", losses, validations, entropy)
@@ -180,7 +180,7 @@ def describe(run: Run, begin: int) -> None:
             "notes": list(run.tokens.notes),
             "train_tokens": len(run.tokens.train),
             "validation_tokens": len(run.tokens.validation),
-            "unigram_entropy": unigram_entropy(run.tokens.validation),
+            "unigram_entropy": run.tokens.entropy,
         },
         "activation_bytes": activation,
         "activations_in_flight": [int(n) for n in run.pipe.program.in_flight],

@@ -16,14 +16,15 @@ import numpy as np
 from vocabpp_jax.data.cache import cache_folder, written_atomically
 
 _BLOCKS, _BLOCK_BYTES = 64, 2**14
-_SETTLED = 2.0  # seconds: a file that is younger may change again without its time showing it
+_SETTLED = 2.0  # seconds
 
 
 def remembered(about: dict[str, Any], files: Sequence[Path], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What ``compute`` finds in the files, from the cache if they are what they were.
 
     They are if each has the path, size and time of its last change that it had, and a sample of their bytes is the
-    same. Then nothing else of them is read.
+    same. Then nothing else of them is read. Nothing is kept of files that are younger than 2 seconds, which may change
+    again without their time showing it; the cache's own files never change in place.
 
     Args:
         about: whatever else the result depends on, JSON.
@@ -32,22 +33,27 @@ def remembered(about: dict[str, Any], files: Sequence[Path], compute: Callable[[
 
     Raises:
         ValueError: what ``compute`` raises, or the cache cannot be written.
-        OSError: a file is gone.
     """
-    began, before = time.time(), _stats(files)
-    key = hashlib.blake2b(json.dumps([_version(), about, before], sort_keys=True).encode(), digest_size=16).hexdigest()
-    entry, sample = cache_folder() / f"facts-{key}.json", _sample(before, key)
+    began = time.time()
+    try:
+        before = _stats(files)
+        key = _hash([_version(), about, before])
+        sample = _sample(before, key)
+    except OSError:
+        return compute()  # which has a sentence for a file that cannot be read
+    folder = cache_folder()
+    entry = folder / f"facts-{key}.json"
     try:
         kept = json.loads(entry.read_bytes())
-        if kept["sample"] == sample and kept["check"] == _check(kept["facts"]):
+        if kept["sample"] == sample and kept["check"] == _hash(kept["facts"]):
             return kept["facts"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass  # there is none, or it is damaged
     facts = compute()
-    newest = max((changed for _, _, changed in before), default=0) / 1e9
-    if newest < began - _SETTLED and _stats(files) == before:
+    newest = max((changed for path, _, changed in before if Path(path).parent != folder.absolute()), default=0)
+    if newest / 1e9 < began - _SETTLED and _unchanged(files, before):
         with written_atomically(entry) as partial:
-            partial.write_text(json.dumps({"sample": sample, "facts": facts, "check": _check(facts)}))
+            partial.write_text(json.dumps({"sample": sample, "facts": facts, "check": _hash(facts)}))
     return facts
 
 
@@ -61,6 +67,13 @@ def _version() -> str:
 def _stats(files: Sequence[Path]) -> list[tuple[str, int, int]]:
     """Path, bytes and time of last change of each file."""
     return [(os.path.abspath(path), (stat := os.stat(path)).st_size, stat.st_mtime_ns) for path in files]
+
+
+def _unchanged(files: Sequence[Path], before: list[tuple[str, int, int]]) -> bool:
+    try:
+        return _stats(files) == before
+    except OSError:
+        return False
 
 
 def _sample(stats: list[tuple[str, int, int]], seed: str) -> str:
@@ -79,5 +92,5 @@ def _sample(stats: list[tuple[str, int, int]], seed: str) -> str:
     return digest.hexdigest()
 
 
-def _check(facts: dict[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
+def _hash(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
