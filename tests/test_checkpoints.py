@@ -237,6 +237,63 @@ def test_a_save_that_was_cut_off_is_no_checkpoint(trained, folder):
     assert checkpoints.steps_in(folder) == [1] and int(load(folder, trained[0]).state.step) == 1
 
 
+DENIED = 'PERMISSION_DENIED: Error opening "zarr" driver: Error reading local file "/x": Permission denied [source'
+
+
+@pytest.mark.parametrize(
+    "problem, sentence",
+    [
+        (PermissionError(13, "Permission denied"), "cannot be read (Permission denied)"),
+        (OSError(24, "Too many open files"), "cannot be read (Too many open files)"),
+        (ValueError(DENIED), "cannot be read (Permission denied)"),
+        (ValueError("ABORTED: All retry attempts failed"), "cannot be read (ABORTED: All retry attempts failed)"),
+    ],
+)
+def test_a_file_system_that_refuses_says_nothing_about_the_checkpoint(problem, sentence, trained, folder, monkeypatch):
+    def restore(*_, **__):
+        raise problem
+
+    before = contents(folder)
+    monkeypatch.setattr(checkpoints.store.ocp.PyTreeCheckpointHandler, "restore", restore)
+    with pytest.raises(ValueError) as raised:
+        load(folder, trained[0])
+    assert sentence in str(raised.value) and str(folder / "2") in str(raised.value) and contents(folder) == before
+
+
+@pytest.mark.parametrize("problem", [OSError(5, "Input/output error"), ValueError("DATA_LOSS: CRC-32C checksum")])
+def test_a_disk_that_has_lost_bits_is_damage(problem, trained, folder, monkeypatch):
+    whole = checkpoints.store.ocp.PyTreeCheckpointHandler.restore
+
+    def restore(self, path, *rest, **options):
+        if path.parent.name == "2":
+            raise problem
+        return whole(self, path, *rest, **options)
+
+    monkeypatch.setattr(checkpoints.store.ocp.PyTreeCheckpointHandler, "restore", restore)
+    assert int(load(folder, trained[0], say=lambda text: None).state.step) == 1
+    assert (folder / "damaged-2").is_dir()
+
+
+@pytest.mark.parametrize("problem", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")])
+def test_too_little_memory_is_no_damage(problem, trained, folder, monkeypatch):
+    def restore(*_, **__):
+        raise problem
+
+    monkeypatch.setattr(checkpoints.store.ocp.PyTreeCheckpointHandler, "restore", restore)
+    with pytest.raises((MemoryError, ValueError)):
+        load(folder, trained[0])
+    assert checkpoints.steps_in(folder) == [1, 2]
+
+
+def test_the_random_key_keeps_its_kind(trained, tmp_path):
+    canonical, state = trained
+    for name in ("rbg", "threefry2x32"):
+        key = jax.random.key(3, impl=name)
+        with checkpoints.Writer(tmp_path / name) as writer:
+            writer.save(canonical, state, key, rows=0, identity={"lr": 1e-2}, config={})
+        assert load(tmp_path / name, canonical).key == key
+
+
 # --- what is foreign or changed
 
 

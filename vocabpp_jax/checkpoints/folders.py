@@ -27,11 +27,10 @@ Folder = str | os.PathLike[str]
 LOCK = ".lock"
 BEAT, PATIENCE, SETTLE = 10.0, 35.0, 2.0
 """Seconds between two signs of life of a :class:`Lease`, in which one must come, and in which two takers notice."""
-_REFUSALS = re.compile(
-    "PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|os_error_code='E(ACCES|MFILE|STALE)"
-    "|credential|forbidden|unauthorized|http ?error|connect|timeout",
-    re.IGNORECASE,
-)
+_REFUSAL = re.compile("(PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED): ")
+"""How tensorstore, which has one exception type for everything, begins the message of such an error."""
+_CLIENTS = ("aiohttp", "gcsfs", "google", "requests", "tensorflow")
+"""Packages with exceptions of their own for a bucket that cannot be reached."""
 
 
 def folder_path(folder: Folder) -> epath.Path:
@@ -74,17 +73,16 @@ def readable(path: epath.Path) -> Iterator[None]:
     try:
         yield
     except Exception as problem:
-        if not _refused(problem, in_bucket(path)):
+        if not _refused(problem):
             raise
         raise Unreadable(f"{path} cannot be read ({reason(problem)})") from problem
 
 
-def _refused(problem: Exception, bucket: bool) -> bool:
-    if isinstance(problem, OSError) and not bucket:
+def _refused(problem: Exception) -> bool:
+    if isinstance(problem, OSError):
         about_content = FileNotFoundError | NotADirectoryError | IsADirectoryError
         return not isinstance(problem, about_content) and problem.errno != errno.EIO
-    # tensorstore has one exception type for all, and a bucket's client, its authentication and transport many.
-    return not isinstance(problem, FileNotFoundError) and bool(_REFUSALS.search(f"{type(problem)} {problem}"))
+    return bool(_REFUSAL.match(str(problem))) or type(problem).__module__.partition(".")[0] in _CLIENTS
 
 
 def steps_in(folder: Folder) -> list[int]:
