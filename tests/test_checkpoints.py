@@ -1,5 +1,6 @@
 """A state that goes out and comes back is the same in every layout; what is damaged, foreign or changed is named."""
 
+import errno
 import json
 import resource
 import shutil
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from vocabpp_jax import Pipeline, checkpoints, make_mesh, schedules, train
 from vocabpp_jax.checkpoints import canonical as canonical_module
+from vocabpp_jax.checkpoints import folders
 from vocabpp_jax.pipeline.model_interface import Model
 from vocabpp_jax.runtime.faults import Stop
 
@@ -425,6 +427,23 @@ def test_two_runs_cannot_write_to_one_folder(tmp_path):
         checkpoints.Writer(tmp_path)
     writer.close()
     checkpoints.Writer(tmp_path).close()
+
+
+def test_without_locks_in_the_file_system_a_run_shows_signs_of_life(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(folders.fcntl, "flock", flock)
+    for name, value in {"BEAT": 0.1, "PATIENCE": 1.0, "SETTLE": 0.2}.items():
+        monkeypatch.setattr(folders, name, value)
+    writer = checkpoints.Writer(tmp_path)
+    with pytest.raises(ValueError, match="to which another run is writing"):
+        checkpoints.Writer(tmp_path)
+    writer.check()
+    writer._lock._end.set()  # the run is killed
+    writer._lock._thread.join()
+    checkpoints.Writer(tmp_path).close()
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_numbers_that_keep_nothing_are_refused(tmp_path):

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from vocabpp_jax import Model, make_mesh, models, schedules
 from vocabpp_jax.models import Config
 from vocabpp_jax.pipeline.mesh import all_devices
 from vocabpp_jax.runtime import hosts
+from vocabpp_jax.runtime.faults import LastWords
 from vocabpp_jax.schedules import Schedule
 from vocabpp_jax.schedules.layers import redistributed
 from vocabpp_jax.vocab import Loss
@@ -227,7 +229,7 @@ class ClusterOptions:
     def join(self, simulated_devices: int) -> None:
         """Find the other processes, if there are any; where there are only CPUs, have them simulate devices.
 
-        To be called before anything asks JAX for a device.
+        To be called before anything asks JAX for a device. Raises ValueError where there is none, or not all come.
         """
         processes = 1
         if self.several:
@@ -236,6 +238,10 @@ class ClusterOptions:
         # Whoever sets the number of CPU devices in XLA_FLAGS means it.
         if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
             jax.config.update("jax_num_cpu_devices", max(1, simulated_devices // processes))
+        # Here the processes learn of each other's devices, and wait for each other.
+        words = "ended while it looked for the devices of all processes; another process may be gone"
+        with LastWords(words, wanted=self.several, who=f"{socket.gethostname()}: "):
+            all_devices()
 
 
 def parse(options: type[Options], description: str, arguments: Sequence[str] | None = None) -> Options:

@@ -116,12 +116,18 @@ def lock(folder: epath.Path) -> Lock:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return Lease(folder) if in_bucket(folder) else FileLock(folder)
+    except NoLocks:
+        return Lease(folder)
     except ValueError:
         raise
     except Exception as problem:
         if not isinstance(problem, OSError) and not in_bucket(folder):
             raise
         raise ValueError(f"checkpoint_dir is {str(folder)!r}, which cannot be written ({reason(problem)})") from None
+
+
+class NoLocks(OSError):
+    """The file system has none, as Lustre without the mount option flock."""
 
 
 class FileLock:
@@ -135,8 +141,11 @@ class FileLock:
         except BlockingIOError:
             self._file.close()
             raise _taken(folder) from None
-        except OSError:
-            pass  # a file system without locks
+        except OSError as problem:
+            self._file.close()
+            if problem.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise NoLocks(problem.errno, problem.strerror) from None
+            raise
         self._file.truncate(0)
         self._file.write(self.token)
         self._file.flush()
@@ -151,7 +160,7 @@ class FileLock:
 
 
 class Lease:
-    """A lock where there are none: a file that its holder rewrites every ``beat`` seconds (:data:`BEAT`).
+    """A lock where the file system has none: a file that its holder rewrites every ``beat`` seconds (:data:`BEAT`).
 
     Whoever finds the file reads it again after ``patience`` seconds. If it has changed, its writer lives; if not, the
     writer is gone and the lease can be taken. Of two that take it at once, the one whose write came last has it.
