@@ -21,6 +21,7 @@ EIGHT = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
         ({}, None),
         (EIGHT, None),  # no launcher
         (SLURM, None),  # no GPU is hidden: JAX takes the one of this process' number on its host
+        (SLURM | {"SLURM_GPUS_PER_TASK": "1"}, [0]),
         (SLURM | {"CUDA_VISIBLE_DEVICES": "0"}, [0]),  # --gpus-per-task=1
         (SLURM | {"CUDA_VISIBLE_DEVICES": "3"}, [0]),
         (SLURM | {"CUDA_VISIBLE_DEVICES": "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6"}, [0]),

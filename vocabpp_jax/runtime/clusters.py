@@ -52,9 +52,11 @@ def own_gpus(environment: Mapping[str, str] = os.environ) -> list[int] | None:
     # "NoDevFiles" is SLURM's way to say none.
     count = len([gpu for gpu in (visible or "").split(",") if gpu.strip() and gpu.strip() not in ("-1", "NoDevFiles")])
     rank = _number(environment, "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
+    tasks, each = _tasks_on_this_host(environment), _gpus_per_task(environment)
+    if visible is None:
+        count = each or 0  # SLURM then hides the other GPUs in another way
     if not count or rank is None or "JAX_LOCAL_DEVICE_IDS" in environment:
         return None
-    tasks, each = _tasks_on_this_host(environment), _gpus_per_task(environment)
     if count == 1 or each == count or (tasks is not None and count < tasks):
         return list(range(count))
     if each is None:
