@@ -8,8 +8,11 @@ a whole number of them, and what it produces can be used from the slot after its
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
+
+import numpy as np
 
 Op = Literal["run", "start", "done"]
 
@@ -34,7 +37,7 @@ class Pass(NamedTuple):
 
 # Where in its slot an event stands. What a collective brings lands before the slot's transfers leave: one thing is
 # under way between two devices at a time.
-BEFORE, PASSES, LANDINGS, TRANSFERS, AFTER = range(5)
+DEFERRED, BEFORE, PASSES, LANDINGS, TRANSFERS, AFTER = range(6)
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,40 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
+class Order:
+    """The program order inside a slot, which the schedule itself leaves open.
+
+    Attributes:
+        passes: for some slots of the interval, the order of their passes, each a kind and a chunk, such as ("B", 1);
+            those that are not named follow, in alphabetical order.
+        transfers: a transfer leaves "behind passes", each behind the one that made it, or "behind slots", all of a
+            slot together, which takes fewer instructions.
+        deferred: whose transfers leave at the beginning of the next interval instead, each a slot, a kind and a chunk.
+    """
+
+    passes: Mapping[int, tuple[tuple[str, int], ...]] = field(default_factory=dict)
+    transfers: Literal["behind passes", "behind slots"] = "behind slots"
+    deferred: frozenset[tuple[int, str, int]] = frozenset()
+
+    def ranks(self, interval: int, words: Sequence[str], chunks: int) -> np.ndarray:
+        """The rank of every (slot, word, chunk) among the passes of its slot, ``[interval, words, chunks]``."""
+        usual = np.arange(len(words) * chunks).reshape(len(words), chunks)
+        ranks = np.broadcast_to(usual + usual.size, (interval, *usual.shape)).copy()
+        for slot, kinds in self.passes.items():
+            for n, (kind, chunk) in enumerate(kinds):
+                if kind in words:
+                    ranks[slot, words.index(kind), chunk] = n
+        return ranks
+
+    def defers(self, interval: int, words: Sequence[str], chunks: int) -> np.ndarray:
+        """Whether the transfers of every (slot, word, chunk) are deferred, ``[interval, words, chunks]``."""
+        found = np.zeros((interval, len(words), chunks), bool)
+        for slot, kind, chunk in self.deferred:
+            found[slot, words.index(kind), chunk] = True
+        return found
+
+
+@dataclass(frozen=True)
 class Schedule:
     """Every pass of one training (or evaluation) iteration, and when the vocabulary layers run between them.
 
@@ -83,6 +120,7 @@ class Schedule:
         passes: for every device, its passes in order of start.
         vocabulary: when the sharded (or unsharded) vocabulary layers run.
         layer_counts: layers a stage, or None for an even split.
+        order: the program order inside slots.
     """
 
     name: str
@@ -93,6 +131,7 @@ class Schedule:
     passes: tuple[tuple[Pass, ...], ...]
     vocabulary: Vocabulary
     layer_counts: tuple[int, ...] | None = None
+    order: Order = field(default_factory=Order)
     _chunks: tuple[int, ...] = field(init=False, repr=False, compare=False, default=())
 
     def __post_init__(self) -> None:
@@ -127,6 +166,10 @@ class Schedule:
     def chunks(self) -> int:
         """Stages a device."""
         return self.stages // self.p
+
+    def chunks_of(self, stages: np.ndarray) -> np.ndarray:
+        """Which of their devices' chunks stages are; 0 for -1, which is no stage."""
+        return np.array((*self._chunks, 0))[stages]
 
     def chunk(self, stage: int) -> int:
         """Which of its device's chunks a stage is."""

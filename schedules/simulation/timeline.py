@@ -110,7 +110,7 @@ class Timeline:
     def spans(self) -> Iterator[Span]:
         """Every pass, transfer and collective that carried a microbatch."""
         for t in self.tracks:
-            if t.op == "done":
+            if t.op in ("done", "land"):
                 continue
             rows, devices = np.nonzero(t.microbatch >= 0)
             columns = (
@@ -203,6 +203,8 @@ class Timeline:
         """For every ring: device, begin and end of each value, from the start of what writes it to its last reader."""
         touches: dict[str, list[np.ndarray]] = {ring: [] for ring in self.program.rings}
         for t in self.tracks:
+            if t.op == "land":  # the cell has been taken since the transfer left
+                continue
             for name, table in t.tables.items():
                 ring = "inbox" if name == "deliver" else name
                 if ring not in touches:
