@@ -35,6 +35,7 @@ from vocabpp_jax.data import TokenizedCorpus, load_tokens, prefetched
 from vocabpp_jax.models import Config, huggingface
 from vocabpp_jax.runtime import hosts
 from vocabpp_jax.runtime.faults import LastWords, Stop, Termination, Watchdog, lost_peer, reason, say_and_leave
+from vocabpp_jax.runtime.hardware import known_gpu
 from vocabpp_jax.runtime.metrics import StepProgress
 from vocabpp_jax.runtime.profiling import Profile
 from vocabpp_jax.training.optimizer import adamw, warmup_cosine
@@ -50,6 +51,8 @@ def prepare(options: TrainOptions) -> Run:
     config = options.model.config()
     schedule = options.pipeline.build(config)
     options.cluster.join(simulated_devices=options.pipeline.devices)
+    if (gpu := known_gpu(jax.devices()[0])) is not None:
+        schedule = options.pipeline.build(config, gpu)
     pipe = Pipeline(options.model.build(), schedule, options.pipeline.mesh(), compute_dtype=config.dtype)
     if options.pretrained:
         hosts.agree(lambda: huggingface.check(options.model.folder, pipe))

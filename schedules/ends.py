@@ -128,12 +128,12 @@ class _Queues:
                     moved = True
         return starts
 
-    def run(self) -> list[tuple[int, tuple[int, int, int]]]:
-        """Devices and their passes, in the order in which they start."""
+    def run(self) -> list[tuple[float, int, tuple[int, int, int]]]:
+        """When which device runs which pass, in the order in which they start."""
         limit = self.bounds.carried + self.filling.carried
         devices = [_Device(order, self.bounds) for order in self.orders]
         ends: dict[tuple[int, int, int], float] = {}
-        taken: list[tuple[int, tuple[int, int, int]]] = []
+        taken: list[tuple[float, int, tuple[int, int, int]]] = []
         events, left = [(0.0, d) for d in range(self.block.p)], sum(map(len, self.orders))
 
         def ready(x: tuple[int, int, int]) -> float:
@@ -148,7 +148,7 @@ class _Queues:
             if x is not None:
                 device.free = ends[x] = now + self.takes[x[0]][x[1]]
                 device.take(x)
-                taken.append((d, x))
+                taken.append((now, d, x))
                 left -= 1
                 heapq.heappush(events, (device.free, d))
                 for reader, wait in self._readers(x):
@@ -260,76 +260,47 @@ def _after(x: tuple[int, int, int], residual: int, kept: int, carried: int) -> t
 
 # --- from orders to slots --------------------------------------------------------------------------------------------
 
-_NEVER = 1 << 60
 
-
-def _moved(block: Block, starts: Starts, taken: list[tuple[int, tuple[int, int, int]]]) -> Starts:
+def _moved(block: Block, starts: Starts, taken: list[tuple[float, int, tuple[int, int, int]]]) -> Starts:
     """Slots in which the devices come to these orders.
 
-    A forward that runs early keeps its slot, whole intervals before its own. Weight gradients and early backwards go
-    between the passes around them. Every other pass keeps its slot, or where its input has moved behind that, too.
+    Passes are placed in the order in which they start, each in the first slot of its own, ``K`` apart, behind its input
+    and behind the pass before it on its device. Until the first stage's first B, they also do not come before forwards
+    of the first stage that start earlier: intervals are short there, and devices that are in the same one wait for each
+    other. W passes behind a device's last F may take the slots that other devices have for them.
     """
+    K, names, stages, never = block.interval, tuple(starts), len(block.placement), -(1 << 60)
     moved = {kind: slots.copy() for kind, slots in starts.items()}
-    orders: list[list[tuple[int, int, int]]] = [[] for _ in range(block.p)]
-    for d, x in taken:
-        orders[d].append(x)
-    _early_forwards(block, moved, orders)
-    names, stages, never = list(moved), len(block.placement), -_NEVER
-    limits = [_limits(moved, names, order) for order in orders]
-    at, latest = [0] * block.p, [never] * block.p
-    for d, (kind, stage, i) in taken:
-        source = (kind, stage - 1 if kind == F else stage + 1)
-        if kind == W or source == (B, stages):
-            source = (B, stage) if kind == W else (F, stage)
-        made = int(moved[names[source[0]]][source[1], i]) if source[1] >= 0 else never
-        slot, (free, limit) = int(moved[names[kind]][stage, i]), limits[d][at[d]]
-        after = max(latest[d], made)
-        if slot <= after or (free and slot >= limit):
-            usual = _usual(block, names[kind], stage)
-            slot = _first_free(after, limit if free else _NEVER, usual, block.interval)
-            moved[names[kind]][stage, i] = slot
-        latest[d], at[d] = max(latest[d], slot), at[d] + 1
+    release = block.B[-1] - block.F[-1] - 1
+    latest, opened, warming = [never] * block.p, never, True
+    forwards = [starts["F"].shape[1] * block.placement.count(d) for d in range(block.p)]
+    for _, d, x in taken:
+        kind, stage, i = x
+        if kind == W:
+            made = int(moved["B"][stage, i])
+        elif kind == B and stage == stages - 1:
+            made = int(moved["F"][stage, i]) + release
+        elif kind == F and stage == 0:
+            made = never
+        else:
+            made = int(moved[names[kind]][stage - 1 if kind == F else stage + 1, i])
+        after = max(latest[d], made, opened if warming and x[:2] != (F, 0) else never)
+        own = int(starts[names[kind]][stage, 0]) % K
+        slots = _usual(block, stage) if kind == W and not forwards[d] else (own,)
+        if after == never:
+            slot = int(starts[names[kind]][stage, i])
+        else:
+            slot = min(after + 1 + (slot - after - 1) % K for slot in slots)
+        moved[names[kind]][stage, i] = latest[d] = slot
+        forwards[d] -= kind == F
+        if x[:2] == (F, 0):
+            opened = slot
+        warming = warming and x[:2] != (B, 0)
     return moved
 
 
-def _early_forwards(block: Block, moved: Starts, orders: list[list[tuple[int, int, int]]]) -> None:
-    """Moves forwards of the first chunk before the passes that they precede, from the last stage to the first."""
-    K, names = block.interval, list(moved)
-    first = [block.placement.index(d) for d in range(block.p)]
-    for stage in sorted(first, reverse=True):
-        limit = _NEVER
-        reader = moved["F"][stage + 1].tolist() if stage + 1 < len(block.placement) else []
-        for kind, of_stage, i in reversed(orders[block.placement[stage]]):
-            slot = int(moved[names[kind]][of_stage, i])
-            if kind == F and of_stage == stage:
-                bound = min(limit, reader[i]) if reader else limit
-                if slot >= bound:
-                    slot -= -(-(slot - bound + 1) // K) * K
-                moved["F"][stage, i] = slot
-            limit = min(limit, slot)
-
-
-def _limits(moved: Starts, names: list[str], order: list[tuple[int, int, int]]) -> list[tuple[bool, int]]:
-    """For every pass whether it goes between others, a W or a B that runs early, and the slot that it precedes."""
-    slots = [int(moved[names[kind]][stage, i]) for kind, stage, i in order]
-    found, soonest, limit = [], _NEVER, _NEVER
-    for (kind, _, _), slot in zip(reversed(order), reversed(slots), strict=True):
-        free = kind == W or (kind == B and soonest < slot)
-        found.append((free, limit))
-        soonest = min(soonest, slot)
-        limit = limit if free else min(limit, slot)
-    return found[::-1]
-
-
 @lru_cache(maxsize=1024)
-def _usual(block: Block, kind: str, stage: int) -> tuple[int, ...]:
-    """Slots of the interval in which the block has such a pass on any device: there is an instruction for it."""
+def _usual(block: Block, stage: int) -> tuple[int, ...]:
+    """Slots of the interval in which any device has a W of this stage's chunk: there is an instruction for it."""
     chunks = [block.placement[:s].count(d) for s, d in enumerate(block.placement)]
-    same = [t for t, c in zip(getattr(block, kind), chunks, strict=True) if c == chunks[stage]]
-    return tuple(sorted({t % block.interval for t in same}))
-
-
-def _first_free(after: int, limit: int, usual: tuple[int, ...], K: int) -> int:
-    """The first usual slot between two others, else the first slot at all, else the first usual one behind both."""
-    first = min(after + 1 + (slot - after - 1) % K for slot in usual)
-    return first if first < limit or after + 1 >= limit else after + 1
+    return tuple(sorted({t % block.interval for t, c in zip(block.W, chunks, strict=True) if c == chunks[stage]}))

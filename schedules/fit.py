@@ -1,16 +1,18 @@
 """The best schedule for given durations: candidates from a building block, judged by simulating their programs.
 
-A candidate is the block on a grid of slots that follows the durations (:mod:`.steady`), with warm-up and cool-down
-filled (:mod:`.ends`), and a program order: behind which pass a transfer leaves, and whether it leaves at the beginning
-of the next interval instead. The block as it is, merely repeated, is one of the candidates. What decides is
-:func:`.simulate` with the rules of the machine that the program is for: nothing is assumed to be better than it is
-there. The search tries a fixed number of candidates in a fixed order, so that it comes to the same schedule everywhere.
+A candidate is the block on a grid of slots that follows the durations (:mod:`.steady`) with a program order: the order
+of passes inside a slot, and whether a transfer leaves behind its pass or at the beginning of the next interval. Its
+warm-up and cool-down may be filled (:mod:`.ends`, :mod:`.reorder`). The block as it is, merely repeated, is one of the
+candidates. :func:`.simulate` decides, by the rules of the machine that
+the program is for. The search tries a fixed list of candidates in a fixed order, so it finds the same schedule
+everywhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 
 import numpy as np
@@ -18,7 +20,9 @@ import numpy as np
 from .blocks import Block
 from .ends import Filling, Starts, fill
 from .lowering.program import lower
-from .schedule import Order, Pass, Schedule, Step, Vocabulary
+from .reorder import can_reorder, reorder
+from .repeat import assembled, repeat
+from .schedule import Order, Schedule
 from .simulation.simulator import GPU, Durations, Rules, simulate
 from .steady import KINDS, Refined, refined, steady
 from .vocabulary import insert, unsharded
@@ -36,8 +40,8 @@ FILLINGS = (
     Filling(carried=1 << 20),
     Filling(carried=1 << 20, patience=1.0),
 )
+TOGGLED = 8  # transfers that are deferred or not one by one
 WAITING = 0.25  # what a unit of the longest wait counts, beside one of the whole iteration
-CELL = 0.0005  # by which share one more weight gradient that waits on a device must shorten the iteration
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ def fit(
     *,
     rules: Rules = GPU,
     inserted: int | None = None,
+    layer_counts: Sequence[int] | None = None,
 ) -> Schedule:
     """The schedule of a block that takes the least time, with no more microbatches in flight than the block has.
 
@@ -67,20 +72,22 @@ def fit(
         block, method, m, inserted: as for :func:`.build.repeat`.
         durations: of all passes and transfers, or what makes them for a schedule, as :meth:`.cost.Cost.durations`.
         rules: of the machine.
+        layer_counts: layers of every stage, or None for an even split.
 
     Raises:
         ValueError: as :func:`.build.repeat` does.
     """
-    search = _Search(block, method, m, durations, name, rules, inserted)
-    return search.best().build(m)
+    counts = None if layer_counts is None else tuple(layer_counts)
+    return _Search(block, method, m, durations, name, rules, inserted, counts).best().build(m)
 
 
 class _Search:
-    def __init__(self, block: Block, method: str, m: int, durations: Times, name: str, rules: Rules, inserted):
+    def __init__(self, block: Block, method: str, m: int, durations: Times, name, rules: Rules, inserted, counts):
         self.block, self.method, self.name, self.rules, self.inserted = block, method, name, rules, inserted
-        self.plain = self._repeated(block)(1)
+        self.counts = counts
         self.durations = durations if callable(durations) else lambda _: durations
-        self.trial = min(m, 3 * block.p + 8)  # long enough for the steady state
+        self.plain = self._repeated(block)(1)
+        self.trial = min(m, 2 * block.p + 8)  # long enough for the steady state
         given = self.durations(self.plain)
         stages = range(self.plain.stages)
         self.takes = {
@@ -89,18 +96,23 @@ class _Search:
             if getattr(block, kind)
         }
         self.transfer = float(np.max(given.transfer)) if block.p > 1 else 0.0
-        self.gap = _gap(self.plain, given)
+        self.gap = float(np.max(given.H))  # from the last stage's F to its B, where ends are filled
         self.in_flight = max(lower(self._repeated(block)(self.trial)).in_flight)
 
     def _repeated(self, block: Block) -> Callable[[int], Schedule]:
-        return lambda m: _schedule(block, self.method, m, self.name, self.inserted, None)
+        return lambda m: self._counted(repeat(block, self.method, m, self.name, self.inserted))
+
+    def _counted(self, schedule: Schedule) -> Schedule:
+        return replace(schedule, layer_counts=self.counts)
 
     def best(self) -> _Candidate:
         """The best of all candidates."""
         plain = _Candidate(self._repeated(self.block))
         found = [self.judged(plain), self.judged(plain.with_order(Order(transfers="behind passes")))]
         grids = sorted(self.grids(), key=lambda grid: grid[0].score)[:GRIDS]
-        found += [self.filled(*grid) for grid in grids]
+        found += [self.deferred(self.filled(candidate, grid, order), order) for candidate, grid, order in grids]
+        if self.plain.sharded and can_reorder(self.block):
+            found.append(self.judged(_Candidate(self._reordered)))
         return min(found, key=lambda candidate: candidate.score)
 
     def judged(self, candidate: _Candidate) -> _Candidate:
@@ -112,9 +124,7 @@ class _Search:
         if max(program.in_flight) > self.in_flight:
             return candidate
         timeline = simulate(program, self.durations(program.schedule), self.rules)
-        extra = CELL * max(program.peaks.get("carried", (0,)))
-        score = (timeline.makespan + WAITING * float(timeline.idle.max())) * (1 + extra)
-        return replace(candidate, score=score)
+        return replace(candidate, score=timeline.makespan + WAITING * float(timeline.idle.max()))
 
     def grids(self) -> Iterator[tuple[_Candidate, Refined, Order]]:
         """The repeated block on finer and finer grids."""
@@ -141,36 +151,39 @@ class _Search:
         return sorted({1, slots, slots + 1}) if self.plain.sharded else (1,)
 
     def filled(self, start: _Candidate, grid: Refined, order: Order) -> _Candidate:
-        """A grid with the best filling of its ends and the best program order."""
+        """A grid with the best filling of its ends, where the vocabulary is not sharded."""
         best = start
-        if self.block.W:
-            for filling in FILLINGS:
-                ends = _Ends(grid.block, self.takes, self.transfer, self.gap, filling)
-                candidate = _Candidate(self._with_ends(grid.block, ends)).with_order(order)
-                best = min(best, self.judged(candidate), key=lambda found: found.score)
-        return self.ordered(best, grid, order)
+        for filling in FILLINGS if self.block.W and not self.plain.sharded else ():
+            ends = _Ends(grid.block, self.takes, self.transfer, self.gap, filling)
+            candidate = _Candidate(partial(self._with_ends, ends)).with_order(order)
+            best = min(best, self.judged(candidate), key=lambda found: found.score)
+        return best
 
-    def _with_ends(self, block: Block, ends: _Ends) -> Callable[[int], Schedule]:
-        return lambda m: _schedule(block, self.method, m, self.name, self.inserted, ends)
+    def _with_ends(self, ends: _Ends, m: int) -> Schedule:
+        return self._counted(ends.schedule(self.method, self.name, m))
 
-    def ordered(self, start: _Candidate, grid: Refined, order: Order) -> _Candidate:
+    def _reordered(self, m: int) -> Schedule:
+        found = reorder(self.block, self.method, m, self.name, self.inserted)
+        if found is None:
+            raise ValueError("no order of passes takes fewer slots than the repeated block")
+        return self._counted(found)
+
+    def deferred(self, start: _Candidate, order: Order) -> _Candidate:
         """The candidate with some transfers deferred: those of an interval's last slots, then one more or one less."""
-        slots = sorted(order.passes)
-        makers = [(slot, *kind) for slot in slots for kind in order.passes[slot] if kind[0] != "W"]
-        best, deferred = start, frozenset()
+        slots = [slot for slot, _ in order.passes]
+        makers = [(slot, *kind) for slot, kinds in order.passes for kind in kinds if kind[0] != "W"]
+        best, chosen = start, frozenset()
 
-        def tried(these: frozenset) -> bool:
-            nonlocal best, deferred
+        def tried(these: frozenset) -> None:
+            nonlocal best, chosen
             candidate = self.judged(start.with_order(replace(order, deferred=these)))
             if candidate.score < best.score * (1 - 1e-9):
-                best, deferred = candidate, these
-                return True
-            return False
+                best, chosen = candidate, these
 
-        for first in slots[len(slots) // 2 :]:
+        for first in slots[len(slots) // 2 :: 1 + len(slots) // 16]:
             tried(frozenset(maker for maker in makers if maker[0] >= first))
-        for maker in sorted(makers, reverse=True):
-            tried(deferred ^ {maker})
+        for maker in sorted(makers, reverse=True)[:TOGGLED]:
+            tried(chosen ^ {maker})
         return best
 
 
@@ -179,16 +192,8 @@ def _order(grid: Refined, schedule: Schedule) -> Order:
     opens = next((s.at[0] for s in schedule.vocabulary.steps if (s.op, s.name) == ("start", "C0")), 0)
     K = grid.block.interval
     opens = opens if schedule.sharded else 0
-    return Order({(slot - opens) % K: kinds for slot, kinds in grid.passes.items()}, "behind passes")
-
-
-def _gap(schedule: Schedule, durations: Durations) -> float:
-    """Time from the last stage's F to when its B can start, at least."""
-    between = ("C0", "S", "stats", "T", "big") if schedule.sharded else ("H",)
-    return float(sum(np.max(getattr(durations, name)) for name in between))
-
-
-# --- from a block to a schedule --------------------------------------------------------------------------------------
+    passes = sorted(((slot - opens) % K, kinds) for slot, kinds in grid.passes.items())
+    return Order(tuple(passes), "behind passes")
 
 
 @dataclass(frozen=True)
@@ -201,61 +206,26 @@ class _Ends:
     gap: float
     filling: Filling
 
-    def __call__(self, block: Block, starts: Starts) -> Starts:
+    def schedule(self, method: str, name: str, m: int) -> Schedule:
+        """The schedule; the vocabulary is not sharded."""
+        block, vocabulary = insert(self.block, method, m)
+        shifts = np.array([block.shift(i) for i in range(m)])
+        starts = self.starts({kind: np.array(getattr(block, kind))[:, None] + shifts for kind in KINDS})
+        steps = unsharded(block.placement, starts["F"][0], starts["F"][-1], starts["B"][0])
+        return assembled(block, replace(vocabulary, steps=steps), starts, name)
+
+    def starts(self, starts: Starts) -> Starts:
         """The slots of every pass; a long iteration has the ends of a short one."""
-        m, probe = starts["F"].shape[1], 4 * block.p + 8
+        m, probe = starts["F"].shape[1], 4 * self.block.p + 8
         if m <= probe:
-            return fill(block, starts, self.takes, self.transfer, self.gap, self.filling)
+            return fill(self.block, starts, self.takes, self.transfer, self.gap, self.filling)
         short = {kind: slots[:, :probe] for kind, slots in starts.items()}
-        moved = fill(block, short, self.takes, self.transfer, self.gap, self.filling)
-        half, found = probe // 2, {}
-        for kind, slots in starts.items():
-            found[kind] = slots.copy()
-            found[kind][:, :half] += (moved[kind] - short[kind])[:, :half]
-            found[kind][:, m - probe + half :] += (moved[kind] - short[kind])[:, half:]
+        moved = fill(self.block, short, self.takes, self.transfer, self.gap, self.filling)
+        half, more = probe // 2, m - probe
+        found = {}
+        for kind, slots in moved.items():
+            steady = slots[:, half : half + 1] + self.block.interval * np.arange(more)
+            found[kind] = np.concatenate(
+                [slots[:, :half], steady, slots[:, half:] + self.block.interval * more], axis=1
+            )
         return found
-
-
-def _schedule(block: Block, method: str, m: int, name: str, inserted: int | None, ends: _Ends | None) -> Schedule:
-    """The repeated block with a method's vocabulary passes and, where given, its ends filled."""
-    block, vocabulary = insert(block, method, m, inserted)
-    if inserted is not None and vocabulary.inserted_intervals != inserted:
-        raise ValueError(
-            f"inserted is {inserted}; {method} on this block takes {vocabulary.inserted_intervals} intervals or more"
-        )
-    shifts = np.array([block.shift(i) for i in range(m)])
-    repeated = {kind: np.array(getattr(block, kind))[:, None] + shifts for kind in KINDS if getattr(block, kind)}
-    starts = repeated if ends is None else ends(block, repeated)
-    if ends is not None:
-        vocabulary = _moved_steps(block, vocabulary, repeated, starts)
-    passes = [
-        sorted(
-            (
-                Pass(kind, stage, i, slot, block.backward_slots if kind == "B" else 1)
-                for kind, slots in starts.items()
-                for stage, on in enumerate(block.placement)
-                if on == d
-                for i, slot in enumerate(slots[stage].tolist())
-            ),
-            key=lambda x: x.start,
-        )
-        for d in range(block.p)
-    ]
-    return Schedule(name, block.p, m, block.interval, block.placement, tuple(map(tuple, passes)), vocabulary)
-
-
-def _moved_steps(block: Block, vocabulary: Vocabulary, before: Starts, after: Starts) -> Vocabulary:
-    """The input layer's steps where the first stage's passes have moved to."""
-    if not any(s.name == "C0" for s in vocabulary.steps):
-        steps = unsharded(block.placement, after["F"][0], after["F"][-1], after["B"][0])
-        return replace(vocabulary, steps=steps)
-    moved = (after["F"] - before["F"])[0].tolist()
-
-    def shifted(step: Step) -> Step:
-        if step.name not in ("IF", "CI"):
-            return step
-        shifts = [shift + by for shift, by in zip(vocabulary.shifts, moved, strict=True)]
-        at = tuple(None if t is None else t + shifts[0] for t in step.at)
-        return replace(step, at=at, shifts=tuple(shift - shifts[0] for shift in shifts))
-
-    return replace(vocabulary, steps=tuple(map(shifted, vocabulary.steps)))

@@ -8,7 +8,7 @@ a whole number of them, and what it produces can be used from the slot after its
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -79,22 +79,25 @@ class Order:
     """The program order inside a slot, which the schedule itself leaves open.
 
     Attributes:
-        passes: for some slots of the interval, the order of their passes, each a kind and a chunk, such as ("B", 1);
+        passes: some slots of the interval, each with the order of its passes, a kind and a chunk such as ("B", 1);
             those that are not named follow, in alphabetical order.
         transfers: a transfer leaves "behind passes", each behind the one that made it, or "behind slots", all of a
             slot together, which takes fewer instructions.
         deferred: whose transfers leave at the beginning of the next interval instead, each a slot, a kind and a chunk.
+        ends_apart: whether warm-up, up to the first stage's first B, and cool-down, from after its last F, are scans of
+            their own, whose transfers land where they are needed there; otherwise as few scans as cost least.
     """
 
-    passes: Mapping[int, tuple[tuple[str, int], ...]] = field(default_factory=dict)
+    passes: tuple[tuple[int, tuple[tuple[str, int], ...]], ...] = ()
     transfers: Literal["behind passes", "behind slots"] = "behind slots"
     deferred: frozenset[tuple[int, str, int]] = frozenset()
+    ends_apart: bool = False
 
     def ranks(self, interval: int, words: Sequence[str], chunks: int) -> np.ndarray:
         """The rank of every (slot, word, chunk) among the passes of its slot, ``[interval, words, chunks]``."""
         usual = np.arange(len(words) * chunks).reshape(len(words), chunks)
         ranks = np.broadcast_to(usual + usual.size, (interval, *usual.shape)).copy()
-        for slot, kinds in self.passes.items():
+        for slot, kinds in self.passes:
             for n, (kind, chunk) in enumerate(kinds):
                 if kind in words:
                     ranks[slot, words.index(kind), chunk] = n
@@ -131,7 +134,7 @@ class Schedule:
     passes: tuple[tuple[Pass, ...], ...]
     vocabulary: Vocabulary
     layer_counts: tuple[int, ...] | None = None
-    order: Order = field(default_factory=Order)
+    order: Order = Order()
     _chunks: tuple[int, ...] = field(init=False, repr=False, compare=False, default=())
 
     def __post_init__(self) -> None:

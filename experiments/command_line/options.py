@@ -20,8 +20,9 @@ import tyro
 from vocabpp_jax import Model, make_mesh, models, schedules
 from vocabpp_jax.models import Config
 from vocabpp_jax.runtime import hosts
-from vocabpp_jax.schedules import Schedule
+from vocabpp_jax.schedules import Rules, Schedule
 from vocabpp_jax.schedules.layers import redistributed
+from vocabpp_jax.schedules.simulation.cost import GPU, Cost, load_gpu
 from vocabpp_jax.vocab import Loss
 
 Options = TypeVar("Options")
@@ -131,12 +132,20 @@ class PipelineOptions:
     """Wait for every collective of the vocabulary layers where it stands, all of them in one place of an interval: for
     CPUs, whose collectives let no pass run beside them."""
 
+    fit: OptionalStr = None
+    """The GPU, such as h100-80g, to whose pass times the order of passes is fitted; the one at hand if not given, or
+    none to repeat the schedule's building block as it is, as on CPUs."""
+
     def on(self, platform: str) -> PipelineOptions:
         """The same for what it is to be timed on: a CPU that waits for a collective does nothing else meanwhile."""
         return dataclasses.replace(self, no_overlap=self.no_overlap or platform == "cpu")
 
-    def build(self, config: Config) -> Schedule:
-        """The schedule for a model. Raises ValueError for an unknown name or what cannot be scheduled."""
+    def build(self, config: Config, at_hand: GPU | None = None, rules: Rules = schedules.GPU) -> Schedule:
+        """The schedule for a model, fitted to the GPU that the options name or that is at hand.
+
+        Raises:
+            ValueError: an unknown name, or what cannot be scheduled.
+        """
         for name in ("stages", "microbatches", "microbatch_size", "tensor_parallel", "data_parallel"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -149,6 +158,8 @@ class PipelineOptions:
                 stages=self.stages,
                 rho=models.head_flops(config) / models.layer_flops(config),
             )
+        gpu = at_hand if self.fit is None else None if self.fit == "none" else load_gpu(self.fit)
+        cost = gpu and Cost(models.cost_sizes(config, self.microbatch_size), gpu)
         return schedules.build(
             schedule=self.schedule,
             method=self.method,
@@ -156,6 +167,8 @@ class PipelineOptions:
             m=self.microbatches,
             chunks=self.chunks,
             layer_counts=counts,
+            durations=cost and cost.durations,
+            rules=rules,
             overlap=not self.no_overlap,
         )
 

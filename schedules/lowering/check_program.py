@@ -57,7 +57,7 @@ class _Replay:
         self.time += segment.intervals * len(segment.body)
 
     def _instruction(self, x: Instruction, times: np.ndarray, made: np.ndarray) -> None:
-        """One instruction in all intervals; ``made`` is the kind, stage and microbatch that a device made last in each."""
+        """One instruction in all intervals; ``made`` is what a device made last in each: kind, stage, microbatch."""
         s = self.schedule
         rows, devices = np.nonzero(x.tables["microbatch"] >= 0)
         i = x.tables["microbatch"][rows, devices]

@@ -1,9 +1,9 @@
 """Every event of a schedule as columns of numbers, so that the largest schedules lower in seconds.
 
 An event is what one device does at one place for one microbatch: a pass, one end of a transfer, or a step of the
-vocabulary layers. Places are ordered inside a slot: transfers deferred from the interval before; steps that stand before the passes; the passes whose last slot it
-is (a pass of two slots stands in its second, so that no transfer of the first waits for it); landings of collectives;
-transfers of what those passes made; steps that stand after them.
+vocabulary layers. Places are ordered inside a slot: transfers deferred from the interval before; steps before the
+passes; the passes whose last slot it is (a pass of two slots is in its second, so that no transfer of the first waits
+for it); landings of collectives; transfers of what those passes made; steps after them.
 """
 
 from __future__ import annotations

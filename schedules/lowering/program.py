@@ -84,10 +84,8 @@ def lower(schedule: Schedule, order: Order | None = None) -> Program:
     events = events_of(schedule, order)
     cells = allocate(schedule, events)
     lines = _Lines(schedule, events, order)
-    segments = [
-        _Body(schedule, events, cells, lines, a, b).segment()
-        for a, b in cuts(schedule.p, lines.interval, lines.identity, lines.pair)
-    ]
+    scans = lines.apart() if order.ends_apart else cuts(schedule.p, lines.interval, lines.identity, lines.pair)
+    segments = [_Body(schedule, events, cells, lines, a, b).segment() for a, b in scans]
     return Program(schedule, tuple(s for s in segments if s.body), cells.peaks)
 
 
@@ -96,6 +94,7 @@ class _Lines:
 
     def __init__(self, schedule: Schedule, events: Events, order: Order):
         K, p = schedule.interval, schedule.p
+        self.schedule, self.events = schedule, events
         self.interval, self.slot = np.divmod(events.slot - events.base, K)
         self.by_pass = order.transfers == "behind passes"
         moved = (events.rank == TRANSFERS) | (events.rank == DEFERRED)
@@ -116,6 +115,14 @@ class _Lines:
         )
         self.identity = np.ravel_multi_index([x for x, _ in parts], [n for _, n in parts])
         self.pair = np.where(events.op == events.code("send"), (self.slot * p + events.device) * p + events.peer, -1)
+
+    def apart(self) -> list[tuple[int, int]]:
+        """Warm-up, steady state and cool-down: first interval and end of each."""
+        first = self.events.stage == 0
+        warm = self.interval[first & self.events.are(("run", "B"))].min(initial=self.interval.max() + 1)
+        cool = self.interval[first & self.events.are(("run", "F"))].max() + 1
+        bounds = sorted({0, int(min(warm, cool)), int(cool), int(self.interval.max()) + 1})
+        return list(zip(bounds[:-1], bounds[1:], strict=True))
 
 
 class _Body:

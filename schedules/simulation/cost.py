@@ -271,7 +271,7 @@ class Cost:
         split = {"residual": 0.25 * activations, "kept": 0.75 * activations, "carried": 18.0 * z.bsh * layers}
         stores = split if schedule.splits_backward else {"residual": activations}
         gradient = 2 * z.bsh if schedule.method == "vocab-2" else 0
-        return stores | {"inbox": 2.0 * z.bsh, "X": 2.0 * z.bsh, "P": float(logits + gradient)}
+        return stores | {"inbox": 2.0 * z.bsh, "outbox": 2.0 * z.bsh, "X": 2.0 * z.bsh, "P": float(logits + gradient)}
 
     def state(self, schedule: Schedule) -> tuple[float, ...]:
         """Bytes of parameters, gradients and optimizer state, on every device."""

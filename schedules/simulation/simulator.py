@@ -139,10 +139,14 @@ class _Engine:
     def run(self, segment: Segment) -> None:
         """One scan."""
         self.under_way: dict[int, np.ndarray] = {}  # for every transfer under way, until when on each device
+        self.transfers: list[tuple[Track, np.ndarray, ...]] = []
         steps = [self._step(instruction, segment, line) for line, instruction in enumerate(segment.body)]
         for n in range(segment.intervals):
             for step in steps:
                 step(n)
+        for track, source, target, started, ended in self.transfers:
+            for ends in (source, target):
+                track.start[:, ends], track.end[:, ends] = started, ended
 
     def _step(self, instruction: Instruction, segment: Segment, line: int) -> Callable[[int], None]:
         """What one instruction does in interval n, with a track to note when it did."""
@@ -192,15 +196,14 @@ class _Engine:
         source, target = np.array(instruction.pairs, int).T
         takes = self.transfer[source, target]
         mode, shared = self.rules.transfers, self.rules.one_stream
+        shape = (len(track.microbatch), len(source))
+        self.transfers.append((track, source, target, started := np.zeros(shape), ended := np.zeros(shape)))
 
         def step(n: int) -> None:
-            ready = self.clock[source]
-            if mode != "eager":
-                ready = np.maximum(ready, self.clock[target])
-            if shared:
-                ready = np.maximum(ready, np.maximum(self.stream[source], self.stream[target]))
+            free = np.maximum(self.clock, self.stream) if shared else self.clock
+            ready = free[source] if mode == "eager" else np.maximum(free[source], free[target])
             through = ready + takes
-            track.start[n, target], track.end[n, target] = ready, through
+            started[n], ended[n] = ready, through
             until = np.zeros_like(self.clock)
             until[target] = through
             if mode == "eager":
