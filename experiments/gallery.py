@@ -72,7 +72,6 @@ def placed(p: int, m: int) -> dict[str, Timeline]:
         n = schedule.chunks
         return Durations(F=1 / n, B=1.7 / n, S=0.1, T=0.1, transfer=0.01, **NETWORK)
 
-    searched, _ = place("vocab-2", p, m, durations)
     both = {
         "1F1B, Algorithm 2, as above, B = 1.7 F": build("1f1b", "vocab-2", p=p, m=m),
         "the same, placed for these durations, a device's layers in two halves": searched,

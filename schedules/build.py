@@ -8,6 +8,7 @@ from dataclasses import replace
 from . import blocks
 from .blocks import Block
 from .fit import Times, fit
+from .reorder import can_reorder, reorder
 from .repeat import repeat
 from .schedule import Schedule
 from .simulation.simulator import GPU, Rules
@@ -42,6 +43,7 @@ def build(
     layer_counts: Sequence[int] | None = None,
     durations: Times | None = None,
     rules: Rules = GPU,
+    reordered: bool = False,
     inserted: int | None = None,
     overlap: bool = True,
 ) -> Schedule:
@@ -54,6 +56,8 @@ def build(
         layer_counts: layers of every stage, which method redis needs (see :mod:`.layers`) and the others may have.
         durations, rules: how long passes and transfers take, and what waits for what, for which :mod:`.fit` finds the
             best order; without durations, the building block is repeated as it is.
+        reordered: without durations, whether warm-up and cool-down may differ from the steady state where that saves
+            time with F, B and W of the same length; see :mod:`.reorder`.
         inserted: intervals between the last stage's F and its B, for the vocabulary passes; as published where not
             given. Fewer hold fewer microbatches in flight: vocab-1 can do with 1 in schedules with W passes, v-half
             with none.
@@ -72,7 +76,10 @@ def build(
             f"layer_counts has {len(layer_counts)} entries; {schedule} on {p} devices has {len(block.placement)} stages"
         )
     if durations is None or waits:
-        built = repeat(block, method, m, schedule, inserted, overlap)
+        built = None
+        if reordered and can_reorder(block) and not waits:
+            built = reorder(block, method, m, schedule, inserted)
+        built = built or repeat(block, method, m, schedule, inserted, overlap)
     else:
         built = fit(block, method, m, durations, schedule, rules=rules, inserted=inserted, layer_counts=layer_counts)
     return built if layer_counts is None else replace(built, layer_counts=tuple(layer_counts))

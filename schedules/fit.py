@@ -78,7 +78,8 @@ def fit(
         ValueError: as :func:`.build.repeat` does.
     """
     counts = None if layer_counts is None else tuple(layer_counts)
-    return _Search(block, method, m, durations, name, rules, inserted, counts).best().build(m)
+    search = _Search(block, method, m, durations, name, rules, inserted, counts)
+    return min((search.best().build(m), search.repeated(m)), key=search.makespan)
 
 
 class _Search:
@@ -87,7 +88,7 @@ class _Search:
         self.counts = counts
         self.durations = durations if callable(durations) else lambda _: durations
         self.plain = self._repeated(block)(1)
-        self.trial = min(m, 2 * block.p + 8)  # long enough for the steady state
+        self.m, self.trial = m, min(m, 3 * block.p + 8)  # long enough for the steady state
         given = self.durations(self.plain)
         stages = range(self.plain.stages)
         self.takes = {
@@ -104,6 +105,14 @@ class _Search:
 
     def _counted(self, schedule: Schedule) -> Schedule:
         return replace(schedule, layer_counts=self.counts)
+
+    def repeated(self, m: int) -> Schedule:
+        """The block as it is."""
+        return self._repeated(self.block)(m)
+
+    def makespan(self, schedule: Schedule) -> float:
+        """Simulated time of the whole iteration."""
+        return simulate(lower(schedule), self.durations(schedule), self.rules).makespan
 
     def best(self) -> _Candidate:
         """The best of all candidates."""
@@ -124,7 +133,8 @@ class _Search:
         if max(program.in_flight) > self.in_flight:
             return candidate
         timeline = simulate(program, self.durations(program.schedule), self.rules)
-        return replace(candidate, score=timeline.makespan + WAITING * float(timeline.idle.max()))
+        more = (self.m - self.trial) * timeline.steady_interval if self.m > self.trial else 0.0
+        return replace(candidate, score=timeline.makespan + more + WAITING * float(timeline.idle.max()))
 
     def grids(self) -> Iterator[tuple[_Candidate, Refined, Order]]:
         """The repeated block on finer and finer grids."""
