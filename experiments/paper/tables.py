@@ -160,7 +160,7 @@ def _interlaced(found: Sequence[Outcome]) -> str:
     if not lost:
         return "."
     most = " and ".join(f"{max(points):.1f} on {gpus} GPUs" for gpus, points in sorted(lost.items()))
-    return f", and interlaced a third: asynchronous, at most {most}, in points of MFU."
+    return f". Interlaced loses at most {most}, in points of MFU."
 
 
 def section(number: int, files: Files, say: Say) -> str:
