@@ -20,20 +20,21 @@ def plain_model(layers: int = 4, tied: bool = False) -> Model:
     def block(w, x, side):
         return x + jnp.tanh(x @ w["up"] + side.get("shift", 0)) @ w["down"]
 
-    def init(key):
-        def normal(n, *shape):
-            return 0.3 * jax.random.normal(jax.random.fold_in(key, n), shape)
+    def normal(key, *shape):
+        return 0.3 * jax.random.normal(key, shape)
 
-        blocks = tuple({"up": normal(2 * n, D, 2 * D), "down": normal(2 * n + 1, 2 * D, D)} for n in range(layers))
-        tree = {"embed": {"tokens": normal(90, V, D)}, "blocks": blocks, "final": {"scale": normal(91, D)}}
-        return tree if tied else tree | {"head": normal(92, V, D)}
+    def init_block(key, layer):
+        up, down = jax.random.split(key)
+        return {"up": normal(up, D, 2 * D), "down": normal(down, 2 * D, D)}
 
     return Model(
         layers=layers,
         vocab_size=V,
         width=D,
         block=block,
-        init=init,
+        init_block=init_block,
+        init_row=lambda key, table: normal(key, D),
+        init_final=lambda key: {"scale": normal(key, D)},
         tied=tied,
         final=lambda w, x: x * (1 + w["scale"]),
         embed_scale=1.5,
@@ -88,9 +89,10 @@ def test_a_schedule_that_a_user_writes_as_data_runs_unchanged(method):
 
 def test_a_block_without_matrices_runs_under_a_split_backward():
     plain = plain_model(2)
-    blocks = tuple({"gain": jnp.full((D,), 1.5 + n)} for n in range(2))
     model = dataclasses.replace(
-        plain, init=lambda key: plain.init(key) | {"blocks": blocks}, block=lambda w, x, side: jnp.tanh(x * w["gain"])
+        plain,
+        init_block=lambda key, layer: {"gain": jnp.full((D,), 1.5 + layer)},
+        block=lambda w, x, side: jnp.tanh(x * w["gain"]),
     )
     assert_parity(pipeline(schedules.build("zb-h1", "vocab-2", p=2, m=3), model), batch_of(3))
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .collectives import collectives
 from .executor import Executor
+from .initialization import draw
 from .layout import PIPE, Layout
 from .linearize import Linearized, linearize
 from .model import Model
@@ -91,6 +92,13 @@ class Pipeline:
         return jax.tree.map(
             partial(NamedSharding, self.mesh), self.layout.specs(), is_leaf=lambda s: isinstance(s, PartitionSpec)
         )
+
+    def init(self, key: jax.Array) -> Params:
+        """The parameters that ``model.init(key)`` stands for, to the bit, each drawn where it lives.
+
+        Takes the memory of the parameters and of one layer. Raises ValueError for a key that is not threefry's.
+        """
+        return draw(self.layout, self.mesh, key)
 
     def shard(self, canonical: Params) -> Params:
         """Canonical parameters, placed on the mesh in the pipeline's layout."""

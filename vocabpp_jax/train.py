@@ -52,9 +52,8 @@ def shardings(pipe: Pipeline, optimizer: optax.GradientTransformation) -> State:
 
 
 def init_state(pipe: Pipeline, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
-    """A state at step 0, made where it will live. The same key gives the same model whatever the layout."""
-    draw = jax.jit(lambda key: pipe.layout.pack(pipe.model.init(key)), out_shardings=pipe.shardings)
-    return start_from(pipe, optimizer, draw(key))
+    """A state at step 0, made where it will live. A key gives the same model, to the bit, whatever the layout."""
+    return start_from(pipe, optimizer, pipe.init(key))
 
 
 def start_from(pipe: Pipeline, optimizer: optax.GradientTransformation, params: Any) -> State:
