@@ -59,7 +59,7 @@ def pipeline(schedule, model=None, data: int = 1) -> Pipeline:
 
 def assert_parity(pipe: Pipeline, batch) -> None:
     canonical = pipe.model.init(jax.random.key(0))
-    loss, grads = jax.jit(pipe.value_and_grad)(pipe.shard(canonical), batch)
+    loss, grads = pipe.jit(pipe.value_and_grad)(pipe.shard(canonical), batch)
     want_loss, want = jax.value_and_grad(lambda c: reference_loss(pipe.model, c, **batch))(canonical)
     np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
     for got, value in zip(
@@ -71,7 +71,7 @@ def assert_parity(pipe: Pipeline, batch) -> None:
 def instructions(pipe: Pipeline) -> int:
     tokens = jax.ShapeDtypeStruct((pipe.schedule.m, B, L), jnp.int32)
     batch = {"tokens": tokens, "labels": tokens}
-    return jax.jit(pipe.value_and_grad).lower(pipe.layout.shapes(), batch).compile().as_text().count(" = ")
+    return pipe.jit(pipe.value_and_grad).lower(pipe.layout.shapes(), batch).compile().as_text().count(" = ")
 
 
 @pytest.mark.parametrize("method", ["baseline", "vocab-2"])
@@ -100,7 +100,7 @@ def test_a_block_without_matrices_runs_under_a_split_backward():
 @pytest.mark.parametrize("method", ["baseline", "vocab-1"])
 def test_masked_labels_may_be_anything(method):
     pipe, batch = pipeline(schedules.build("1f1b", method, p=2, m=2)), batch_of(2)
-    params, run = pipe.shard(pipe.model.init(jax.random.key(0))), jax.jit(pipe.value_and_grad)
+    params, run = pipe.shard(pipe.model.init(jax.random.key(0))), pipe.jit(pipe.value_and_grad)
     want = run(params, batch)
     for other in (V, -100, 10**6):
         labels = np.where(batch["mask"] > 0, batch["labels"], other).astype(np.int32)
@@ -130,7 +130,7 @@ def test_gradients_are_summed_over_the_data_axis(schedule, method):
 def test_evaluation_gives_the_training_loss_and_keeps_no_activations(schedule, method, p, m):
     pipe = pipeline(schedules.build(schedule, method, p=p, m=m))
     canonical, batch = pipe.model.init(jax.random.key(0)), batch_of(m)
-    loss = jax.jit(pipe.evaluate)(pipe.shard(canonical), batch)
+    loss = pipe.jit(pipe.evaluate)(pipe.shard(canonical), batch)
     np.testing.assert_allclose(loss, reference_loss(pipe.model, canonical, **batch), rtol=1e-6)
     assert not {"residual", "kept", "carried"} & set(pipe._evaluation.rings)
 
@@ -151,7 +151,7 @@ def test_the_bytes_of_an_activation_are_those_of_its_ring_cells():
 def test_a_batch_without_a_valid_token_has_loss_zero_and_no_gradient():
     pipe = pipeline(schedules.build("1f1b", "vocab-2", p=2, m=2))
     batch = batch_of(2)
-    loss, grads = jax.jit(pipe.value_and_grad)(
+    loss, grads = pipe.jit(pipe.value_and_grad)(
         pipe.shard(pipe.model.init(jax.random.key(0))), batch | {"mask": np.zeros_like(batch["mask"])}
     )
     assert float(loss) == 0 and all(not np.any(g) for g in jax.tree.leaves(grads))
