@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vocabpp_jax import Model, Pipeline, initialization, make_mesh, models, schedules
+from vocabpp_jax import Model, Pipeline, make_mesh, models, schedules
+from vocabpp_jax.pipeline import initialization
 
 KEY = jax.random.key(7)
 LAYOUTS = {  # schedule, method, stages, tensor, data

@@ -5,11 +5,11 @@ import importlib.util
 import json
 
 import jax
-import memory
 import pytest
-from memory import MemoryOptions
 
-from options import ModelOptions, PipelineOptions
+import memory
+from command_line.options import ModelOptions, PipelineOptions
+from memory import MemoryOptions
 from vocabpp_jax import compiled
 
 HERE = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))

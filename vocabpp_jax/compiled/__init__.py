@@ -1,6 +1,6 @@
 """What a compiler makes of a run's programs for GPUs that need not be there: memory, copies, overlap."""
 
-from ..flags import FLAGS
+from ..pipeline.flags import FLAGS
 from .hlo import Collective, Copy, Loop, instruction_count, loops
 from .programs import PROGRAMS, ProgramReport, Programs
 from .target import UnsupportedTarget, devices

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .. import initialization, train
+from .. import training
 from ..checkpoints.canonical import Canonical, make_fingerprints
-from ..pipeline import DATA, Batch, Pipeline
+from ..pipeline import initialization
+from ..pipeline.mesh import DATA
+from ..pipeline.pipeline import Batch, Pipeline
 
 PROGRAMS = {
     "init": "draw the parameters and begin the optimizer's state",
@@ -59,7 +61,7 @@ class Programs:
     Attributes:
         microbatch_size: sequences of a microbatch on a device.
         length: tokens of a sequence.
-        without: names of :data:`~vocabpp_jax.flags.FLAGS` to leave out.
+        without: names of :data:`~vocabpp_jax.pipeline.flags.FLAGS` to leave out.
     """
 
     pipe: Pipeline
@@ -105,11 +107,11 @@ class Programs:
         ]
 
     def _step(self) -> list[Part]:
-        step = train.make_step(self.pipe, self.optimizer, without_flags=self.without)
+        step = training.make_step(self.pipe, self.optimizer, without_flags=self.without)
         return [Part(lambda: step.lower(self._state, self._batch))]
 
     def _evaluate(self) -> list[Part]:
-        evaluate = train.make_evaluation(self.pipe, without_flags=self.without)
+        evaluate = training.make_evaluation(self.pipe, without_flags=self.without)
         return [Part(lambda: evaluate.lower(self._state.params, self._batch), beside=_bytes(self._state.optimizer))]
 
     def _save(self) -> list[Part]:
@@ -127,7 +129,7 @@ class Programs:
         ]
 
     def _import(self) -> list[Part]:
-        return [Part(lambda: train.make_start(self.pipe, self.optimizer).lower(self._state.params))]
+        return [Part(lambda: training.make_start(self.pipe, self.optimizer).lower(self._state.params))]
 
     # --- what they take ----------------------------------------------------------------------------------------------
 
@@ -136,11 +138,11 @@ class Programs:
         return Canonical(self.pipe, self.optimizer)
 
     @cached_property
-    def _state(self) -> train.State:
+    def _state(self) -> training.State:
         return jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            train.shapes(self.pipe, self.optimizer),
-            train.shardings(self.pipe, self.optimizer),
+            training.shapes(self.pipe, self.optimizer),
+            training.shardings(self.pipe, self.optimizer),
         )
 
     @property

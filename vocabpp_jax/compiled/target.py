@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from ..schedules.cost import GPU
+from ..schedules.simulation.cost import GPU
 
 
 class UnsupportedTarget(ValueError):
