@@ -16,6 +16,8 @@ from ..vocab import Loss
 from ..vocab.instructions import VocabularySteps
 from .collectives import collectives
 from .executor import Executor
+from .flags import compiler_options
+from .initialization import draw
 from .layout import Layout
 from .linearize import Linearized, linearize
 from .mesh import DATA, PIPE
@@ -72,12 +74,32 @@ class Pipeline:
             partial(NamedSharding, self.mesh), self.layout.specs(), is_leaf=lambda s: isinstance(s, PartitionSpec)
         )
 
+    def init(self, key: jax.Array) -> Params:
+        """The parameters that ``model.init(key)`` stands for, to the bit, each drawn where it lives.
+
+        Takes the memory of the parameters and of one layer. Raises ValueError for a key that is not threefry's.
+        """
+        return draw(self.layout, self.mesh, key)
+
     def shard(self, canonical: Params) -> Params:
         """Canonical parameters, placed on the mesh in the pipeline's layout."""
         return jax.jit(self.layout.pack, out_shardings=self.shardings)(canonical)
 
+    def jit(self, function: Callable, *, without_flags: tuple[str, ...] = (), **options: Any) -> Callable:
+        """``jax.jit`` for a function that runs this pipeline: on GPUs with the XLA flags that overlap needs.
+
+        Args:
+            function: anything that calls :meth:`value_and_grad` or :meth:`evaluate`, or one of them.
+            without_flags: names of :data:`~vocabpp_jax.flags.FLAGS` to leave out.
+            options: what ``jax.jit`` takes.
+
+        Raises:
+            ValueError: an unknown name in ``without_flags``, or a flag that this jaxlib does not take.
+        """
+        return jax.jit(function, compiler_options=compiler_options(self.mesh, without_flags), **options)
+
     def value_and_grad(self, params: Params, batch: Batch) -> tuple[jax.Array, Params]:
-        """The loss, and its float32 gradients sharded as the parameters are. Pure: put it under ``jax.jit``."""
+        """The loss, and its float32 gradients sharded as the parameters are. Pure: put it under :meth:`jit`."""
         loss, grads, _ = self._run(self.program, params, batch, observe=False)
         return loss, grads
 
