@@ -1,0 +1,144 @@
+"""What the executor costs over a plain step on a GPU, and what command buffers make of it.
+
+Every pass stands in a loop of zero or one trips whose predicate the host reads. ``loops`` times nothing else: a scan
+whose interval has many such loops around next to no work. ``steps`` times real steps of one stage beside a plain
+gradient-accumulation step of the same model.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import wait
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from comparators import COMPARATORS, EVEN_SHARE
+from comparators.contender import Contender, Ours
+from vocabpp_jax import Pipeline, make_mesh, models, schedules
+from vocabpp_jax.flags import compiler_options
+from vocabpp_jax.models import GPTConfig
+from vocabpp_jax.rings import when
+
+from .results import Results
+from .sizes import Size
+from .timing import Compiler, ids, in_turns, middle, noise, steps
+
+KINDS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
+COMMAND_BUFFERS: dict[str, str | None] = {"default": None, "none": "", "loops": f"{KINDS},WHILE,CONDITIONAL"}
+"""Settings of xla_gpu_enable_command_buffer: what jaxlib sets, no CUDA graphs, and graphs that hold loops too."""
+PLAIN = "plain step"
+INTERVALS, MANY = 100, 13  # of the scan that has nothing but loops, and how many an interval has, beside one
+
+
+def measure(size: Size, results: Results) -> None:
+    """The loops alone, then steps."""
+    on_gpu = jax.default_backend() == "gpu"
+    settings = COMMAND_BUFFERS if on_gpu else {"default": None}
+    with Compiler() as compiler:
+        loops = {
+            (name, count): compiler.submit(lambda s=setting, n=count: _loops(n, s))
+            for name, setting in settings.items()
+            for count in (1, MANY)
+        }
+        wanted = [(step, name) for step in size.steps for name in _contenders(settings)]
+        compiling = {(s[0], name): compiler.submit(lambda s=s, n=name: _step(*s[1:], n, settings)) for s, name in wanted}
+        wait([*loops.values(), *compiling.values()], max(1.0, results.left - 10))  # compiling would disturb the clock
+        for name in settings:
+            few, many = loops[name, 1], loops[name, MANY]
+            results.case(f"loops, command buffers {name}", lambda f=few, m=many, n=name: _alone(f, m, n, size.repeats))
+        for step in size.steps:
+            results.case(f"steps, {step[0]}", lambda s=step: _steps(s, settings, compiling, size, results), needs=5)
+    results.done()
+
+
+# --- loops alone -----------------------------------------------------------------------------------------------------
+
+
+def _loops(count: int, setting: str | None) -> Any:
+    """``table [intervals, count] -> number``: every interval enters those loops whose entry is not negative."""
+
+    def interval(state: dict, row: jax.Array) -> tuple[dict, None]:
+        for k in range(count):
+            state = when(row[k] >= 0, state, ("x",), lambda s: s | {"x": s["x"] * 1.0001 + 1})
+        return state, None
+
+    def run(table: jax.Array) -> jax.Array:
+        state = {"clock": jnp.zeros((), jnp.int32), "x": jnp.zeros((8, 128), jnp.float32)}
+        return lax.scan(interval, state, table)[0]["x"].sum()
+
+    shape = jax.ShapeDtypeStruct((INTERVALS, count), jnp.int32)
+    return jax.jit(run, compiler_options=_options(setting)).lower(shape).compile()
+
+
+def _options(setting: str | None) -> dict[str, Any]:
+    return {} if setting is None else {"xla_gpu_enable_command_buffer": setting}
+
+
+def _alone(few: Any, many: Any, name: str, repeats: int) -> dict[str, Any]:
+    """Microseconds that one more loop adds to an interval, where it is entered and where it is not."""
+    (one, _), (several, _) = few.result(1), many.result(1)
+    found: dict[str, Any] = {"kind": "loops", "command_buffers": name}
+    for what, entry in (("skipped_us", -1), ("entered_us", 0)):
+        tables = [jnp.full((INTERVALS, n), entry, jnp.int32) for n in (1, MANY)]
+        a = middle(steps(lambda t=tables[0]: one(t), 3 * repeats))
+        b = middle(steps(lambda t=tables[1]: several(t), 3 * repeats))
+        found[what] = 1e6 * (b - a) / (INTERVALS * (MANY - 1))
+        found[what.replace("us", "interval_of_one_us")] = 1e6 * a / INTERVALS
+    return found
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+def _contenders(settings: dict[str, str | None]) -> list[str]:
+    return [PLAIN, "baseline, default", *(f"vocab-2, {name}" for name in settings)]
+
+
+def _step(shape: dict[str, int], m: int, name: str, settings: dict[str, str | None]) -> tuple[Contender, Any, int]:
+    """A contender, its compiled loss and gradients, and how many pass instructions a step has."""
+    on_gpu = jax.default_backend() == "gpu"
+    dtype, attention = ("bfloat16", "cudnn") if on_gpu else ("float32", "xla")
+    config = GPTConfig(**shape, dtype=dtype, attention=attention)
+    model, mesh = models.build(config), make_mesh(1, devices=jax.devices()[:1])
+    count, options = 0, {}
+    if name == PLAIN:
+        contender: Contender = COMPARATORS[EVEN_SHARE](model, mesh, m, dtype)
+    else:
+        method, _, setting = name.partition(", ")
+        pipe = Pipeline(model, schedules.build("1f1b", method, p=1, m=m), mesh, compute_dtype=dtype)
+        contender = Ours(pipe)
+        options = compiler_options(mesh) | _options(settings[setting])
+        count = sum(s.intervals * sum(i.op == "run" for i in s.body) for s in pipe.program.segments)
+    shapes = jax.eval_shape(contender.pack, model.param_shapes())
+    tokens = jax.ShapeDtypeStruct((m, 1, config.seq), jnp.int32)
+    run = jax.jit(contender.value_and_grad, compiler_options=options)
+    return contender, run.lower(shapes, {"tokens": tokens, "labels": tokens}).compile(), count
+
+
+def _steps(step: tuple, settings: dict, compiling: dict, size: Size, results: Results) -> dict[str, Any]:
+    """Milliseconds of every contender, in turns; what each adds to the plain step, also for every instruction."""
+    label, shape, m = step
+    runs, counts, failed = {}, {}, {}
+    batch = {name: ids((m, 1, shape["seq"]), shape["vocab_size"], n) for n, name in enumerate(("tokens", "labels"))}
+    for name in _contenders(settings):
+        try:
+            (contender, program, counts[name]), compile_s = compiling[label, name].result(1)
+            model = contender.pipe.model if isinstance(contender, Ours) else contender.model
+            params = jax.jit(lambda c=contender, m=model: noise(jax.eval_shape(c.pack, m.param_shapes())))()
+            runs[name] = lambda p=program, w=params: p(w, batch)
+            jax.block_until_ready(runs[name]())
+            results.say(f"{label}, {name}: compiled in {compile_s:.0f} s")
+        except Exception as problem:  # a setting that this jaxlib cannot do is a finding, not the end of the others
+            failed[name] = str(problem)[:500]
+            runs.pop(name, None)
+    took = {name: 1e3 * middle(times) for name, times in in_turns(runs, 3 * size.repeats).items()}
+    rows = {
+        name: {"ms": ms, "over_plain": ms / took[PLAIN] - 1, "instructions": counts[name]}
+        | ({"us_per_instruction": 1e3 * (ms - took[PLAIN]) / counts[name]} if counts[name] else {})
+        for name, ms in took.items()
+    }
+    losses = {name: float(np.sum(np.asarray(jax.tree.leaves(run()[0])[0], np.float64))) for name, run in runs.items()}
+    return {"kind": "steps", "shape": shape, "microbatches": m, "rows": rows, "losses": losses, "failed": failed}

@@ -1,0 +1,127 @@
+"""Times of all passes of the published models, as one device of their pipeline runs them.
+
+Layers are timed apart from vocabulary passes, since neither depends on the other: F and B of a stage and of one layer,
+with the backward whole and split; the passes of every vocabulary and method, of one shard and of the whole table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from vocabpp_jax import make_mesh, models, schedules
+from vocabpp_jax.models.config import Config
+
+from .passes import Passes, times
+from .results import Results
+from .sizes import Row, Size
+from .timing import Compiler
+
+LAYER_PASSES = ("F", "B", "W")
+VOCABULARY_PASSES = ("IF", "S", "S1", "S2", "stats", "T", "C1", "G", "H", "IB")
+_ROWS_WITHOUT_HEAD = 64  # of the tables where only layers are timed
+_A_GROUP = 25.0  # seconds that a group needs at least
+
+
+@dataclass(frozen=True)
+class Case:
+    """One program of passes: the model's sizes, and how many of its layers and rows the device holds."""
+
+    model: str
+    p: int
+    seq: int
+    vocab_size: int
+    schedule: str
+    method: str
+    layers: int
+    rows: int
+    names: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """The case's name in the results."""
+        what = f"{self.layers} layers" if self.names == LAYER_PASSES else f"{self.rows} of {self.vocab_size} rows"
+        return f"{self.model} on {self.p}, s={self.seq}, {self.schedule} {self.method}, {what}"
+
+    def config(self) -> Config:
+        """The device's part as a model of its own."""
+        config = models.named(self.model, seq=self.seq, vocab_size=self.rows, layers=self.layers)
+        on_gpu = jax.default_backend() == "gpu"
+        return dataclasses.replace(config, attention="cudnn" if on_gpu and config.fits_cudnn else "xla")
+
+    def build(self) -> Passes:
+        """The passes on the first device."""
+        config = self.config()
+        schedule = schedules.build(self.schedule, self.method, p=1, m=4)
+        mesh = make_mesh(1, devices=jax.devices()[:1])
+        return Passes(models.build(config), schedule, mesh, compute_dtype=config.dtype, names=self.names)
+
+
+def layer_cases(row: Row, seq: int) -> Iterator[Case]:
+    """F, B and W of a stage and of a single layer, whose difference is what further layers cost."""
+    per_stage = models.named(row.model).layers // row.p
+    for schedule in ("1f1b", "zb-h1"):
+        for layers in sorted({per_stage, 1}, reverse=True):
+            small = _ROWS_WITHOUT_HEAD
+            yield Case(row.model, row.p, seq, small, schedule, "baseline", layers, small, LAYER_PASSES)
+
+
+def vocabulary_cases(row: Row, seq: int, methods: tuple[str, ...]) -> Iterator[Case]:
+    """Vocabulary passes of one shard of p, and of the whole table for a baseline."""
+    for method in methods:
+        for V in row.vocabularies:
+            rows = V if method == "baseline" else -(-V // row.p)
+            yield Case(row.model, row.p, seq, V, "1f1b", method, 1, rows, VOCABULARY_PASSES)
+
+
+def whole_cases(row: Row, seq: int, methods: tuple[str, ...]) -> Iterator[Case]:
+    """The sharded passes of a table that is whole: what p shards are held against in Table 3."""
+    for method in methods:
+        if method in ("vocab-1", "vocab-2"):
+            V = max(row.vocabularies)
+            yield Case(row.model, row.p, seq, V, "1f1b", method, 1, V, VOCABULARY_PASSES)
+
+
+def cases(size: Size) -> Iterator[list[Case]]:
+    """Groups of cases in the order of their worth."""
+    for row in size.rows:
+        for seq in row.sequences:
+            found = [*layer_cases(row, seq), *vocabulary_cases(row, seq, size.methods)]
+            yield found + (list(whole_cases(row, seq, size.methods)) if row.table3 else [])
+
+
+def measure(size: Size, results: Results) -> None:
+    """Compile a group's programs, then time them, then the next group's: compiling measures kernels on the same GPU."""
+    for group in cases(size):
+        if size.name != "tiny" and results.left < _A_GROUP:
+            results.leave_out([case.key for case in group])
+            continue
+        with Compiler() as compiler:
+            compiling = [(case, compiler.submit(lambda c=case: _compiled(c))) for case in group]
+            ready = [
+                (case, results.attempt(f"compile {case.key}", lambda f=future: f.result(max(1.0, results.left))))
+                for case, future in compiling
+            ]
+        for case, compiled in ready:
+            if compiled:
+                results.case(case.key, lambda c=case, p=compiled: _timed(c, p, size.repeats), needs=2)
+    results.done()
+
+
+def _compiled(case: Case) -> tuple[Passes, Any]:
+    passes = case.build()
+    return passes, passes.compile(case.seq)
+
+
+def _timed(case: Case, compiled: tuple[tuple[Passes, Any], float], repeats: int) -> dict[str, Any]:
+    (passes, program), compile_s = compiled
+    params, batch = passes.data(case.seq, case.vocab_size)
+    found = times(passes, program, params, batch, repeats)
+    micro = {name: 1e6 * s for name, s in found.items()}
+    sizes = {f.name: getattr(case, f.name) for f in dataclasses.fields(case) if f.name != "names"}
+    memory = program.memory_analysis()
+    return sizes | {"us": micro, "compile_s": compile_s, "temp_bytes": getattr(memory, "temp_size_in_bytes", None)}
