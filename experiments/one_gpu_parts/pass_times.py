@@ -53,12 +53,12 @@ class Case:
         on_gpu = jax.default_backend() == "gpu"
         return dataclasses.replace(config, attention="cudnn" if on_gpu and config.fits_cudnn else "xla")
 
-    def build(self) -> Passes:
+    def build(self, swept: int) -> Passes:
         """The passes on the first device."""
         config = self.config()
         schedule = schedules.build(self.schedule, self.method, p=1, m=4)
         mesh = make_mesh(1, devices=jax.devices()[:1])
-        return Passes(models.build(config), schedule, mesh, compute_dtype=config.dtype, names=self.names)
+        return Passes(models.build(config), schedule, mesh, config.dtype, names=self.names, swept=swept)
 
 
 def layer_cases(row: Row, seq: int) -> Iterator[Case]:
@@ -101,7 +101,7 @@ def measure(size: Size, results: Results) -> None:
             results.leave_out([case.key for case in group])
             continue
         with Compiler() as compiler:
-            compiling = [(case, compiler.submit(lambda c=case: _compiled(c))) for case in group]
+            compiling = [(case, compiler.submit(lambda c=case: _compiled(c, size.swept))) for case in group]
             ready = [
                 (case, results.attempt(f"compile {case.key}", lambda f=future: f.result(max(1.0, results.left))))
                 for case, future in compiling
@@ -112,8 +112,8 @@ def measure(size: Size, results: Results) -> None:
     results.done()
 
 
-def _compiled(case: Case) -> tuple[Passes, Any]:
-    passes = case.build()
+def _compiled(case: Case, swept: int) -> tuple[Passes, Any]:
+    passes = case.build(swept)
     return passes, passes.compile(case.seq)
 
 

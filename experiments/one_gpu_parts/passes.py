@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from speed_passes import RINGS, SWEPT
+from speed_passes import RINGS
 from vocabpp_jax import Pipeline
 from vocabpp_jax.executor import Executor
 from vocabpp_jax.flags import compiler_options
@@ -43,7 +43,7 @@ class Passes(Pipeline):
     """
 
     names: tuple[str, ...] = ()
-    swept: int = SWEPT
+    swept: int = 2**24
 
     @cached_property
     def program(self) -> Program:

@@ -43,6 +43,9 @@ class Size:
         stage_microbatches: microbatches of their step.
         steps: what the executor is compared with a plain step on: name, fields of a GPT, microbatches.
         torch_vocabularies: of the PyTorch head.
+        parity: which cases of the parity are compared.
+        repeats: rounds in which things are timed.
+        swept: float32 values that are changed between passes, more than caches hold.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Size:
     torch_vocabularies: tuple[int, ...]
     parity: str = "whole"
     repeats: int = 3
+    swept: int = 2**24
 
 
 _V = (32_000, 64_000, 128_000, 256_000)
@@ -89,7 +93,7 @@ QUICK = dataclasses.replace(
     rows=(Row("4B", 8, (256_000,), (2048,), table3=True),),
     methods=("vocab-2", "baseline"),
     stage_methods=("vocab-2",),
-    stages=(7,),
+    stages=(7, 0),
     steps=(("a stage of 4B", _STAGE, 8),),
     torch_vocabularies=(32_000,),
     parity="quick",
@@ -107,5 +111,6 @@ TINY = dataclasses.replace(
     torch_vocabularies=(32,),
     parity="tiny",
     repeats=1,
+    swept=2**12,
 )
 SIZES = {size.name: size for size in (TINY, QUICK, WHOLE)}
