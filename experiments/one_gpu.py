@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 PARTS = ("parity", "overhead", "passes", "stages", "torch")
-SHARES = {"parity": 0.16, "overhead": 0.16, "passes": 0.4, "stages": 0.8, "torch": 1.0}
+SHARES = {"parity": 0.17, "overhead": 0.22, "passes": 0.6, "stages": 0.72, "torch": 1.0}
 """What a part may take of the time that is left when it begins."""
 EXPERIMENTS = Path(__file__).resolve().parent
 
@@ -37,14 +37,15 @@ def main(arguments: list[str] | None = None) -> int:
         for part in options.parts:
             left = deadline - time.monotonic()
             share = 1.0 if part == options.parts[-1] else SHARES[part]
-            status |= _run(part, options.size, output, max(10.0, left * share), Path(cache))
+            status |= _run(part, options.size, output, max(10.0, left * share), Path(cache), options.resume)
     return status
 
 
-def _run(part: str, size: str, output: Path, limit: float, cache: Path) -> int:
+def _run(part: str, size: str, output: Path, limit: float, cache: Path, resume: bool) -> int:
     """One part in its own process, ended a little after its time is up; 1 where it failed or something in it did."""
     path = output / f"{part}.json"
-    path.unlink(missing_ok=True)
+    if not resume:
+        path.unlink(missing_ok=True)
     print(f"{part}: {limit:.0f} s at the most", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "one_gpu_parts", part, size, str(output.resolve()), str(limit)]
     environment = os.environ | {
@@ -52,6 +53,7 @@ def _run(part: str, size: str, output: Path, limit: float, cache: Path) -> int:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92"),
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "true" if part == "passes" else "false",
         "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "2"),
     }
     with (output / f"{part}.log").open("w") as log:
@@ -78,6 +80,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
                         help="everything at a size that suits CPUs, whose times say nothing")  # fmt: skip
     parser.add_argument("--only", metavar="PARTS", help=f"of {','.join(PARTS)}")
     parser.add_argument("--skip", metavar="PARTS", default="", help="parts to leave out")
+    parser.add_argument("--resume", action="store_true", help="keep the cases that OUTPUT has, and measure the others")
     parser.add_argument("--minutes", type=float, help="the most that it takes, if not 8, or 2.5 with --quick")
     options = parser.parse_args(arguments)
     chosen = options.only.split(",") if options.only else list(PARTS)

@@ -22,6 +22,7 @@ PARTS = {
 def main() -> None:
     name, size, output, limit = sys.argv[1:]
     results = Results(Path(output) / f"{name}.json", time.monotonic() + float(limit))
+    results.go_on()
     results.note(size=size)
     if name not in ("stages", "torch"):  # they leave the device to processes of their own, or to PyTorch
         results.note(environment=environment())

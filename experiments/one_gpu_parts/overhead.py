@@ -7,7 +7,14 @@ gradient-accumulation step of the same model.
 
 from __future__ import annotations
 
-from concurrent.futures import wait
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +31,7 @@ from vocabpp_jax.rings import when
 
 from .results import Results
 from .sizes import Size
-from .timing import Compiler, ids, in_turns, middle, noise, steps
+from .timing import Compiler, ids, in_turns, middle, noise, seconds, steps
 
 KINDS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
 COMMAND_BUFFERS: dict[str, str | None] = {"default": None, "none": "", "loops": f"{KINDS},WHILE,CONDITIONAL"}
@@ -34,23 +41,26 @@ INTERVALS, MANY = 100, 13  # of the scan that has nothing but loops, and how man
 
 
 def measure(size: Size, results: Results) -> None:
-    """The loops alone, then steps."""
-    on_gpu = jax.default_backend() == "gpu"
-    settings = COMMAND_BUFFERS if on_gpu else {"default": None}
+    """The loops alone, then steps. Everything is compiled before anything is timed, since compiling disturbs."""
+    settings = COMMAND_BUFFERS if jax.default_backend() == "gpu" else {"default": None}
     with Compiler() as compiler:
         loops = {
             (name, count): compiler.submit(lambda s=setting, n=count: _loops(n, s))
             for name, setting in settings.items()
             for count in (1, MANY)
         }
-        wanted = [(step, name) for step in size.steps for name in _contenders(settings)]
-        compiling = {(s[0], name): compiler.submit(lambda s=s, n=name: _step(*s[1:], n, settings)) for s, name in wanted}
-        wait([*loops.values(), *compiling.values()], max(1.0, results.left - 10))  # compiling would disturb the clock
+        wanted = [(step, name) for step in size.steps for name in contenders(settings)]
+        compiling = {(s[0], name): compiler.submit(lambda s=s, n=name: compiled_step(*s[1:], n)) for s, name in wanted}
+        wait([*loops.values(), *compiling.values()], max(1.0, results.left - 10))
         for name in settings:
             few, many = loops[name, 1], loops[name, MANY]
             results.case(f"loops, command buffers {name}", lambda f=few, m=many, n=name: _alone(f, m, n, size.repeats))
         for step in size.steps:
-            results.case(f"steps, {step[0]}", lambda s=step: _steps(s, settings, compiling, size, results), needs=5)
+            mine = {name: compiling[step[0], name] for name in contenders(settings)}
+            results.case(f"steps, {step[0]}", lambda s=step, c=mine: _steps(s, c, size.repeats, results), needs=5)
+        for step in size.steps if "loops" in settings else ():
+            name = f"steps, {step[0]}, command buffers loops"
+            results.case(name, lambda s=step: _in_a_process(s, size.repeats, results), needs=15)
     results.done()
 
 
@@ -93,11 +103,12 @@ def _alone(few: Any, many: Any, name: str, repeats: int) -> dict[str, Any]:
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-def _contenders(settings: dict[str, str | None]) -> list[str]:
+def contenders(settings: dict[str, str | None]) -> list[str]:
+    """The plain step, and pipelines by method and command buffers."""
     return [PLAIN, "baseline, default", *(f"vocab-2, {name}" for name in settings)]
 
 
-def _step(shape: dict[str, int], m: int, name: str, settings: dict[str, str | None]) -> tuple[Contender, Any, int]:
+def compiled_step(shape: dict[str, int], m: int, name: str) -> tuple[Contender, Any, int]:
     """A contender, its compiled loss and gradients, and how many pass instructions a step has."""
     on_gpu = jax.default_backend() == "gpu"
     dtype, attention = ("bfloat16", "cudnn") if on_gpu else ("float32", "xla")
@@ -110,7 +121,7 @@ def _step(shape: dict[str, int], m: int, name: str, settings: dict[str, str | No
         method, _, setting = name.partition(", ")
         pipe = Pipeline(model, schedules.build("1f1b", method, p=1, m=m), mesh, compute_dtype=dtype)
         contender = Ours(pipe)
-        options = compiler_options(mesh) | _options(settings[setting])
+        options = compiler_options(mesh) | _options(COMMAND_BUFFERS[setting])
         count = sum(s.intervals * sum(i.op == "run" for i in s.body) for s in pipe.program.segments)
     shapes = jax.eval_shape(contender.pack, model.param_shapes())
     tokens = jax.ShapeDtypeStruct((m, 1, config.seq), jnp.int32)
@@ -118,27 +129,72 @@ def _step(shape: dict[str, int], m: int, name: str, settings: dict[str, str | No
     return contender, run.lower(shapes, {"tokens": tokens, "labels": tokens}).compile(), count
 
 
-def _steps(step: tuple, settings: dict, compiling: dict, size: Size, results: Results) -> dict[str, Any]:
-    """Milliseconds of every contender, in turns; what each adds to the plain step, also for every instruction."""
-    label, shape, m = step
-    runs, counts, failed = {}, {}, {}
+def _runner(contender: Contender, program: Any, shape: dict[str, int], m: int) -> Callable[[], Any]:
+    model = contender.pipe.model if isinstance(contender, Ours) else contender.model
+    params = jax.jit(lambda: noise(jax.eval_shape(contender.pack, model.param_shapes())))()
     batch = {name: ids((m, 1, shape["seq"]), shape["vocab_size"], n) for n, name in enumerate(("tokens", "labels"))}
-    for name in _contenders(settings):
-        try:
-            (contender, program, counts[name]), compile_s = compiling[label, name].result(1)
-            model = contender.pipe.model if isinstance(contender, Ours) else contender.model
-            params = jax.jit(lambda c=contender, m=model: noise(jax.eval_shape(c.pack, m.param_shapes())))()
-            runs[name] = lambda p=program, w=params: p(w, batch)
-            jax.block_until_ready(runs[name]())
+    return lambda: program(params, batch)
+
+
+def _loss(run: Callable[[], Any]) -> float:
+    return float(np.sum(np.asarray(run()[0], np.float64)))
+
+
+def _steps(step: tuple, compiling: dict[str, Future], repeats: int, results: Results) -> dict[str, Any]:
+    """Milliseconds of every contender, in turns; what each adds to the plain step, also for every instruction. Those
+    with loops in command buffers are timed elsewhere."""
+    label, shape, m = step
+    runs, counts = {}, {}
+    for name, future in compiling.items():
+        if not name.endswith("loops"):
+            (contender, program, counts[name]), compile_s = future.result(1)
+            runs[name] = _runner(contender, program, shape, m)
             results.say(f"{label}, {name}: compiled in {compile_s:.0f} s")
-        except Exception as problem:  # a setting that this jaxlib cannot do is a finding, not the end of the others
-            failed[name] = str(problem)[:500]
-            runs.pop(name, None)
-    took = {name: 1e3 * middle(times) for name, times in in_turns(runs, 3 * size.repeats).items()}
+    took = {name: 1e3 * middle(times) for name, times in in_turns(runs, 3 * repeats).items()}
     rows = {
         name: {"ms": ms, "over_plain": ms / took[PLAIN] - 1, "instructions": counts[name]}
         | ({"us_per_instruction": 1e3 * (ms - took[PLAIN]) / counts[name]} if counts[name] else {})
         for name, ms in took.items()
     }
-    losses = {name: float(np.sum(np.asarray(jax.tree.leaves(run()[0])[0], np.float64))) for name, run in runs.items()}
-    return {"kind": "steps", "shape": shape, "microbatches": m, "rows": rows, "losses": losses, "failed": failed}
+    losses = {name: _loss(run) for name, run in runs.items()}
+    return {"kind": "steps", "shape": shape, "microbatches": m, "rows": rows, "losses": losses}
+
+
+def _in_a_process(step: tuple, repeats: int, results: Results) -> dict[str, Any]:
+    """A step with its loops in command buffers, in a process of its own: one that hangs ends with that process."""
+    label, shape, m = step
+    command = [sys.executable, "-m", "one_gpu_parts.overhead", json.dumps([shape, m, "vocab-2, loops", 3 * repeats])]
+    limit = min(25.0, max(1.0, results.left - 5))
+    found: dict[str, Any] = {"kind": "steps in a process", "step": label, "limit_s": limit}
+    with tempfile.TemporaryFile(mode="w+") as out, tempfile.TemporaryFile(mode="w+") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err, cwd=Path(__file__).parent.parent)
+        try:
+            found["status"] = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            found["status"] = "did not end"
+        for file in (out, err):
+            file.seek(0)
+        for line in out.read().splitlines():
+            said = json.loads(line)
+            found |= said if "ms" not in said else {"ms": [*found.get("ms", []), said["ms"]]}
+        if found["status"]:
+            found["stderr"] = err.read()[-2000:]
+    return found
+
+
+def main() -> None:
+    shape, m, name, repeats = json.loads(sys.argv[1])
+    began = time.monotonic()
+    contender, program, count = compiled_step(shape, m, name)
+    print(json.dumps({"compile_s": time.monotonic() - began, "instructions": count}), flush=True)
+    run = _runner(contender, program, shape, m)
+    for number in range(repeats + 1):
+        took = seconds(run)
+        print(json.dumps({"ms": 1e3 * took} if number else {"first_ms": 1e3 * took}), flush=True)
+    print(json.dumps({"loss": _loss(run)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

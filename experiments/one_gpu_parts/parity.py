@@ -81,7 +81,7 @@ def cases(size: Size) -> list[Case]:
 
 def measure(size: Size, results: Results) -> None:
     """Compare all cases; they compile at once."""
-    wanted = cases(size)
+    wanted = [case for case in cases(size) if not results.has(case.key)]
     host = jax.devices("cpu")[0]
     with Compiler() as compiler:
         compiling = [(case, compiler.submit(lambda c=case: _compiled(c))) for case in wanted]

@@ -7,6 +7,7 @@ own; collectives between one device and itself are nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from speed_passes import RINGS
 from vocabpp_jax import Pipeline
@@ -63,20 +64,22 @@ class Passes(Pipeline):
             there.pop("C1", None)
         return {name: there[name] for name in self.names if name in there}
 
-    def compile(self, length: int, batch: int = 1) -> Any:
-        """``(params, batch, repeats) -> number``: repeats of every pass and, last, of nothing between two sweeps."""
-        shape = jax.ShapeDtypeStruct((self.schedule.m, batch, length), jnp.int32)
-        data = {"tokens": shape, "labels": shape}
+    def compile(self, length: int, vocab_size: int, batch: int = 1) -> tuple[Any, Callable[[], tuple[Any, Any]]]:
+        """``(params, batch, repeats) -> number``: repeats of every pass and, last, of nothing between two sweeps; and
+        what makes its parameters and its tokens of a vocabulary of ``vocab_size``, of which this device may hold a
+        part."""
+        shape = (self.schedule.m, batch, length)
+
+        def make() -> tuple[Any, dict[str, jax.Array]]:
+            return noise(self.layout.shapes()), {"tokens": ids(shape, vocab_size), "labels": ids(shape, vocab_size, 1)}
+
+        tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+        data = {"tokens": tokens, "labels": tokens}
         repeats = jax.ShapeDtypeStruct((len(self.instructions) + 1,), jnp.int32)
         run = jax.jit(self.repeat, compiler_options=compiler_options(self.mesh))
-        return run.lower(self.layout.shapes(), data, repeats).compile()
-
-    def data(self, length: int, vocab_size: int, batch: int = 1) -> tuple[Any, dict[str, jax.Array]]:
-        """Parameters and tokens of a vocabulary of ``vocab_size``, of which this device may hold a part."""
-        shape = (self.schedule.m, batch, length)
-        make = lambda: {"tokens": ids(shape, vocab_size), "labels": ids(shape, vocab_size, 1)}  # noqa: E731
-        params = jax.jit(lambda: noise(self.layout.shapes()), out_shardings=self.shardings)()
-        return params, jax.jit(make)()
+        where = NamedSharding(self.mesh, PartitionSpec())
+        made = jax.jit(make, out_shardings=(self.shardings, where)).lower().compile()
+        return run.lower(self.layout.shapes(), data, repeats).compile(), made
 
     def repeat(self, params: Any, batch: Any, repeats: jax.Array) -> jax.Array:
         """One element of everything that is left at the end, summed."""

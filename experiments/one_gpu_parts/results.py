@@ -46,8 +46,19 @@ class Results:
         self.found |= values
         self.write()
 
+    def has(self, name: str) -> bool:
+        """Whether an earlier run has left this case."""
+        return any(case["case"] == name for case in self.found["cases"])
+
+    def go_on(self) -> None:
+        """Keep the cases that an earlier run has left in the file."""
+        if self.path.exists():
+            self.found |= {name: value for name, value in json.loads(self.path.read_text()).items() if name == "cases"}
+
     def case(self, name: str, run: Callable[[], dict[str, Any]], needs: float = 0.0) -> None:
         """Run one case and keep what it returns, or its traceback; leave it out where ``needs`` seconds are not left."""
+        if self.has(name):
+            return
         if self.left < needs:
             self.leave_out([name])
             return
