@@ -29,24 +29,22 @@ from vocabpp_jax.flags import compiler_options
 from vocabpp_jax.models import GPTConfig
 from vocabpp_jax.rings import when
 
+from .command_buffers import SETTINGS, command_buffers
 from .results import Results
 from .sizes import Size
 from .timing import Compiler, ids, in_turns, middle, noise, seconds, steps
 
-KINDS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
-COMMAND_BUFFERS: dict[str, str | None] = {"default": None, "none": "", "loops": f"{KINDS},WHILE,CONDITIONAL"}
-"""Settings of xla_gpu_enable_command_buffer: what jaxlib sets, no CUDA graphs, and graphs that hold loops too."""
 PLAIN = "plain step"
 INTERVALS, MANY = 100, 13  # of the scan that has nothing but loops, and how many an interval has, beside one
 
 
 def measure(size: Size, results: Results) -> None:
     """The loops alone, then steps. Everything is compiled before anything is timed, since compiling disturbs."""
-    settings = COMMAND_BUFFERS if jax.default_backend() == "gpu" else {"default": None}
+    settings = list(SETTINGS) if jax.default_backend() == "gpu" else ["default"]
     with Compiler() as compiler:
         loops = {
-            (name, count): compiler.submit(lambda s=setting, n=count: _loops(n, s))
-            for name, setting in settings.items()
+            (name, count): compiler.submit(lambda s=name, n=count: _loops(n, s))
+            for name in settings
             for count in (1, MANY)
         }
         wanted = [(step, name) for step in size.steps for name in contenders(settings)]
@@ -67,7 +65,7 @@ def measure(size: Size, results: Results) -> None:
 # --- loops alone -----------------------------------------------------------------------------------------------------
 
 
-def _loops(count: int, setting: str | None) -> Any:
+def _loops(count: int, setting: str) -> Any:
     """``table [intervals, count] -> number``: every interval enters those loops whose entry is not negative."""
 
     def interval(state: dict, row: jax.Array) -> tuple[dict, None]:
@@ -80,11 +78,7 @@ def _loops(count: int, setting: str | None) -> Any:
         return lax.scan(interval, state, table)[0]["x"].sum()
 
     shape = jax.ShapeDtypeStruct((INTERVALS, count), jnp.int32)
-    return jax.jit(run, compiler_options=_options(setting)).lower(shape).compile()
-
-
-def _options(setting: str | None) -> dict[str, Any]:
-    return {} if setting is None else {"xla_gpu_enable_command_buffer": setting}
+    return jax.jit(run, compiler_options=command_buffers(setting)).lower(shape).compile()
 
 
 def _alone(few: Any, many: Any, name: str, repeats: int) -> dict[str, Any]:
@@ -103,7 +97,7 @@ def _alone(few: Any, many: Any, name: str, repeats: int) -> dict[str, Any]:
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-def contenders(settings: dict[str, str | None]) -> list[str]:
+def contenders(settings: list[str]) -> list[str]:
     """The plain step, and pipelines by method and command buffers."""
     return [PLAIN, "baseline, default", *(f"vocab-2, {name}" for name in settings)]
 
@@ -121,7 +115,7 @@ def compiled_step(shape: dict[str, int], m: int, name: str) -> tuple[Contender, 
         method, _, setting = name.partition(", ")
         pipe = Pipeline(model, schedules.build("1f1b", method, p=1, m=m), mesh, compute_dtype=dtype)
         contender = Ours(pipe)
-        options = compiler_options(mesh) | _options(COMMAND_BUFFERS[setting])
+        options = compiler_options(mesh) | command_buffers(setting)
         count = sum(s.intervals * sum(i.op == "run" for i in s.body) for s in pipe.program.segments)
     shapes = jax.eval_shape(contender.pack, model.param_shapes())
     tokens = jax.ShapeDtypeStruct((m, 1, config.seq), jnp.int32)

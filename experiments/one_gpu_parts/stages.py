@@ -19,15 +19,17 @@ from typing import Any
 from .results import Results
 from .sizes import Size
 
-_STARTS = 25.0  # seconds that a stage needs at least, its process and its compilation included
+_STARTS, _ENDS = 25.0, 60.0  # seconds that a stage needs at least, process and compilation included, and at most
 
 
 def measure(size: Size, results: Results) -> None:
     """Run every stage of every method. Where there is no GPU, on simulated devices, which do communicate."""
     row = size.stage_row
     order = size.stages or (row.p - 1, 0, *range(1, row.p - 1))
-    wanted = [(method, stage) for stage in order for method in size.stage_methods]
-    for method, stage in wanted:
+    wanted = [(method, stage, "default") for stage in order for method in size.stage_methods]
+    if size.name == "whole":
+        wanted.insert(2, ("vocab-2", order[0], "loops"))
+    for method, stage, buffers in wanted:
         case = {
             "model": row.model,
             "p": row.p,
@@ -36,9 +38,10 @@ def measure(size: Size, results: Results) -> None:
             "method": method,
             "microbatches": size.stage_microbatches,
             "stage": stage,
+            "command_buffers": buffers,
             "repeats": size.repeats,
         }
-        name = f"{method}, stage {stage}"
+        name = f"{method}, stage {stage}" + (f", command buffers {buffers}" if buffers != "default" else "")
         results.case(name, lambda c=case: _in_a_process(c, results), needs=_STARTS if size.name != "tiny" else 0)
     results.done()
 
@@ -52,7 +55,7 @@ def _in_a_process(case: dict[str, Any], results: Results) -> dict[str, Any]:
         cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,
-        timeout=max(1.0, results.left),
+        timeout=min(_ENDS, max(1.0, results.left)),
     )
     if done.returncode:
         raise RuntimeError(f"stage {case['stage']} ended with status {done.returncode}\n{done.stderr[-3000:]}")
@@ -75,6 +78,7 @@ def run_stage(case: dict[str, Any]) -> dict[str, Any]:
     from vocabpp_jax import Pipeline, make_mesh, models, schedules, train
     from vocabpp_jax.optimizer import adamw
 
+    from .command_buffers import command_buffers
     from .timing import ids, noise, steps
 
     on_gpu = jax.default_backend() == "gpu"
@@ -98,7 +102,8 @@ def run_stage(case: dict[str, Any]) -> dict[str, Any]:
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), train.shapes(pipe, optimizer), place
     )
     at = time.monotonic()
-    program = train.make_step(pipe, optimizer).lower(given, tokens).compile()
+    lowered = train.make_step(pipe, optimizer).lower(given, tokens)
+    program = lowered.compile(compiler_options=command_buffers(case["command_buffers"]) if on_gpu else None)
     compile_s = time.monotonic() - at
     made = jax.jit(state, out_shardings=place)()
     batch = jax.jit(
