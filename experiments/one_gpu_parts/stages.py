@@ -19,7 +19,7 @@ from typing import Any
 from .results import Results
 from .sizes import Size
 
-_STARTS, _ENDS = 25.0, 60.0  # seconds that a stage needs at least, process and compilation included, and at most
+_STARTS, _ENDS = 25.0, 90.0  # seconds that a stage needs at least, process and compilation included, and at most
 
 
 def measure(size: Size, results: Results) -> None:
