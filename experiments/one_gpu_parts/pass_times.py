@@ -25,7 +25,7 @@ from .timing import Compiler
 LAYER_PASSES = ("F", "B", "W")
 VOCABULARY_PASSES = ("IF", "S", "S1", "S2", "stats", "T", "C1", "G", "H", "IB")
 _ROWS_WITHOUT_HEAD = 64  # of the tables where only layers are timed
-_A_GROUP = 25.0  # seconds that a group needs at least
+_TOGETHER, _SECONDS = 28, 2.6  # programs that are compiled together at most, and what one of them takes
 
 
 @dataclass(frozen=True)
@@ -71,47 +71,50 @@ def layer_cases(row: Row, seq: int) -> Iterator[Case]:
             yield Case(row.model, row.p, seq, small, schedule, "baseline", layers, small, LAYER_PASSES)
 
 
-def vocabulary_cases(row: Row, seq: int, methods: tuple[str, ...]) -> Iterator[Case]:
+def vocabulary_cases(row: Row, seq: int) -> Iterator[Case]:
     """Vocabulary passes of one shard of p, and of the whole table for a baseline."""
-    for method in methods:
+    for method in row.methods:
         for V in row.vocabularies:
             rows = V if method == "baseline" else -(-V // row.p)
             yield Case(row.model, row.p, seq, V, "1f1b", method, 1, rows, VOCABULARY_PASSES)
 
 
-def whole_cases(row: Row, seq: int, methods: tuple[str, ...]) -> Iterator[Case]:
+def whole_cases(row: Row, seq: int) -> Iterator[Case]:
     """The sharded passes of a table that is whole: what p shards are held against in Table 3."""
-    for method in methods:
+    for method in row.methods:
         if method in ("vocab-1", "vocab-2"):
             V = max(row.vocabularies)
             yield Case(row.model, row.p, seq, V, "1f1b", method, 1, V, VOCABULARY_PASSES)
 
 
-def cases(size: Size) -> Iterator[list[Case]]:
-    """Groups of cases in the order of their worth."""
+def cases(size: Size) -> Iterator[Case]:
+    """All cases in the order of their worth."""
     for row in size.rows:
         for seq in row.sequences:
-            found = [*layer_cases(row, seq), *vocabulary_cases(row, seq, size.methods)]
-            yield found + (list(whole_cases(row, seq, size.methods)) if row.table3 else [])
+            yield from layer_cases(row, seq)
+            yield from vocabulary_cases(row, seq)
+            yield from whole_cases(row, seq) if row.table3 else ()
 
 
 def measure(size: Size, results: Results) -> None:
-    """Compile a group's programs, then time them, then the next group's: compiling measures kernels on the same GPU."""
+    """Compile some programs, then time them, then the next: compiling measures kernels on the same GPU."""
     kernels.measure(size, results)
-    for group in cases(size):
-        group = [case for case in group if not results.has(case.key)]
-        if size.name != "tiny" and results.left < _A_GROUP:
-            results.leave_out([case.key for case in group])
-            continue
+    waiting = [case for case in cases(size) if not results.has(case.key)]
+    while waiting:
+        count = _TOGETHER if size.name == "tiny" else min(_TOGETHER, int(results.left / _SECONDS))
+        if count < 1:
+            results.leave_out([case.key for case in waiting])
+            break
+        together, waiting = waiting[:count], waiting[count:]
         with Compiler() as compiler:
-            compiling = [(case, compiler.submit(lambda c=case: _compiled(c, size.swept))) for case in group]
+            compiling = [(case, compiler.submit(lambda c=case: _compiled(c, size.swept))) for case in together]
             ready = [
                 (case, results.attempt(f"compile {case.key}", lambda f=future: f.result(max(1.0, results.left))))
                 for case, future in compiling
             ]
         for case, compiled in ready:
             if compiled:
-                results.case(case.key, lambda c=case, p=compiled: _timed(c, p, size.repeats), needs=2)
+                results.case(case.key, lambda c=case, p=compiled: _timed(c, p, size.repeats), needs=1)
     results.done()
 
 

@@ -16,6 +16,7 @@ class Row:
     Attributes:
         model, p: a named size, and its pipeline stages.
         vocabularies, sequences: of every combination.
+        methods: whose vocabulary passes are timed.
         table3: whether the whole output and input layers are timed too, for how their shards scale.
     """
 
@@ -24,6 +25,7 @@ class Row:
     vocabularies: tuple[int, ...]
     sequences: tuple[int, ...]
     table3: bool = False
+    methods: tuple[str, ...] = ("vocab-2", "vocab-1", "baseline")
 
     def config(self, seq: int, vocab_size: int) -> Config:
         """The model as a GPU runs it."""
@@ -38,7 +40,6 @@ class Size:
         name: tiny, quick or whole.
         minutes: the most that all parts take.
         rows: models whose passes are timed.
-        methods: vocabulary methods whose passes are timed.
         stage_model, stage_methods, stages: whose real stages run under a mocked topology, and which; all if empty.
         stage_microbatches: microbatches of their step.
         steps: what the executor is compared with a plain step on: name, fields of a GPT, microbatches.
@@ -51,7 +52,6 @@ class Size:
     name: str
     minutes: float
     rows: tuple[Row, ...]
-    methods: tuple[str, ...]
     stage_row: Row
     stage_methods: tuple[str, ...]
     stages: tuple[int, ...]
@@ -64,7 +64,7 @@ class Size:
 
 
 _V = (32_000, 64_000, 128_000, 256_000)
-_METHODS = ("vocab-2", "vocab-1", "baseline", "vocab-naive")
+_METHODS = ("vocab-2", "vocab-1", "baseline", "vocab-naive")  # the last is a reference, which nobody would run
 _STAGE = dict(layers=4, heads=24, hidden=3072, seq=2048, vocab_size=4000)
 _SMALL = dict(layers=4, heads=12, hidden=768, seq=1024, vocab_size=4000)
 
@@ -72,13 +72,12 @@ WHOLE = Size(
     name="whole",
     minutes=8.0,
     rows=(
-        Row("4B", 8, _V, (2048,), table3=True),
-        Row("21B", 32, _V, (2048,), table3=True),
+        Row("4B", 8, _V, (2048,), table3=True, methods=_METHODS),
+        Row("21B", 32, _V, (2048,), table3=True, methods=_METHODS),
         Row("4B", 8, _V, (4096,), table3=True),
         Row("21B", 32, _V, (4096,), table3=True),
         Row("10B", 16, (256_000,), (2048, 4096), table3=True),
     ),
-    methods=_METHODS,
     stage_row=Row("4B", 8, (256_000,), (2048,)),
     stage_methods=("vocab-2", "baseline"),
     stages=(),
@@ -90,8 +89,7 @@ QUICK = dataclasses.replace(
     WHOLE,
     name="quick",
     minutes=2.5,
-    rows=(Row("4B", 8, (256_000,), (2048,), table3=True),),
-    methods=("vocab-2", "baseline"),
+    rows=(Row("4B", 8, (256_000,), (2048,), table3=True, methods=("vocab-2", "baseline")),),
     stage_methods=("vocab-2",),
     stages=(7, 0),
     steps=(("a stage of 4B", _STAGE, 8),),
@@ -101,8 +99,7 @@ QUICK = dataclasses.replace(
 TINY = dataclasses.replace(
     WHOLE,
     name="tiny",
-    rows=(Row("gpt-tiny", 2, (128,), (16,), table3=True),),
-    methods=("vocab-2", "vocab-1", "baseline", "vocab-naive"),
+    rows=(Row("gpt-tiny", 2, (128,), (16,), table3=True, methods=_METHODS),),
     stage_row=Row("gpt-tiny", 2, (128,), (16,)),
     stage_methods=("vocab-2",),
     stages=(1,),
