@@ -21,7 +21,7 @@ from .output_layer import (
     unscaled_input_gradient,
     weight_gradient,
 )
-from .whole import whole_layer, whole_loss
+from .unsharded_head import whole_layer, whole_loss
 
 __all__ = [
     "Loss",

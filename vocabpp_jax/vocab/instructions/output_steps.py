@@ -1,0 +1,231 @@
+"""The steps of the output layer: S and T, their collectives C0, stats and big, and what the last stage needs of them.
+
+A schedule says when a step runs and how far it is from its barrier; nothing here depends on either, so one set of
+steps serves Algorithm 1, Algorithm 2, the three-barrier reference, the interlaced pipeline and the unsharded baseline.
+The arithmetic is in :mod:`vocabpp_jax.vocab`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ... import vocab
+from ...pipeline.buffers import Cells, State, get, put, put_if, when, zeros
+from ...schedules import sums_before_T
+from .. import Loss, Shard, Slopes, Stats, Target
+from .vocabulary_layer import Start, VocabularyLayer, flight, sent
+
+F32 = jnp.float32
+
+
+class OutputSteps(VocabularyLayer):
+    """What each step of the output layer does to a device's state."""
+
+    @property
+    def early(self) -> bool:
+        """Whether the input gradient is computed before the barrier, in S, because its sum starts before T."""
+        return sums_before_T(self.layout.schedule)
+
+    @property
+    def head_gradient(self) -> str:
+        """The state's entry for the gradient of the table that makes the logits."""
+        return "grads.embed.tokens" if self.layout.head_is_embedding else "grads.head"
+
+    @property
+    def loss(self) -> Loss:
+        """What is minimised."""
+        return self.layout.model.loss
+
+    @property
+    def shard(self) -> Shard:
+        """The rows of the head's table that this device holds."""
+        return Shard(self._first_row(self.head), self.layout.model.vocab_size)
+
+    def make_C0(self, state: State, cells: Cells) -> State:
+        return self._taken(state, cells, "C0")
+
+    def start_C0(self, state: State, cells: Cells) -> Start:
+        return state[sent("C0")], self._broadcast_from(-1)
+
+    def done_C0(self, state: State, cells: Cells, x: jax.Array) -> State:
+        return {"X": put_if(state["X"], cells["X"], x)}
+
+    def run_S(self, state: State, cells: Cells) -> State:
+        """S: local logits, their exponentials and row statistics; in Algorithm 2 also ``A = P' W``."""
+
+        def passed(state: State) -> State:
+            y, labels = self._logits(self._hidden(state, cells)), self._labels(cells)
+            p, stats = vocab.exponentials(y, labels, self.shard, self.dtype, self.loss)
+            slopes = self._slopes(y, labels)
+            record = get(state["P"], cells["P"]) | {"local": stats}
+            if self.trains:
+                record |= {"exponentials": p, "slopes": slopes}
+            state = state | {"P": put(state["P"], cells["P"], record)}
+            if not self.early:
+                return state
+            if slopes is not None and slopes.rows is not None:
+                state = state | {"uniform": vocab.uniform_input_gradient(self.head, self.shard, self.loss, slopes)}
+            return state | {"A": vocab.unscaled_input_gradient(p, self.head)}
+
+        names = ("P", *(("A",) if self.early else ()), *(("uniform",) if "uniform" in state else ()))
+        return when(cells["microbatch"] >= 0, state, names, passed)
+
+    def run_S1(self, state: State, cells: Cells) -> State:
+        """S1 of the three-barrier reference: logits, where S2 will put exponentials, and their local maximum."""
+
+        def passed(state: State) -> State:
+            y, labels = self._logits(self._hidden(state, cells)), self._labels(cells)
+            target = vocab.target_logits(y, labels, self.shard, self.loss)
+            local = Stats(jnp.max(y, axis=1), jnp.zeros_like(target), target)
+            slopes = self._slopes(y, labels)
+            record = get(state["P"], cells["P"]) | {"exponentials": y, "local": local, "slopes": slopes}
+            return state | {"P": put(state["P"], cells["P"], record)}
+
+        return when(cells["microbatch"] >= 0, state, ("P",), passed)
+
+    def run_S2(self, state: State, cells: Cells) -> State:
+        """S2 of the three-barrier reference: exponentials below the global maximum, and their local sum."""
+
+        def passed(state: State) -> State:
+            record = get(state["P"], cells["P"])
+            local = record["local"]
+            y = record["exponentials"]
+            e = jnp.exp(y - local.maximum[:, None])
+            record |= {"exponentials": vocab.capped(e, y, self.loss), "local": local._replace(sum=e.sum(1))}
+            return state | {"P": put(state["P"], cells["P"], record)}
+
+        return when(cells["microbatch"] >= 0, state, ("P",), passed)
+
+    def start_max(self, state: State, cells: Cells) -> Start:
+        return self._local(state, cells).maximum, partial(lax.pmax, axis_name=self.layout.vocabulary_axes)
+
+    def done_max(self, state: State, cells: Cells, maximum: jax.Array) -> State:
+        return self._noted(state, cells, local=self._local(state, cells)._replace(maximum=maximum))
+
+    def start_stats(self, state: State, cells: Cells) -> Start:
+        # One gather instead of a maximum that a sum must wait for.
+        return jnp.stack(self._local(state, cells)), self.collectives.gather
+
+    def done_stats(self, state: State, cells: Cells, gathered: jax.Array) -> State:
+        whole = vocab.combine(Stats(*jnp.moveaxis(gathered, 1, 0)))
+        weight = self._weight(cells)
+        loss = jnp.sum(jnp.where(cells["microbatch"] >= 0, weight * vocab.losses(whole, self.loss), 0))
+        updated = {"loss": state["loss"] + loss}
+        if not self.trains:
+            return updated
+        factor = vocab.factor(self._local(state, cells), whole, weight, self.loss)
+        return updated | self._noted(state, cells, factor=factor)
+
+    def run_T(self, state: State, cells: Cells) -> State:
+        """T: the weight gradient; behind the barrier (Algorithm 1) also this shard's part of the input gradient."""
+
+        def passed(state: State) -> State:
+            record = get(state["P"], cells["P"])
+            p, scale, target = record["exponentials"], record["factor"], self._target(cells, record["slopes"])
+            total = vocab.weight_gradient(state[self.head_gradient], p, self._hidden(state, cells), scale, target)
+            state = state | {self.head_gradient: total}
+            if self.early:
+                return state
+            return state | {"A": vocab.input_gradient(p, self.head, scale, target, state.get("uniform"))}
+
+        names = (self.head_gradient,) if self.early else (self.head_gradient, "A")
+        return when(cells["microbatch"] >= 0, state, names, passed)
+
+    def make_big(self, state: State, cells: Cells) -> State:
+        """C1 of Algorithm 2: this shard's part of the input gradient; T has made it in the others."""
+        if not self.early:
+            return state
+
+        def passed(state: State) -> State:
+            record = get(state["P"], cells["P"])
+            target = self._target(cells, record["slopes"])
+            part = vocab.partial_input_gradient(state["A"], self.head, record["factor"], target, state.get("uniform"))
+            return state | {"A": part}
+
+        return when(cells["microbatch"] >= 0, state, ("A",), passed)
+
+    def start_big(self, state: State, cells: Cells) -> Start:
+        return state["A"], self._sum_for(-1)
+
+    def done_big(self, state: State, cells: Cells, g: jax.Array) -> State:
+        return {flight("big"): g}
+
+    def run_G(self, state: State, cells: Cells) -> State:
+        """G: the final function's backward, into the last stage's inbox."""
+
+        def passed(state: State) -> State:
+            return self._final_vjp(state, cells, get(state["X"], cells["X"]), state[flight("big")])
+
+        return when(cells["microbatch"] >= 0, state, ("inbox", "grads.final"), passed)
+
+    def run_H(self, state: State, cells: Cells) -> State:
+        """H: the whole output layer on one device, forward and backward."""
+
+        def passed(state: State) -> State:
+            x = get(state["inbox"], cells["inbox"]).reshape(-1, self.layout.model.width)
+            tokens = (self.layout.model.final(self.params["final"], x), self._labels(cells), self._weight(cells))
+            if not self.trains:
+                return state | {"loss": state["loss"] + vocab.whole_loss(tokens, self.head, self.shard, self.loss)}
+            loss, total, dx = vocab.whole_layer(tokens, self.head, self.shard, state[self.head_gradient], self.loss)
+            state = state | {"loss": state["loss"] + loss, self.head_gradient: total}
+            return self._final_vjp(state, cells, x, dx)
+
+        names = ("loss", "inbox", "grads.final", self.head_gradient) if self.trains else ("loss",)
+        return when(cells["microbatch"] >= 0, state, names, passed)
+
+    # --- what the loss's extensions add to the state -----------------------------------------------------------------
+
+    def no_slopes(self, cells: int, tokens: int) -> Slopes | None:
+        """An empty ring of what the soft cap leaves for T."""
+        one = jax.ShapeDtypeStruct((tokens, self.head.shape[0]), F32)
+        labels = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+        return zeros(cells, jax.eval_shape(self._slopes, one, labels))
+
+    def initial_uniform(self, tokens: int) -> State:
+        """Label smoothing's part of the input gradient: known at once without a cap; with one every S makes it in
+        Algorithm 2, and T has it in its matrix in the others."""
+        if not self.loss.label_smoothing:
+            return {}
+        if self.loss.soft_cap is None:
+            return {"uniform": vocab.uniform_input_gradient(self.head, self.shard, self.loss)}
+        return {"uniform": jnp.zeros((tokens, self.layout.model.width), F32)} if self.early else {}
+
+    # --- pieces ------------------------------------------------------------------------------------------------------
+
+    def _final_vjp(self, state: State, cells: Cells, x: jax.Array, g: jax.Array) -> State:
+        _, vjp = jax.vjp(self.layout.model.final, self.params["final"], x)
+        dfinal, dx = vjp(g)
+        inbox = put(state["inbox"], cells["deliver"], dx.reshape(state["inbox"].shape[1:]))
+        grads = jax.tree.map(lambda t, d: t + d.astype(F32), state["grads.final"], dfinal)
+        return state | {"inbox": inbox, "grads.final": grads}
+
+    def _hidden(self, state: State, cells: Cells) -> jax.Array:
+        """The head's input ``[N, D]``: computed again wherever it is needed, so that only the stream is stored."""
+        return self.layout.model.final(self.params["final"], get(state["X"], cells["X"]))
+
+    def _logits(self, hidden: jax.Array) -> jax.Array:
+        return vocab.logits(self.head, hidden, self.shard, self.loss)
+
+    def _slopes(self, y: jax.Array, labels: jax.Array) -> Slopes | None:
+        return vocab.slopes(y, labels, self.shard, self.dtype, self.loss)
+
+    def _labels(self, cells: Cells) -> jax.Array:
+        return get(self.batch["labels"], jnp.maximum(cells["microbatch"], 0)).reshape(-1)
+
+    def _weight(self, cells: Cells) -> jax.Array:
+        return get(self.batch["weight"], jnp.maximum(cells["microbatch"], 0)).reshape(-1)
+
+    def _target(self, cells: Cells, slopes: Slopes | None) -> Target:
+        return Target(self._weight(cells), self._labels(cells), self.shard, self.loss, slopes)
+
+    def _local(self, state: State, cells: Cells) -> Stats:
+        return get(state["P"]["local"], jnp.maximum(cells["P"], 0))
+
+    def _noted(self, state: State, cells: Cells, **fields: Any) -> State:
+        """The record of one microbatch with some small fields replaced."""
+        return {"P": state["P"] | {k: put_if(state["P"][k], cells["P"], v) for k, v in fields.items()}}
