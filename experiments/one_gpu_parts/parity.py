@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from vocabpp_jax import Pipeline, make_mesh, models, schedules
-from vocabpp_jax.flags import compiler_options
+from vocabpp_jax.pipeline.flags import compiler_options
 from vocabpp_jax.models.config import Config
 
 from .results import Results

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from speed_passes import RINGS
+from speed_measure.speed_passes import RINGS
 from vocabpp_jax import Pipeline
-from vocabpp_jax.executor import Executor
-from vocabpp_jax.flags import compiler_options
-from vocabpp_jax.rings import State, when
+from vocabpp_jax.pipeline.executor import Executor
+from vocabpp_jax.pipeline.flags import compiler_options
+from vocabpp_jax.pipeline.buffers import State, when
 from vocabpp_jax.schedules import Instruction, Program
 
 from .timing import ids, middle, noise, seconds

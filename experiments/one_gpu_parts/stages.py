@@ -76,7 +76,7 @@ def run_stage(case: dict[str, Any]) -> dict[str, Any]:
         mock.pretend(p, stage)
 
     from vocabpp_jax import Pipeline, make_mesh, models, schedules, train
-    from vocabpp_jax.optimizer import adamw
+    from vocabpp_jax.training.optimizer import adamw
 
     from .command_buffers import command_buffers
     from .timing import ids, noise, steps

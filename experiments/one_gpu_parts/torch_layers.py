@@ -49,7 +49,7 @@ def measure(size: Size, results: Results) -> None:
 
 
 def _layers(torch: Any, config: Any, seq: int, layers: int, device: Any, compiled: bool) -> tuple[Callable, Callable]:
-    from pytorch_gpt import Block, Shape
+    from pytorch.pytorch_gpt import Block, Shape
 
     shape = Shape(layers=layers, hidden=config.hidden, heads=config.heads, vocab_size=8)
     module = torch.nn.Sequential(*(Block(shape) for _ in range(layers))).to(device, _dtype(torch, device))
@@ -60,7 +60,7 @@ def _layers(torch: Any, config: Any, seq: int, layers: int, device: Any, compile
 
 
 def _head(torch: Any, hidden: int, seq: int, V: int, device: Any, compiled: bool) -> tuple[Callable, Callable]:
-    from pytorch_gpt import token_loss
+    from pytorch.pytorch_gpt import token_loss
 
     head = torch.nn.Linear(hidden, V, bias=False).to(device, _dtype(torch, device))
     run = lambda x, labels: token_loss(head(x), labels)  # noqa: E731

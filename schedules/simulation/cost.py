@@ -115,6 +115,7 @@ class GPU:
     logit_traffic: float
     edge_traffic: float
     launch: float
+    overhead: float
     contention: float
     intra_bandwidth: float
     inter_bandwidth: float
@@ -252,6 +253,7 @@ class Cost:
             max=gpu.all_reduce(vector, p),
             stats=gpu.all_reduce(3 * vector, p),
             transfer=tuple(tuple(gpu.send(stream, a, b) for b in range(p)) for a in range(p)),
+            overhead=gpu.overhead,
         )
 
     def mfu(self, m: int, p: int, seconds: float) -> float:
