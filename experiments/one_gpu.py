@@ -28,11 +28,17 @@ EXPERIMENTS = Path(__file__).resolve().parent
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
-    output = Path(options.output)
+    output, status = Path(options.output), 0
     output.mkdir(parents=True, exist_ok=True)
+    if not options.report:
+        status = _measure(options, output)
+    return status | _report(options, output)
+
+
+def _measure(options: argparse.Namespace, output: Path) -> int:
+    """All parts, one after the other."""
     minutes = options.minutes or {"quick": 2.5, "whole": 8.0, "tiny": 8.0}[options.size]
-    deadline = time.monotonic() + 60 * minutes
-    status = 0
+    deadline, status = time.monotonic() + 60 * minutes, 0
     with tempfile.TemporaryDirectory() as cache:
         for part in options.parts:
             left = deadline - time.monotonic()
@@ -71,6 +77,27 @@ def _run(part: str, size: str, output: Path, limit: float, cache: Path, resume: 
     return int(bool(code or failed))
 
 
+def _report(options: argparse.Namespace, output: Path) -> int:
+    """The tables beside the results, and where they were asked for the page and the constants."""
+    from one_gpu_parts import constants, page, pass_table
+    from one_gpu_parts.measured import Measured
+    from one_gpu_parts.sizes import SIZES
+    from vocabpp_jax.schedules.simulation.cost import load_gpu
+
+    measured, size = Measured.read(output), SIZES[options.size]
+    for path in pass_table.write(measured, size, output):
+        print(f"wrote {path}", file=sys.stderr)
+    if options.constants:
+        found = constants.constants(measured, load_gpu(options.constants))
+        if found is None:
+            print("error: constants is given, and the passes or the overhead were not measured", file=sys.stderr)
+            return 1
+        constants.write(Path(options.constants), found[0])
+    if options.docs:
+        page.write(Path(options.docs), measured, size, load_gpu(options.gpu))
+    return 0
+
+
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="runs/gpu", help="folder for PART.json and PART.log (default: runs/gpu)")
@@ -81,6 +108,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", metavar="PARTS", help=f"of {','.join(PARTS)}")
     parser.add_argument("--skip", metavar="PARTS", default="", help="parts to leave out")
     parser.add_argument("--resume", action="store_true", help="keep the cases that OUTPUT has, and measure the others")
+    parser.add_argument("--report", action="store_true", help="measure nothing; write the tables from what OUTPUT has")
+    parser.add_argument("--docs", metavar="PAGE", help="Markdown page to write, docs/gpu.md for example")
+    parser.add_argument(
+        "--constants", metavar="FILE", help="GPU file whose constants are to be replaced by measured ones"
+    )
+    parser.add_argument("--gpu", default="h100-80g", help="GPU of the cost model whose network is assumed")
     parser.add_argument("--minutes", type=float, help="the most that it takes, if not 8, or 2.5 with --quick")
     options = parser.parse_args(arguments)
     chosen = options.only.split(",") if options.only else list(PARTS)

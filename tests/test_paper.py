@@ -8,6 +8,7 @@ import pytest
 import reproduce
 from paper import beyond, calibration, claims, convergence, layer_balance, memory_section, page, scaling, tables
 from paper.settings import TABLES, published
+from reports import least_squares
 from vocabpp_jax.schedules.simulation.cost import Sizes
 
 

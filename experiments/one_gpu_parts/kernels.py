@@ -32,7 +32,9 @@ def measure(size: Size, results: Results) -> None:
     runs = {name: run for name, run in runs.items() if not results.has(name)}
     with Compiler() as compiler:
         compiling = {
-            name: compiler.submit(lambda f=f, s=shapes: jax.jit(f).lower(*s, jax.ShapeDtypeStruct((), "int32")).compile())
+            name: compiler.submit(
+                lambda f=f, s=shapes: jax.jit(f).lower(*s, jax.ShapeDtypeStruct((), "int32")).compile()
+            )
             for name, (f, shapes, _) in runs.items()
         }
         programs = {name: results.attempt(f"compile {name}", partial(f.result, 60)) for name, f in compiling.items()}
@@ -73,9 +75,7 @@ def _attention(heads: int, width: int, length: int, backward: bool) -> tuple[Cal
     cudnn = jax.default_backend() == "gpu"
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return jax.nn.dot_product_attention(
-            q, k, v, is_causal=True, implementation="cudnn" if cudnn else "xla"
-        )
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn" if cudnn else "xla")
 
     def once(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         if not backward:

@@ -25,9 +25,9 @@ from jax import lax
 from comparators import COMPARATORS, EVEN_SHARE
 from comparators.contender import Contender, Ours
 from vocabpp_jax import Pipeline, make_mesh, models, schedules
-from vocabpp_jax.pipeline.flags import compiler_options
 from vocabpp_jax.models import GPTConfig
 from vocabpp_jax.pipeline.buffers import when
+from vocabpp_jax.pipeline.flags import compiler_options
 
 from .command_buffers import SETTINGS, command_buffers
 from .results import Results

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from vocabpp_jax import Pipeline, make_mesh, models, schedules
-from vocabpp_jax.pipeline.flags import compiler_options
 from vocabpp_jax.models.config import Config
+from vocabpp_jax.pipeline.flags import compiler_options
 
 from .results import Results
 from .sizes import Size

@@ -19,9 +19,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from speed_measure.speed_passes import RINGS
 from vocabpp_jax import Pipeline
+from vocabpp_jax.pipeline.buffers import State, when
 from vocabpp_jax.pipeline.executor import Executor
 from vocabpp_jax.pipeline.flags import compiler_options
-from vocabpp_jax.pipeline.buffers import State, when
 from vocabpp_jax.schedules import Instruction, Program
 
 from .timing import ids, middle, noise, seconds
@@ -59,7 +59,9 @@ class Passes(Pipeline):
             for i in segment.body:
                 found.setdefault(f"{i.op} {i.name}", i)
         names = {name: COLLECTIVES.get(name, (f"run {name}",)) for name in PASSES}
-        there = {name: tuple(found[key] for key in keys) for name, keys in names.items() if all(k in found for k in keys)}
+        there = {
+            name: tuple(found[key] for key in keys) for name, keys in names.items() if all(k in found for k in keys)
+        }
         if self.schedule.method != "vocab-2":
             there.pop("C1", None)
         return {name: there[name] for name in self.names if name in there}
@@ -122,7 +124,9 @@ def _shapes(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def times(passes: Passes, program: Any, params: Any, batch: Any, repeats: int, enough: float = 0.015) -> dict[str, float]:
+def times(
+    passes: Passes, program: Any, params: Any, batch: Any, repeats: int, enough: float = 0.015
+) -> dict[str, float]:
     """Seconds of every pass: what so many more of it add to a run, less what the sweeps between them add.
 
     Args:

@@ -39,7 +39,9 @@ def measure(size: Size, results: Results) -> None:
         how = "compiled" if compiled else "eager"
         make = lambda c=compiled: _layers(torch, config, seq, layers, device, c)  # noqa: E731
         name = f"{layers} layers, {how}"
-        results.case(name, lambda m=make, h=how: {"what": "layers", "how": h} | _timed(torch, m(), size.repeats), needs=5)
+        results.case(
+            name, lambda m=make, h=how: {"what": "layers", "how": h} | _timed(torch, m(), size.repeats), needs=5
+        )
         for V in size.torch_vocabularies:
             make = lambda V=V, c=compiled: _head(torch, config.hidden, seq, V, device, c)  # noqa: E731
             case = {"what": "head", "how": how, "vocab_size": V}
