@@ -53,7 +53,7 @@ def _rates(measured: Measured, gpu: GPU) -> dict[str, float] | None:
         return None
     return {
         "matmul_efficiency": float(np.mean(large)) / gpu.peak_flops,
-        "half_size": 0.0,  # no product that is timed here has a smaller dimension than the shards of the published models
+        "half_size": 0.0,  # no product timed here is smaller than a shard of the published models
         "attention_efficiency": float(np.mean(attention)) / gpu.peak_flops,
         "traffic_efficiency": copies[0] / gpu.memory_bandwidth,
         "overhead": 1e-6 * loops[0]["skipped_us"],

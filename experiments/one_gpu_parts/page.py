@@ -80,8 +80,8 @@ def parity(measured: Measured) -> str:
     return (
         "## Parity\n\nOne stage on the GPU against autodiff of the same model in float32 on the host's CPU: the larger "
         "of the loss's and the worst gradient's relative error, and what is allowed. In bfloat16 twice what one device "
-        "loses by computing in bfloat16 is allowed. Products in float32 are float32 here; where a GPU may round them to "
-        "TF32, which is jax's default, there is no verdict. Attention is written out where no kernel is named.\n\n"
+        "loses by computing in bfloat16 is allowed. Products in float32 are float32 here; where a GPU may round them "
+        "to TF32, which is jax's default, there is no verdict. Attention is written out where no kernel is named.\n\n"
         + cells(rows)
         + "\n\n"
         + cells([{"case": name, "error": error(by_name.get(name))} for name in others])
@@ -110,8 +110,8 @@ def overhead(measured: Measured) -> str:
         alone.append({"model": case["step"], "with loops in command buffers": outcome, "steps until then, ms": ms})
     nothing = [{"model": None, "with loops in command buffers": None, "steps until then, ms": None}]
     return (
-        "## The executor's overhead\n\nEvery pass of the program stands in a loop of zero or one trips. What such a loop "
-        "adds, with next to nothing in it, by what runs as CUDA graphs:\n\n"
+        "## The executor's overhead\n\nEvery pass of the program stands in a loop of zero or one trips. What such a "
+        "loop adds, with next to nothing in it, by what runs as CUDA graphs:\n\n"
         + cells(rows)
         + "\n\nWhole steps of one stage (p=1) beside a plain jitted gradient-accumulation step of the same model. A "
         "pipeline computes more than the plain step where the vocabulary is sharded: the last norm again in T and G, "
@@ -119,9 +119,9 @@ def overhead(measured: Measured) -> str:
         + cells(steps or [{"model": None, "step": None, "ms": None, "over plain": None}], {"over plain": "+.1%"})
         + "\n\nThe same step with loops in command buffers, in a process of its own:\n\n"
         + cells(alone or nothing)
-        + "\n\nLoops therefore stay out of command buffers ([`flags.py`](../vocabpp_jax/pipeline/flags.py)), though one "
-        "that holds nothing is cheaper there. The cost model counts a loop that is not entered as the `overhead` of "
-        "every pass; what entering one costs is part of the passes' times below."
+        + "\n\nLoops therefore stay out of command buffers ([`flags.py`](../vocabpp_jax/pipeline/flags.py)), though "
+        "one that holds nothing is cheaper there. The cost model counts a loop that is not entered as the `overhead` "
+        "of every pass; what entering one costs is part of the passes' times below."
     )
 
 
@@ -161,8 +161,8 @@ def torch_layers(measured: Measured, size: Size) -> str:
         line(f"its head, V={V:,}", own and 1e3 * own["H"], what="head", vocab_size=V)
     return (
         "## PyTorch\n\nForward and backward of the same layers, and of the whole head with its cross entropy, in "
-        "bfloat16. PyTorch adds gradients in bfloat16 and keeps every activation; ours are summed in float32, and norms "
-        "and activation functions are computed again.\n\n" + cells(rows)
+        "bfloat16. PyTorch adds gradients in bfloat16 and keeps every activation; ours are summed in float32, and "
+        "norms and activation functions are computed again.\n\n" + cells(rows)
     )
 
 

@@ -52,10 +52,11 @@ def passes(measured: Measured, size: Size) -> str:
         n: "d" for n in ("s", "layers", "V", "rows")
     }
     return (
-        "## Passes\n\nMicroseconds, microbatches of one sequence, each pass as the executor runs it, a sweep over memory "
-        "in front of each, beyond what a loop that is not entered takes. C1 is what Algorithm 2 computes before its sum. The tables [4B on "
-        "8](results/gpu/pass_times_4B_8.csv) and [21B on 32](results/gpu/pass_times_21B_32.csv) have them in the columns "
-        "of the published ones, for `simulate.py --times`, redis by the line through one layer and a stage.\n\n"
+        "## Passes\n\nMicroseconds, microbatches of one sequence, each pass as the executor runs it, a sweep over "
+        "memory in front of each, beyond what a loop that is not entered takes. C1 is what Algorithm 2 computes before "
+        "its sum. The tables [4B on 8](results/gpu/pass_times_4B_8.csv) and [21B on "
+        "32](results/gpu/pass_times_21B_32.csv) have them in the columns of the published ones, for "
+        "`simulate.py --times`, redis by the line through one layer and a stage.\n\n"
         + cells(layers, fine)
         + "\n\n"
         + cells(vocabulary, fine)
@@ -107,8 +108,8 @@ def table3(measured: Measured) -> str:
             rows.append(row | {"measured": percent})
     return (
         "## How vocabulary layers scale\n\nTable 3 of arXiv 2411.05288: the whole layer's time over p times a shard's, "
-        "in percent, collectives left out; V=256k. IF and IB of a shard take some ten microseconds, which is launches, so "
-        "their percentages say that and nothing else.\n\n" + cells(rows, {"s": "d", "GPUs": "d", "measured": ".1f"})
+        "in percent, collectives left out; V=256k. IF and IB of a shard take some ten microseconds, which is launches, "
+        "so their percentages say that and nothing else.\n\n" + cells(rows, {"s": "d", "GPUs": "d", "measured": ".1f"})
     )
 
 
@@ -146,8 +147,8 @@ def stages(measured: Measured, size: Size, gpu: GPU) -> str:
     return (
         f"## Stages\n\nThe train step of {row.model} on {row.p} devices, s={seq}, V={V:,}, {size.stage_microbatches} "
         "microbatches, as the real program of each stage: XLA's mocked topology runs it on the one GPU and skips the "
-        "collectives. Beside it the sum of that stage's measured passes and of the loops' overhead, as the simulator has "
-        "it; the step has the optimizer's update too, which reads and writes all of the state. After the first skipped "
+        "collectives. Beside it the sum of that stage's measured passes and of the loops' overhead, as the simulator "
+        "has it; the step has the optimizer's update too, which reads and writes all of the state. After the first skipped "
         "collective values mean nothing.\n\n"
         + cells(rows, {"stage": "d", "step, ms": ".0f", "passes and loops, ms": ".0f", "ratio": ".3f"})
     )

@@ -55,7 +55,7 @@ class Case:
 
 
 def cases(size: Size) -> list[Case]:
-    """What is compared: every method in every number and attention, then other schedules, models, documents, lengths."""
+    """Every method in every dtype and attention, then other schedules, models, documents, lengths."""
     if size.parity == "tiny":
         shape = (("layers", 2), ("hidden", 16), ("heads", 2))
         return [dataclasses.replace(c, shape=shape, seq=16) for c in (Case("vocab-2"), Case("vocab-1", "bfloat16"))]

@@ -1,4 +1,4 @@
-"""Measured passes in the columns of ``docs/paper/pass_times_8xA100.csv``, so that ``simulate.py --times`` reads them."""
+"""Measured passes in the columns of ``docs/paper/pass_times_8xA100.csv``, which ``simulate.py --times`` reads."""
 
 from __future__ import annotations
 

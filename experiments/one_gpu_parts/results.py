@@ -56,7 +56,7 @@ class Results:
             self.found |= {name: value for name, value in json.loads(self.path.read_text()).items() if name == "cases"}
 
     def case(self, name: str, run: Callable[[], dict[str, Any]], needs: float = 0.0) -> None:
-        """Run one case and keep what it returns, or its traceback; leave it out where ``needs`` seconds are not left."""
+        """Run a case and keep what it returns, or its traceback; leave it out where ``needs`` seconds are not left."""
         if self.has(name):
             return
         if self.left < needs:
