@@ -28,10 +28,11 @@ from vocabpp_jax import Pipeline, make_mesh, models, schedules
 from vocabpp_jax.models import GPTConfig
 from vocabpp_jax.pipeline.buffers import when
 from vocabpp_jax.pipeline.flags import compiler_options
+from vocabpp_jax.pipeline.mesh import GPU_PLATFORMS
 
 from .command_buffers import SETTINGS, command_buffers
 from .results import Results
-from .sizes import Size
+from .sizes import Size, as_run_on
 from .timing import Compiler, ids, in_turns, middle, noise, seconds, steps
 
 PLAIN = "plain step"
@@ -48,7 +49,10 @@ def measure(size: Size, results: Results) -> None:
             for count in (1, MANY)
         }
         wanted = [(step, name) for step in size.steps for name in contenders(settings)]
-        compiling = {(s[0], name): compiler.submit(lambda s=s, n=name: compiled_step(*s[1:], n)) for s, name in wanted}
+        compiling = {
+            (s[0], name): compiler.submit(lambda s=s, n=name: compiled_step(*s[1:], n, jax.devices()[0]))
+            for s, name in wanted
+        }
         wait([*loops.values(), *compiling.values()], max(1.0, results.left - 10))
         for name in settings:
             few, many = loops[name, 1], loops[name, MANY]
@@ -102,12 +106,11 @@ def contenders(settings: list[str]) -> list[str]:
     return [PLAIN, "baseline, default", *(f"vocab-2, {name}" for name in settings)]
 
 
-def compiled_step(shape: dict[str, int], m: int, name: str) -> tuple[Contender, Any, int]:
+def compiled_step(shape: dict[str, int], m: int, name: str, device: jax.Device) -> tuple[Contender, Any, int]:
     """A contender, its compiled loss and gradients, and how many pass instructions a step has."""
-    on_gpu = jax.default_backend() == "gpu"
-    dtype, attention = ("bfloat16", "cudnn") if on_gpu else ("float32", "xla")
-    config = GPTConfig(**shape, dtype=dtype, attention=attention)
-    model, mesh = models.build(config), make_mesh(1, devices=jax.devices()[:1])
+    mesh = make_mesh(1, devices=[device])
+    dtype = "bfloat16" if device.platform in GPU_PLATFORMS else "float32"
+    model = models.build(as_run_on(device, GPTConfig(**shape, dtype=dtype)))
     count, options = 0, {}
     if name == PLAIN:
         contender: Contender = COMPARATORS[EVEN_SHARE](model, mesh, m, dtype)
@@ -118,7 +121,7 @@ def compiled_step(shape: dict[str, int], m: int, name: str) -> tuple[Contender, 
         options = compiler_options(mesh) | command_buffers(setting)
         count = sum(s.intervals * sum(i.op == "run" for i in s.body) for s in pipe.program.segments)
     shapes = jax.eval_shape(contender.pack, model.param_shapes())
-    tokens = jax.ShapeDtypeStruct((m, 1, config.seq), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((m, 1, shape["seq"]), jnp.int32)
     run = jax.jit(contender.value_and_grad, compiler_options=options)
     return contender, run.lower(shapes, {"tokens": tokens, "labels": tokens}).compile(), count
 
@@ -181,7 +184,7 @@ def _in_a_process(step: tuple, repeats: int, results: Results) -> dict[str, Any]
 def main() -> None:
     shape, m, name, repeats = json.loads(sys.argv[1])
     began = time.monotonic()
-    contender, program, count = compiled_step(shape, m, name)
+    contender, program, count = compiled_step(shape, m, name, jax.devices()[0])
     print(json.dumps({"compile_s": time.monotonic() - began, "instructions": count}), flush=True)
     run = _runner(contender, program, shape, m)
     for number in range(repeats + 1):

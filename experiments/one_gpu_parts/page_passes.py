@@ -148,7 +148,7 @@ def stages(measured: Measured, size: Size, gpu: GPU) -> str:
         f"## Stages\n\nThe train step of {row.model} on {row.p} devices, s={seq}, V={V:,}, {size.stage_microbatches} "
         "microbatches, as the real program of each stage: XLA's mocked topology runs it on the one GPU and skips the "
         "collectives. Beside it the sum of that stage's measured passes and of the loops' overhead, as the simulator "
-        "has it; the step has the optimizer's update too, which reads and writes all of the state. After the first skipped "
-        "collective values mean nothing.\n\n"
+        "has it; the step has the optimizer's update too, which reads and writes all of the state. After the first "
+        "skipped collective values mean nothing.\n\n"
         + cells(rows, {"stage": "d", "step, ms": ".0f", "passes and loops, ms": ".0f", "ratio": ".3f"})
     )

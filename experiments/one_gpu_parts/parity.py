@@ -84,22 +84,18 @@ def measure(size: Size, results: Results) -> None:
     wanted = [case for case in cases(size) if not results.has(case.key)]
     host = jax.devices("cpu")[0]
     with Compiler() as compiler:
-        compiling = [(case, compiler.submit(lambda c=case: _compiled(c))) for case in wanted]
+        compiling = [(case, compiler.submit(lambda c=case: compile_case(c, jax.devices()[0]))) for case in wanted]
         for case, future in compiling:
             results.case(case.key, lambda c=case, f=future: _compared(c, *f.result(max(1.0, results.left)), host))
     results.done()
 
 
-def _pipe(case: Case) -> Pipeline:
-    config = case.config()
+def compile_case(case: Case, device: jax.Device) -> tuple[Pipeline, Any]:
+    """One stage that is the whole model, and its compiled loss and gradients."""
+    config, mesh = case.config(), make_mesh(1, devices=[device])
     schedule = schedules.build(case.schedule, case.method, p=1, m=MICROBATCHES)
-    mesh = make_mesh(1, devices=jax.devices()[:1])
-    return Pipeline(models.build(config), schedule, mesh, compute_dtype=config.dtype)
-
-
-def _compiled(case: Case) -> tuple[Pipeline, Any]:
-    pipe = _pipe(case)
-    run = jax.jit(pipe.value_and_grad, compiler_options=compiler_options(pipe.mesh))
+    pipe = Pipeline(models.build(config), schedule, mesh, compute_dtype=config.dtype)
+    run = jax.jit(pipe.value_and_grad, compiler_options=compiler_options(mesh))
     with jax.default_matmul_precision(case.precision):
         return pipe, run.lower(pipe.layout.shapes(), data(case)[1]).compile()
 

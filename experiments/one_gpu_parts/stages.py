@@ -7,7 +7,6 @@ for all of them, where jax's compilation cache can hold it.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -16,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from . import mock
+from .command_buffers import command_buffers
 from .results import Results
 from .sizes import Size
 
@@ -64,67 +65,34 @@ def _in_a_process(case: dict[str, Any], results: Results) -> dict[str, Any]:
 
 def run_stage(case: dict[str, Any]) -> dict[str, Any]:
     """Compile and time the step of one stage in this process."""
+    began = time.monotonic()
+    mesh = _mesh(case["p"], case["stage"])
     import jax
 
-    from . import mock
+    from .timing import steps
 
-    p, stage = case["p"], case["stage"]
-    began = time.monotonic()
-    if os.environ.get("JAX_PLATFORMS") == "cpu":
-        jax.config.update("jax_num_cpu_devices", p)
-    else:
-        mock.pretend(p, stage)
-
-    from vocabpp_jax import Pipeline, make_mesh, models, schedules, train
-    from vocabpp_jax.training.optimizer import adamw
-
-    from .command_buffers import command_buffers
-    from .timing import ids, noise, steps
-
-    on_gpu = jax.default_backend() == "gpu"
-    if not on_gpu and os.environ.get("JAX_PLATFORMS") != "cpu":
-        raise ValueError("there is no GPU; set JAX_PLATFORMS=cpu to run the stages on simulated devices")
-    config = models.named(case["model"], seq=case["seq"], vocab_size=case["vocab_size"])
-    config = dataclasses.replace(config, attention="cudnn" if on_gpu and config.fits_cudnn else "xla")
-    schedule = schedules.build("1f1b", case["method"], p=p, m=case["microbatches"])
-    mesh = make_mesh(p, devices=sorted(jax.devices(), key=lambda device: device.id)[:p])
-    pipe = Pipeline(models.build(config), schedule, mesh, compute_dtype=config.dtype)
-    optimizer = adamw(1e-4, 1000, 100, decay_mask=lambda _: pipe.layout.matrices())
-    shape, everywhere = (schedule.m, 1, config.seq), train.shardings(pipe, optimizer).step
-
-    def state() -> train.State:
-        made = noise(train.shapes(pipe, optimizer))
-        return jax.tree.map(lambda x: abs(x) if x.ndim else x, made)  # second moments are not negative
-
-    place = train.shardings(pipe, optimizer)
-    tokens = {name: jax.ShapeDtypeStruct(shape, "int32", sharding=everywhere) for name in ("tokens", "labels")}
-    given = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), train.shapes(pipe, optimizer), place
-    )
+    pipe, optimizer = build(case, mesh)
     at = time.monotonic()
-    lowered = train.make_step(pipe, optimizer).lower(given, tokens)
-    program = lowered.compile(compiler_options=command_buffers(case["command_buffers"]) if on_gpu else None)
+    lowered, place = lower_step(pipe, optimizer, case["seq"])
+    buffers = command_buffers(case["command_buffers"]) if jax.default_backend() == "gpu" else {}
+    program = lowered.compile(compiler_options=buffers)
     compile_s = time.monotonic() - at
-    made = jax.jit(state, out_shardings=place)()
-    batch = jax.jit(
-        lambda: {name: ids(shape, config.vocab_size, n) for n, name in enumerate(tokens)}, out_shardings=everywhere
-    )()
-    jax.block_until_ready((made, batch))
-    before = _peak(mesh)
-    held = [made]
+    held, batch = _data(pipe, optimizer, case, place)
+    before = _peak()
 
     def step() -> Any:
-        held[0], metrics = program(held[0], batch)
+        nonlocal held
+        held, metrics = program(held, batch)
         return metrics["loss"]
 
     seconds = steps(step, case["repeats"])
-    memory = program.memory_analysis()
-    mine = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    memory, segments = program.memory_analysis(), pipe.program.segments
+    mine = [n for n, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
     return case | {
-        "mocked": on_gpu,
-        "device_index": [int(i) for i, d in enumerate(mesh.devices.flat) if d in mine],
+        "mocked": jax.default_backend() == "gpu",
+        "device_index": mine,
         "step_ms": [1e3 * s for s in seconds],
-        "allocator_peak_bytes": _peak(mesh),
+        "allocator_peak_bytes": _peak(),
         "allocator_peak_before_step_bytes": before,
         "compiler_peak_bytes": memory.peak_memory_in_bytes or None,  # a program from the cache has lost it
         "compiler_temp_bytes": memory.temp_size_in_bytes,
@@ -132,15 +100,76 @@ def run_stage(case: dict[str, Any]) -> dict[str, Any]:
         "compile_s": compile_s,
         "process_s": time.monotonic() - began,
         "runs": {
-            "intervals": sum(segment.intervals for segment in pipe.program.segments),
-            "instructions": sum(
-                segment.intervals * sum(i.op == "run" for i in segment.body) for segment in pipe.program.segments
-            ),
+            "intervals": sum(segment.intervals for segment in segments),
+            "instructions": sum(s.intervals * sum(i.op == "run" for i in s.body) for s in segments),
         },
     }
 
 
-def _peak(mesh: Any) -> int | None:
+def _mesh(p: int, stage: int) -> Any:
+    """A mesh of p devices: simulated on a CPU, otherwise the one GPU as number ``stage`` of p. Jax must not have been
+    asked for a device yet."""
+    import jax
+
+    if os.environ.get("JAX_PLATFORMS") != "cpu":
+        mock.pretend(p, stage)
+        if jax.default_backend() != "gpu":
+            raise ValueError("there is no GPU; set JAX_PLATFORMS=cpu to run the stages on simulated devices")
+    elif "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", p)
+    from vocabpp_jax import make_mesh
+
+    return make_mesh(p, devices=sorted(jax.devices(), key=lambda device: device.id)[:p])
+
+
+def build(case: dict[str, Any], mesh: Any) -> tuple[Any, Any]:
+    """The pipeline of a case, and its optimizer."""
+    from vocabpp_jax import Pipeline, models, schedules
+    from vocabpp_jax.training import adamw
+
+    from .sizes import as_run_on
+
+    config = models.named(case["model"], seq=case["seq"], vocab_size=case["vocab_size"])
+    config = as_run_on(mesh.devices.flat[0], config)
+    schedule = schedules.build("1f1b", case["method"], p=case["p"], m=case["microbatches"])
+    pipe = Pipeline(models.build(config), schedule, mesh, compute_dtype=config.dtype)
+    return pipe, adamw(1e-4, 1000, 100, decay_mask=lambda _: pipe.layout.matrices())
+
+
+def lower_step(pipe: Any, optimizer: Any, seq: int) -> tuple[Any, Any]:
+    """The lowered train step, and where its state lies."""
+    import jax
+
+    from vocabpp_jax import train
+
+    place = train.shardings(pipe, optimizer)
+    shape = (pipe.schedule.m, 1, seq)
+    tokens = {name: jax.ShapeDtypeStruct(shape, "int32", sharding=place.step) for name in ("tokens", "labels")}
+    shapes = train.shapes(pipe, optimizer)
+    given = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, place)
+    return train.make_step(pipe, optimizer).lower(given, tokens), place
+
+
+def _data(pipe: Any, optimizer: Any, case: dict[str, Any], place: Any) -> tuple[Any, Any]:
+    """A state and a batch that look random, made where they lie: nothing can be sent to a device that is not there."""
+    import jax
+
+    from vocabpp_jax import train
+
+    from .timing import ids, noise
+
+    def state() -> Any:
+        made = noise(train.shapes(pipe, optimizer))
+        return jax.tree.map(lambda x: abs(x) if x.ndim else x, made)  # second moments are not negative
+
+    def batch() -> dict[str, Any]:
+        shape = (pipe.schedule.m, 1, case["seq"])
+        return {name: ids(shape, case["vocab_size"], n) for n, name in enumerate(("tokens", "labels"))}
+
+    return jax.block_until_ready((jax.jit(state, out_shardings=place)(), jax.jit(batch, out_shardings=place.step)()))
+
+
+def _peak() -> int | None:
     import jax
 
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
