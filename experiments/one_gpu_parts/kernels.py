@@ -8,6 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from vocabpp_jax.pipeline.mesh import GPU_PLATFORMS
 
 from .results import Results
 from .sizes import Size
@@ -21,26 +24,31 @@ ATTENTION = ((24, 128, 2048), (24, 128, 4096), (40, 128, 2048))
 
 def measure(size: Size, results: Results) -> None:
     """Time every kernel, all of them compiled first."""
-    tiny = size.name == "tiny"
+    tiny, device = size.name == "tiny", jax.devices()[0]
     runs: dict[str, tuple[Callable, tuple, float]] = {"copy": _copy(2**12 if tiny else 2**28)}
     for shape in ((8, 8, 16),) if tiny else PRODUCTS:
         runs["product {} x {} x {}".format(*shape)] = _product(*shape)
     for shape in ((2, 8, 16),) if tiny else ATTENTION:
         for backward in (False, True):
             name = "attention, {} heads of {}, s={}".format(*shape) + (", with its backward" if backward else "")
-            runs[name] = _attention(*shape, backward)
+            runs[name] = attention(*shape, backward, device)
     runs = {name: run for name, run in runs.items() if not results.has(name)}
     with Compiler() as compiler:
         compiling = {
-            name: compiler.submit(
-                lambda f=f, s=shapes: jax.jit(f).lower(*s, jax.ShapeDtypeStruct((), "int32")).compile()
-            )
+            name: compiler.submit(lambda f=f, s=shapes: compile_kernel(f, s, device))
             for name, (f, shapes, _) in runs.items()
         }
         programs = {name: results.attempt(f"compile {name}", partial(f.result, 60)) for name, f in compiling.items()}
     for name, (_, shapes, amount) in runs.items():
         if programs[name]:
             results.case(name, lambda p=programs[name][0], s=shapes, a=amount: _timed(p, s, a, size.repeats))
+
+
+def compile_kernel(run: Callable, shapes: tuple, device: jax.Device) -> Any:
+    """``(*arrays, count) -> array``, compiled for a device."""
+    there = SingleDeviceSharding(device)
+    given = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=there) for s in (*shapes, jnp.zeros((), jnp.int32))]
+    return jax.jit(run).lower(*given).compile()
 
 
 def _timed(program: Any, shapes: tuple, amount: float, repeats: int, count: int = 20) -> dict[str, float]:
@@ -71,8 +79,9 @@ def _product(n: int, d: int, wide: int) -> tuple[Callable, tuple, float]:
     return run, (_array(n, d), _array(d, wide), _array(wide, d)), 4.0 * n * d * wide
 
 
-def _attention(heads: int, width: int, length: int, backward: bool) -> tuple[Callable, tuple, float]:
-    cudnn = jax.default_backend() == "gpu"
+def attention(heads: int, width: int, length: int, backward: bool, device: jax.Device) -> tuple[Callable, tuple, float]:
+    """Causal attention, cuDNN's on a GPU: what runs it so often, the shapes it takes, its FLOPs."""
+    cudnn = device.platform in GPU_PLATFORMS
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn" if cudnn else "xla")
