@@ -271,14 +271,11 @@ def print_rows(runs, rows: list[dict], file) -> None:
     """A line a measured run, and the errors."""
     print(f"{'method':<13}{'seq':>6}{'vocabulary':>12}{'predicted ms':>14}{'measured ms':>13}{'error':>8}", file=file)
     for row in rows:
-        error = row["predicted_ms"] / row["measured_ms"] - 1
-        print(
-            f"{row['method']:<13}{row['seq_length']:>6}{row['vocab_size']:>12}{row['predicted_ms']:>14.1f}"
-            f"{row['measured_ms']:>13.1f}{error:>8.2%}",
-            file=file,
-        )
-    mean, largest = errors(runs, [row["predicted_ms"] for row in rows])
-    print(f"error: {mean:.2%} on average, {largest:.2%} at most", file=file)
+        measured, predicted = row["measured_ms"], row["predicted_ms"]
+        beside = "" if measured is None else f"{measured:>13.1f}{predicted / measured - 1:>8.2%}"
+        print(f"{row['method']:<13}{row['seq_length']:>6}{row['vocab_size']:>12}{predicted:>14.1f}{beside}", file=file)
+    if found := errors(runs, [row["predicted_ms"] for row in rows]):
+        print(f"error: {found[0]:.2%} on average, {found[1]:.2%} at most", file=file)
 
 
 def write(options: SimulateOptions, result: Result, data: dict) -> None:

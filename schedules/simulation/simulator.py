@@ -39,7 +39,8 @@ class Durations:
         S, T, S1, S2, H, G, IF, IB: the vocabulary passes; one number, or one a device.
         CI, C0, max, stats, big, CB: the collectives.
         transfer: one permute between neighbours; one number, or one a pair as ``[source, target]``.
-        overhead: added to every ``run`` on every device, for reading the predicate of its loop.
+        overhead: added to every ``run`` on every device, whether the pass runs there or not: the host reads the
+            predicate of its loop. Only where the rules say ``idle``, as other programs have no such loops.
     """
 
     F: Times = 1.0
@@ -175,9 +176,10 @@ class _Engine:
 
     def _run(self, instruction: Instruction, track: Track) -> Callable[[int], None]:
         takes = self.durations.of(self.schedule, instruction.name, instruction.chunk) * (track.microbatch >= 0)
+        overhead = self.durations.overhead if self.rules.idle else 0.0
 
         def step(n: int) -> None:
-            self.clock = np.maximum(self.clock + self.durations.overhead, self._arrived(track, n))
+            self.clock = np.maximum(self.clock + overhead, self._arrived(track, n))
             track.start[n] = self.clock
             self.clock = track.end[n] = self.clock + takes[n]
 
