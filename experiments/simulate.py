@@ -207,7 +207,11 @@ def against_measured(options: SimulateOptions) -> tuple[Result, list[dict]]:
     path = Path(options.times)
     if not path.is_file():
         raise ValueError(f"times is {options.times!r}; there is no such file")
-    runs = read_pass_times(path.read_text())
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise ValueError(f"times is {options.times!r}, which cannot be read: {problem}") from None
+    runs = read_pass_times(text)
     chosen = [
         r
         for r in runs

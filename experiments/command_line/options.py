@@ -7,7 +7,6 @@ import dataclasses
 import io
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import jax
 import tyro
 
 from command_line.names import with_names
+from command_line.refusals import sentence_of
 from vocabpp_jax import Model, make_mesh, models, schedules
 from vocabpp_jax.models import Config
 from vocabpp_jax.pipeline.mesh import all_devices
@@ -229,10 +229,7 @@ def parse(options: type[Options], description: str, arguments: Sequence[str] | N
     except SystemExit as stop:
         if not stop.code:
             raise
-        # tyro draws a box: a sentence, then hints below a rule or an empty line.
-        lines = [line.strip("│ ") for line in said.getvalue().splitlines() if not line.startswith(("╭", "╰"))]
-        sentence = re.split(r"\n(?:─|\n)", "\n".join(lines))[0]
-        fail(" ".join(sentence.split()))
+        fail(sentence_of(said.getvalue()))
 
 
 def write_json(path: str | None, value: Any, indent: int = 1) -> None:
@@ -262,5 +259,5 @@ def or_fail(prepare: Callable[[], Result]) -> Result:
 def fail(sentence: str, status: int = 2) -> NoReturn:
     """Say what is wrong and what would do, on one line, and exit: with status 2 where the input is wrong."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(sentence.split()))
-    print(f"error: {line}", file=sys.stderr)
+    print(f"error: {line if len(line) <= 1500 else line[:1500] + '...'}", file=sys.stderr)
     raise SystemExit(status)
