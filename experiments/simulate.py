@@ -88,7 +88,9 @@ class SimulateOptions:
     trace: OptionalStr = None
     """Write the timeline as a trace for ui.perfetto.dev to this file."""
     csv: OptionalStr = None
-    """Write what each device runs, in the CSV of torch.distributed.pipelining, to this file."""
+    """Write what each device runs to this file, in the CSV of torch.distributed.pipelining, which torch can run."""
+    csv_vocabulary: bool = False
+    """Write the passes of the vocabulary layers to the CSV too; torch refuses it then."""
 
     def cost(self, seq: int | None = None, vocab_size: int | None = None) -> Cost:
         """What passes cost."""
@@ -231,7 +233,11 @@ def against_measured(options: SimulateOptions) -> tuple[Result, list[dict]]:
     path = Path(options.times)
     if not path.is_file():
         raise ValueError(f"times is {options.times!r}; there is no such file")
-    runs = read_pass_times(path.read_text())
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise ValueError(f"times is {options.times!r}, which cannot be read: {problem}") from None
+    runs = read_pass_times(text)
     chosen = [
         r
         for r in runs
@@ -285,7 +291,7 @@ def write(options: SimulateOptions, result: Result, data: dict) -> None:
     if options.trace:
         Path(options.trace).write_text(formats.to_trace(result.timeline, microseconds=1e3))
     if options.csv:
-        Path(options.csv).write_text(formats.to_csv(result.timeline.schedule))
+        Path(options.csv).write_text(formats.to_csv(result.timeline.schedule, options.csv_vocabulary))
     write_json(options.json, data)
 
 

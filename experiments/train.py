@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from command_line.options import PipelineOptions, fail, or_fail, parse
+from training_run.train_export import plan_export
 from training_run.train_options import TrainOptions, check_output, make_folder
 from training_run.train_run import (
     Records,
@@ -64,7 +65,8 @@ def prepare(options: TrainOptions) -> Run:
         decay_mask=lambda _: pipe.layout.matrices(),
     )
     output = Path(hosts.from_first(str(options.output_folder())))
-    run = Run(options, config, pipe, optimizer, read_tokens(options, config), output, None, None)
+    export = plan_export(options, config, pipe)
+    run = Run(options, config, pipe, optimizer, read_tokens(options, config), output, None, None, export)
     hosts.agree(lambda: run.data(0))
     hosts.agree(lambda: jax.process_index() or (check_output(output, options, run.identity), make_folder(output)))
     if options.checkpoint.checkpoint_dir is None:
@@ -88,6 +90,7 @@ def read_tokens(options: TrainOptions, config: Config) -> TokenizedCorpus:
             options.data.data,
             vocab_size=config.vocab_size,
             tokenizer=options.data.tokenizer,
+            end_of_text=options.data.end_of_text,
             damaged=options.data.damaged_data,
         )
 
@@ -95,6 +98,8 @@ def read_tokens(options: TrainOptions, config: Config) -> TokenizedCorpus:
     tokens = hosts.agree(lambda: tokens or load())
     for sentence in tokens.damaged:
         say_once(f"left out: {sentence}")
+    for sentence in tokens.notes:
+        say_once(f"note: {sentence}")
     return tokens
 
 
@@ -127,9 +132,9 @@ class Training:
 
     def export(self) -> None:
         """Write the weights as a Hugging Face folder, where one is asked for."""
-        if folder := self.run.options.export:
-            huggingface.save(folder, self.run.config, self.state.params, self.run.pipe)
-            say_once(f"weights written to {folder}")
+        if export := self.run.export:
+            export.write(self.state.params, self.run.pipe, self.run.tokens)
+            say_once(f"weights written to {export.folder}")
 
     def steps(self, profile: Profile) -> Iterator[dict[str, Any]]:
         """Take the steps that are left; after each, what was measured."""

@@ -16,6 +16,7 @@ from flax import nnx
 
 from vocabpp_jax.models import gemma, gpt, llama, qwen
 from vocabpp_jax.models.config import Config
+from vocabpp_jax.names import as_spelt
 from vocabpp_jax.schedules.simulation.cost import Sizes
 
 SIZES: dict[str, Config] = gpt.SIZES | llama.SIZES | qwen.SIZES | gemma.SIZES
@@ -23,11 +24,12 @@ SIZES: dict[str, Config] = gpt.SIZES | llama.SIZES | qwen.SIZES | gemma.SIZES
 
 
 def named(name: str, **overrides: Any) -> Config:
-    """The configuration of a named size with some fields replaced.
+    """The configuration of a named size, whatever the case of its letters, with some fields replaced.
 
     Raises:
         ValueError: an unknown name, a field that the architecture does not have, a value that makes no model.
     """
+    name = as_spelt(name, SIZES)
     if name not in SIZES:
         raise ValueError(f"size is {name!r}; it must be one of {', '.join(SIZES)}")
     for field in overrides:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from ..names import as_spelt
 from . import blocks
 from .blocks import Block
 from .fit import Times, fit
@@ -68,6 +69,7 @@ def build(
     Raises:
         ValueError: an unknown name, or a combination that makes no sense, with those that do.
     """
+    schedule, method = as_spelt(schedule, SCHEDULES), as_spelt(method, METHODS)
     _refuse_nonsense(schedule, method, p, m, chunks, layer_counts)
     waits = not overlap and method in SHARDED
     block = _block(schedule, method, p, m, chunks, waits)

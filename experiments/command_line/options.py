@@ -7,7 +7,6 @@ import dataclasses
 import io
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,11 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 import jax
 import tyro
 
+from command_line.names import with_names
+from command_line.refusals import sentence_of
 from vocabpp_jax import Model, make_mesh, models, schedules
 from vocabpp_jax.models import Config
+from vocabpp_jax.pipeline.mesh import all_devices
 from vocabpp_jax.runtime import hosts
 from vocabpp_jax.schedules import Rules, Schedule
 from vocabpp_jax.schedules.layers import redistributed
@@ -174,7 +176,7 @@ class PipelineOptions:
 
     def mesh(self) -> jax.sharding.Mesh:
         """The mesh of devices. Raises ValueError where the devices there are cannot be laid out so."""
-        devices, one = jax.device_count(), self.stages * self.tensor_parallel
+        devices, one = len(all_devices()), self.stages * self.tensor_parallel
         if devices % one:
             times = f" times tensor_parallel {self.tensor_parallel} is {one}" if self.tensor_parallel > 1 else ""
             raise ValueError(
@@ -227,22 +229,20 @@ class ClusterOptions:
 
 def parse(options: type[Options], description: str, arguments: Sequence[str] | None = None) -> Options:
     """Read the command line into a dataclass; what it cannot mean ends the process as :func:`fail` does."""
+    hosts.quiet_plugins()
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(
                 options,
-                args=arguments,
+                args=with_names(options, sys.argv[1:] if arguments is None else arguments),
                 description=description,
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
             )
     except SystemExit as stop:
         if not stop.code:
             raise
-        # tyro draws a box: a sentence, then hints below a rule or an empty line.
-        lines = [line.strip("│ ") for line in said.getvalue().splitlines() if not line.startswith(("╭", "╰"))]
-        sentence = re.split(r"\n(?:─|\n)", "\n".join(lines))[0]
-        fail(" ".join(sentence.split()))
+        fail(sentence_of(said.getvalue()))
 
 
 def write_json(path: str | None, value: Any, indent: int = 1) -> None:
@@ -270,6 +270,7 @@ def or_fail(prepare: Callable[[], Result]) -> Result:
 
 
 def fail(sentence: str, status: int = 2) -> NoReturn:
-    """Say what is wrong and what would do, and exit: with status 2 where the input is wrong."""
-    print(f"error: {sentence}", file=sys.stderr)
+    """Say what is wrong and what would do, on one line, and exit: with status 2 where the input is wrong."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(sentence.split()))
+    print(f"error: {line if len(line) <= 1500 else line[:1500] + '...'}", file=sys.stderr)
     raise SystemExit(status)

@@ -1,6 +1,7 @@
 """The vocabulary layers, sharded by rows over a mesh axis: pure functions over one device's arrays."""
 
 from .input_layer import lookup, scatter
+from .labels import IGNORED_LABEL, counted, refuse_outside
 from .loss import Loss
 from .output_layer import (
     Shard,
@@ -24,6 +25,7 @@ from .output_layer import (
 from .unsharded_head import whole_layer, whole_loss
 
 __all__ = [
+    "IGNORED_LABEL",
     "Loss",
     "Shard",
     "Slopes",
@@ -31,6 +33,7 @@ __all__ = [
     "Target",
     "capped",
     "combine",
+    "counted",
     "exponentials",
     "factor",
     "input_gradient",
@@ -38,6 +41,7 @@ __all__ = [
     "lookup",
     "losses",
     "partial_input_gradient",
+    "refuse_outside",
     "scatter",
     "slopes",
     "target_logits",
