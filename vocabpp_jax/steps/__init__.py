@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from ..rings import Cells, State, before_later_passes, behind_earlier_passes
 from ..schedules import Instruction
-from ..vocab import Stats
 from .input_steps import InputSteps
 from .layer import flight, sent
 from .output_steps import OutputSteps
@@ -41,13 +40,8 @@ class VocabularySteps(InputSteps, OutputSteps):
             return state
         _, B, L = self.batch["tokens"].shape
         wide, dtype = (B * L, self.layout.model.width), self.dtype
-        vector = jnp.zeros((rings["P"], B * L), F32)
-        state |= {"X": jnp.zeros((rings["X"], *wide), dtype), "P": {"local": Stats(vector, vector, vector)}}
+        state |= {"X": jnp.zeros((rings["X"], *wide), dtype), "P": self.empty_records(rings["P"], B * L)}
         if self.trains:
-            # The three-barrier reference keeps the logits themselves until it knows their maximum.
-            kind = F32 if "S1" in self.names else dtype
-            state["P"] |= {"factor": vector, "exponentials": jnp.zeros((rings["P"], B * L, self.head.shape[0]), kind)}
-            state["P"] |= {"slopes": self.no_slopes(rings["P"], B * L)}
             state["A"] = jnp.zeros(wide, dtype)
             state |= self.initial_uniform(B * L)
         state |= {sent(name): jnp.zeros(wide, dtype) for name in ("C0", "CB") if name in self.names}
