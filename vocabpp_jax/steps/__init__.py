@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .. import vocab
 from ..rings import Cells, State, before_later_passes, behind_earlier_passes
 from ..schedules import Instruction
 from .input_steps import InputSteps
@@ -42,8 +43,8 @@ class VocabularySteps(InputSteps, OutputSteps):
         wide, dtype = (B * L, self.layout.model.width), self.dtype
         state |= {"X": jnp.zeros((rings["X"], *wide), dtype), "P": self.empty_records(rings["P"], B * L)}
         if self.trains:
-            state["A"] = jnp.zeros(wide, dtype)
-            state |= self.initial_uniform(B * L)
+            state["A"] = jnp.zeros(wide, vocab.summed_dtype(dtype))
+            state |= self.initial_uniform(B * L) | self.initial_span()
         state |= {sent(name): jnp.zeros(wide, dtype) for name in ("C0", "CB") if name in self.names}
         return state | {flight(name): value for name, value in self._flights(wide, dtype).items()}
 
@@ -51,7 +52,8 @@ class VocabularySteps(InputSteps, OutputSteps):
         """What every collective leaves, before the first has run."""
         vector, matrix = jnp.zeros(wide[:1], F32), jnp.zeros(wide, dtype)
         gathered = jnp.zeros((self.layout.shards, 3, *wide[:1]), F32)
-        made = {"CI": matrix, "C0": matrix, "CB": matrix, "big": matrix, "max": vector, "stats": gathered}
+        summed = jnp.zeros(wide, vocab.summed_dtype(dtype))
+        made = {"CI": matrix, "C0": matrix, "CB": matrix, "big": summed, "max": vector, "stats": gathered}
         return {name: made[name] for name in made if name in self.names}
 
     def execute(self, instruction: Instruction, cells: Cells, state: State) -> State:

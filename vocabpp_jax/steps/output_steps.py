@@ -68,7 +68,8 @@ class OutputSteps(VocabularyLayer):
                 return state
             if kept.slopes is not None:
                 state = state | {"uniform": vocab.uniform_input_gradient(self.head, self.shard, kept.slopes)}
-            return state | {"A": vocab.unscaled_input_gradient(kept, self.head)}
+            unit = vocab.unit(kept.rest * state["span"])
+            return state | {"A": vocab.in_units(vocab.unscaled_input_gradient(kept, self.head), unit, self.dtype)}
 
         names = ("P", *(("A",) if self.early else ()), *(("uniform",) if "uniform" in state else ()))
         return when(cells["microbatch"] >= 0, state, names, passed)
@@ -125,7 +126,8 @@ class OutputSteps(VocabularyLayer):
             state = state | {self.head_gradient: total}
             if self.early:
                 return state
-            return state | {"A": vocab.input_gradient(kept, self.head, at, target, state.get("uniform"))}
+            part = vocab.input_gradient(kept, self.head, at, target, state.get("uniform"))
+            return state | {"A": vocab.in_units(part, self._unit(state, cells), self.dtype)}
 
         names = (self.head_gradient,) if self.early else (self.head_gradient, "A")
         return when(cells["microbatch"] >= 0, state, names, passed)
@@ -136,9 +138,10 @@ class OutputSteps(VocabularyLayer):
             return state
 
         def passed(state: State) -> State:
-            at, target = get(state["P"]["at"], cells["P"]), self._target(cells)
-            part = vocab.partial_input_gradient(state["A"], self.head, at, target, state.get("uniform"))
-            return state | {"A": part}
+            at, rest = get((state["P"]["at"], state["P"]["kept"].rest), cells["P"])
+            a = vocab.from_units(state["A"], vocab.unit(rest * state["span"]))
+            part = vocab.partial_input_gradient(a, self.head, at, self._target(cells), state.get("uniform"))
+            return state | {"A": vocab.in_units(part, self._unit(state, cells), self.dtype)}
 
         return when(cells["microbatch"] >= 0, state, ("A",), passed)
 
@@ -152,7 +155,8 @@ class OutputSteps(VocabularyLayer):
         """G: the final function's backward, into the last stage's inbox."""
 
         def passed(state: State) -> State:
-            return self._final_vjp(state, cells, get(state["X"], cells["X"]), state[flight("big")])
+            g = vocab.from_units(state[flight("big")], self._unit(state, cells)).astype(self.dtype)
+            return self._final_vjp(state, cells, get(state["X"], cells["X"]), g)
 
         return when(cells["microbatch"] >= 0, state, ("inbox", "grads.final"), passed)
 
@@ -198,6 +202,10 @@ class OutputSteps(VocabularyLayer):
             return {"uniform": vocab.uniform_input_gradient(self.head, self.shard)}
         return {"uniform": jnp.zeros((tokens, self.layout.model.width), F32)} if self.early else {}
 
+    def initial_span(self) -> State:
+        """The largest weight of the head's table on any shard: no element of an average of its rows is larger."""
+        return {"span": lax.pmax(jnp.max(jnp.abs(self.head)).astype(F32), self.layout.vocabulary_axes)}
+
     # --- pieces ------------------------------------------------------------------------------------------------------
 
     def _final_vjp(self, state: State, cells: Cells, x: jax.Array, g: jax.Array) -> State:
@@ -224,6 +232,10 @@ class OutputSteps(VocabularyLayer):
 
     def _weight(self, cells: Cells) -> jax.Array:
         return get(self.batch["weight"], jnp.maximum(cells["microbatch"], 0)).reshape(-1)
+
+    def _unit(self, state: State, cells: Cells) -> jax.Array:
+        """What a token's input gradient is summed in units of, the same on all shards."""
+        return vocab.unit(self._weight(cells) * state["span"])
 
     def _target(self, cells: Cells) -> Target:
         return Target(self._weight(cells), self._labels(cells), self.shard, self.loss)

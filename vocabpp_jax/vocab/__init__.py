@@ -19,6 +19,7 @@ from .output_layer import (
     unscaled_input_gradient,
     weight_gradient,
 )
+from .sums import from_units, in_units, summed_dtype, unit
 from .whole import whole_layer, whole_loss
 
 __all__ = [
@@ -31,13 +32,17 @@ __all__ = [
     "coefficients",
     "combine",
     "exponentials",
+    "from_units",
+    "in_units",
     "input_gradient",
     "logits",
     "lookup",
     "losses",
     "partial_input_gradient",
     "scatter",
+    "summed_dtype",
     "uniform_input_gradient",
+    "unit",
     "unscaled_input_gradient",
     "weight_gradient",
     "whole_layer",

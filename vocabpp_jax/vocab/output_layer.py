@@ -12,9 +12,9 @@ computes ``P' W_k`` before and rescales its rows after. (The paper divides P' by
 why no matrix of ``softmax - G`` is made: its products are those of P' with f on the rows of the other factor or of the
 result, plus one row of W, or of X, for every token. Maxima, sums, factors and losses are float32.
 
-**Nothing large cancels.** P' is rounded to the compute dtype, so the label's ``P' f - 1``, which is small for a confident
-token, is not made from it. The label's column of P' is zero, and its coefficient is a float32 number of its own: minus
-the softmax of all *other* rows, which is a sum of what is positive::
+**Nothing large cancels.** P' is rounded to the compute dtype, so the label's ``P' f - 1``, which is small for a
+confident token, is not made from it. The label's column of P' is zero, and its coefficient is a float32 number of its
+own: minus the softmax of all *other* rows, which is a sum of what is positive::
 
     softmax[label] - 1 = -(Σ_rows≠label exp(Y - m)) / sum
 
@@ -226,7 +226,7 @@ def weight_gradient(accumulated: jax.Array, kept: Kept, x: jax.Array, at: Coeffi
 def input_gradient(
     kept: Kept, w: jax.Array, at: Coefficients, target: Target, uniform: jax.Array | None = None
 ) -> jax.Array:
-    """T of Algorithm 1: this shard's part of ∇X ``[N, D]``, ready to be summed over shards.
+    """T of Algorithm 1: this shard's part of ∇X ``[N, D]`` in float32, to be summed over shards.
 
     ``uniform`` is :func:`uniform_input_gradient` where labels are smoothed and no cap is.
     """
@@ -243,8 +243,8 @@ def _scaled(kept: Kept, at: Coefficients) -> tuple[jax.Array, jax.Array]:
 
 
 def unscaled_input_gradient(kept: Kept, w: jax.Array) -> jax.Array:
-    """S of Algorithm 2: ``A = p W_k [N, D]``, before the global sums are known."""
-    return _times(kept.p, w).astype(w.dtype)
+    """S of Algorithm 2: ``A = p W_k [N, D]`` in float32, before the global sums are known."""
+    return _times(kept.p, w)
 
 
 def _times(p: jax.Array, w: jax.Array) -> jax.Array:
@@ -260,7 +260,7 @@ def uniform_input_gradient(w: jax.Array, shard: Shard, slopes: jax.Array | None 
 def partial_input_gradient(
     a: jax.Array, w: jax.Array, at: Coefficients, target: Target, uniform: jax.Array | None = None
 ) -> jax.Array:
-    """C1 of Algorithm 2: this shard's part of ∇X ``[N, D]`` from A, ready to be summed over shards.
+    """C1 of Algorithm 2: this shard's part of ∇X ``[N, D]`` in float32 from A, to be summed over shards.
 
     ``uniform`` is :func:`uniform_input_gradient` where labels are smoothed.
     """
@@ -268,8 +268,8 @@ def partial_input_gradient(
 
 
 def _with_label(a: jax.Array, w: jax.Array, at: Coefficients, target: Target, uniform: jax.Array | None) -> jax.Array:
-    """``a`` with the parts of ∇X that are made in float32, in the dtype of ``w``."""
+    """``a`` and what of ∇X is not in it: the labels' part, and smoothing's."""
     a = a + lookup(w, target.labels, target.shard.first_row) * at.label[:, None]
     if uniform is not None:
         a = a + uniform * at.rows[:, None]
-    return a.astype(w.dtype)
+    return a

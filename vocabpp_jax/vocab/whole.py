@@ -50,7 +50,7 @@ def whole_layer(
         kept, at = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), made)
         target = Target(weight, labels, shard, loss)
         total = weight_gradient(carry[1], kept, x, at, target)
-        return (carry[0] + value.sum(), total), input_gradient(kept, w, at, target, uniform)
+        return (carry[0] + value.sum(), total), input_gradient(kept, w, at, target, uniform).astype(w.dtype)
 
     evenly = loss.label_smoothing and loss.soft_cap is None
     uniform = uniform_input_gradient(w, shard) if evenly else None
