@@ -11,9 +11,9 @@ import tyro
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a look into a file needs no GPU
 
-from options import OptionalInt, OptionalStr, fail, or_fail, parse, write_json
+from command_line.options import OptionalInt, OptionalStr, fail, or_fail, parse, write_json
 from vocabpp_jax.checkpoints import inspection
-from vocabpp_jax.hosts import quiet_libraries
+from vocabpp_jax.runtime.hosts import quiet_libraries
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from options import ClusterOptions, OptionalStr, parse
+from command_line.options import ClusterOptions, OptionalStr, parse
 from vocabpp_jax import Pipeline, make_mesh, models, schedules
 
 

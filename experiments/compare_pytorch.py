@@ -27,15 +27,15 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-import exchange
+from command_line.options import ModelOptions, OptionalStr, PipelineOptions, or_fail, parse, write_json
 from comparators import EVEN_SHARE
-from compare_report import ALONE, losses_table, ratios_of, speed_table
-from megatron_logs import read_log
-from options import ModelOptions, OptionalStr, PipelineOptions, or_fail, parse, write_json
-from processes import Group, GroupFailed, free_port
-from speed_report import insert_table
-from speed_stage import name_of, request
-from turns import Left, countdown, in_turns, say
+from pytorch.compare_report import ALONE, losses_table, ratios_of, speed_table
+from pytorch.megatron_logs import read_log
+from reports.markdown import insert_table
+from speed_measure import exchange
+from speed_measure.processes import Group, GroupFailed, free_port
+from speed_measure.speed_stage import STAGE_SCRIPT, name_of, request
+from speed_measure.turns import Left, countdown, in_turns, say
 from vocabpp_jax import models
 from vocabpp_jax.models.gpt import GPTConfig
 from vocabpp_jax.schedules.layers import even_split
@@ -140,11 +140,10 @@ class Both:
 @contextlib.contextmanager
 def both(options: CompareOptions, left: Left, p: int) -> Iterator[Both]:
     """A group of each framework, of p devices. One waits while the other computes."""
-    here = Path(__file__).parent
     with contextlib.ExitStack() as stack:
         groups, devices = [], {}
-        for script in ("pytorch_baseline.py", "speed_stage.py"):
-            group = stack.enter_context(Group(here / script, p, options.gpus, options.share_cores))
+        for script in (Path(__file__).with_name("pytorch_baseline.py"), STAGE_SCRIPT):
+            group = stack.enter_context(Group(script, p, options.gpus, options.share_cores))
             devices |= group.ask("join", left(), coordinator=f"127.0.0.1:{free_port()}", ranks=p)[0]
             groups.insert(0, group)
         yield Both(options, *groups, left, devices)

@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from options import parse
+from command_line.options import parse
 from vocabpp_jax.schedules import SCHEDULES, Schedule, build, lower, methods_of
-from vocabpp_jax.schedules.draw import draw, save
 from vocabpp_jax.schedules.place import place
-from vocabpp_jax.schedules.simulate import Durations, simulate
-from vocabpp_jax.schedules.timeline import Timeline
+from vocabpp_jax.schedules.simulation.pictures import draw, save
+from vocabpp_jax.schedules.simulation.simulator import Durations, simulate
+from vocabpp_jax.schedules.simulation.timeline import Timeline
 
 HEAD = 3.0  # forward and backward of the whole output layer
 NETWORK = dict(C0=0.08, big=0.12, CI=0.08, CB=0.08, stats=0.02, max=0.02)

@@ -17,9 +17,9 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from options import OptionalStr, fail, parse, write_json
+from command_line.options import OptionalStr, fail, parse, write_json
 from vocabpp_jax.checkpoints import read_record, steps_in
-from vocabpp_jax.metrics import read_records
+from vocabpp_jax.runtime.metrics import read_records
 
 SMALL = (
     "--vocab-size 300 --layers 2 --hidden 32 --heads 2 --seq 16 --stages 2 --data-parallel 1 --microbatches 3 "

@@ -22,11 +22,20 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
-from options import ModelOptions, OptionalStr, PipelineOptions, fail, or_fail, parse, write_json, write_text
+from command_line.options import (
+    ModelOptions,
+    OptionalStr,
+    PipelineOptions,
+    fail,
+    or_fail,
+    parse,
+    write_json,
+    write_text,
+)
 from vocabpp_jax import Pipeline, compiled, make_mesh, models
 from vocabpp_jax.models.config import attention_implementation
-from vocabpp_jax.optimizer import adamw
-from vocabpp_jax.schedules.cost import GPU, load_gpu
+from vocabpp_jax.schedules.simulation.cost import GPU, load_gpu
+from vocabpp_jax.training.optimizer import adamw
 
 GIB = 2**30
 LARGE = 2**20  # bytes from which a copy in the loop counts
@@ -39,7 +48,7 @@ class MemoryOptions:
     """What is compiled, for what, and where the report goes."""
 
     gpu: str = "a100-80g"
-    """GPU: a100-80g, h100-80g, or a .toml file like those in schedules/gpus, with a table [target]."""
+    """GPU: a100-80g, h100-80g, or a .toml file like those in schedules/simulation/gpus, with a table [target]."""
     json: OptionalStr = None
     """File for the report as JSON, - for standard output."""
     plot: OptionalStr = None

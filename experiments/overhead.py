@@ -16,12 +16,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from command_line.options import ModelOptions, OptionalStr, PipelineOptions, or_fail, parse, write_json
 from comparators import EVEN_SHARE
-from options import ModelOptions, OptionalStr, PipelineOptions, or_fail, parse, write_json
-from processes import Group, GroupFailed
-from speed_report import insert_table
-from speed_stage import request
-from turns import countdown, in_turns, ratio, say
+from reports.markdown import insert_table
+from speed_measure.processes import Group, GroupFailed
+from speed_measure.speed_stage import STAGE_SCRIPT, request
+from speed_measure.turns import countdown, in_turns, ratio, say
 
 PLAIN = "plain step"
 
@@ -62,7 +62,7 @@ def measure(options: OverheadOptions) -> dict[str, Any]:
     left = countdown(60 * options.minutes)
     cases = {PLAIN: (1, "vocab-2")} | {f"{m}, p={p}": (p, m) for m in options.methods for p in options.devices}
     rows: dict[str, dict[str, Any]] = {}
-    with Group(Path(__file__).with_name("speed_stage.py"), ranks=1) as group:
+    with Group(STAGE_SCRIPT, ranks=1) as group:
         device = group.ask("simulate", left(), devices=max(options.devices))[0]
         for name, (p, method) in cases.items():
             arguments = request(options.model, options.pipeline, "cpu", stages=p, method=method)

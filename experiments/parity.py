@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paper.page import table
 from rich.console import Console
 from rich.table import Table
 
-from options import ClusterOptions, OptionalStr, or_fail, parse, write_json
-from parity_compare import Case, Parity, compare, prepare
-from parity_matrix import run_all, summary
-from speed_report import insert_table
+from command_line.options import ClusterOptions, OptionalStr, or_fail, parse, write_json
+from parity_check.parity_compare import Case, Parity, compare, prepare
+from parity_check.parity_matrix import run_all, summary
+from reports.markdown import insert_table, table
 
 
 @dataclass(frozen=True)

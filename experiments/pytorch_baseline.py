@@ -22,11 +22,10 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-import exchange
-import processes
+from command_line.options import ModelOptions, PipelineOptions, fail, or_fail, parse
 from comparators import EVEN_SHARE
-from options import ModelOptions, PipelineOptions, fail, or_fail, parse
-from pytorch_gpt import Shape, Stage, pipeline, token_loss
+from pytorch.pytorch_gpt import Shape, Stage, pipeline, token_loss
+from speed_measure import exchange, processes
 
 
 @dataclass

@@ -18,11 +18,11 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing here is measured on a GPU
 
-from paper import beyond, calibration, claims, convergence, layers, memory_section, scaling, tables
-from paper.page import Files, Say, update
 from rich.console import Console
 
-from options import ClusterOptions, fail, or_fail, parse
+from command_line.options import ClusterOptions, fail, or_fail, parse
+from paper import beyond, calibration, claims, convergence, layer_balance, memory_section, scaling, tables
+from paper.page import Files, Say, update
 
 Section = Callable[[Files, Say], str]
 SECTIONS: dict[str, tuple[str, Section]] = {
@@ -34,7 +34,7 @@ SECTIONS: dict[str, tuple[str, Section]] = {
     "beyond": ("Schedules that the tables lack", beyond.section),
     "ablation": ("Interlaced without its collectives", beyond.ablation_section),
     "table3": ("Table 3: scaling of the vocabulary layers", scaling.section),
-    "table4": ("Table 4, Figure 2, Figure 3: what the vocabulary weighs", layers.section),
+    "table4": ("Table 4, Figure 2, Figure 3: what the vocabulary weighs", layer_balance.section),
     "convergence": ("Appendix E: convergence", convergence.section),
 }
 """Sections by name, in the order of work; memory first, since the tables show it."""

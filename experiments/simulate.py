@@ -16,23 +16,17 @@ from typing import Annotated, Literal
 
 import tyro
 
-from options import OptionalInt, OptionalStr, fail, or_fail, parse, write_json
+from command_line.options import OptionalInt, OptionalStr, fail, or_fail, parse, write_json
 from vocabpp_jax import models
-from vocabpp_jax.schedules import (
-    METHODS,
-    SCHEDULES,
-    build,
-    formats,
-    lower,
-    methods_of,
-)
-from vocabpp_jax.schedules.cost import Cost, load_gpu
-from vocabpp_jax.schedules.draw import draw, save, title_of
+from vocabpp_jax.schedules import METHODS, SCHEDULES, build, lower, methods_of
 from vocabpp_jax.schedules.layers import redistributed
-from vocabpp_jax.schedules.measured import MeasuredRun, errors, read_pass_times
 from vocabpp_jax.schedules.place import INSERTED, place
-from vocabpp_jax.schedules.simulate import COMPILED, FREE, ON_CPUS, Rules, simulate
-from vocabpp_jax.schedules.timeline import Timeline
+from vocabpp_jax.schedules.simulation import formats
+from vocabpp_jax.schedules.simulation.cost import Cost, load_gpu
+from vocabpp_jax.schedules.simulation.measured import MeasuredRun, errors, read_pass_times
+from vocabpp_jax.schedules.simulation.pictures import draw, save, title_of
+from vocabpp_jax.schedules.simulation.simulator import COMPILED, FREE, ON_CPUS, Rules, simulate
+from vocabpp_jax.schedules.simulation.timeline import Timeline
 
 RULES = {"compiled": COMPILED, "asynchronous": Rules("asynchronous"), "on-cpus": ON_CPUS, "free": FREE}
 OptionalRules = Annotated[Literal["compiled", "asynchronous", "on-cpus", "free"] | None, tyro.conf.arg(metavar="RULES")]
@@ -69,7 +63,7 @@ class SimulateOptions:
     tie_embeddings: bool = False
     """Use the token embedding as the LM head."""
     gpu: str = "a100-80g"
-    """GPU and network: a100-80g, h100-80g, or a .toml file like those in schedules/gpus."""
+    """GPU and network: a100-80g, h100-80g, or a .toml file like those in schedules/simulation/gpus."""
     times: OptionalStr = None
     """CSV of measured pass times in the columns of docs/paper/pass_times_8xA100.csv. Prints what they predict for each
     row against what was measured; the network is --gpu's."""

@@ -26,12 +26,22 @@ from typing import Any
 
 import jax
 
-import speed_stage
+from command_line.options import (
+    ClusterOptions,
+    ModelOptions,
+    OptionalStr,
+    PipelineOptions,
+    fail,
+    or_fail,
+    parse,
+    write_json,
+)
 from comparators import COMPARATORS, EVEN_SHARE
-from options import ClusterOptions, ModelOptions, OptionalStr, PipelineOptions, fail, or_fail, parse, write_json
-from processes import Group, GroupFailed, Here, free_port
-from speed_report import insert_table, rows_of, write_report
-from turns import Left, countdown, in_turns, say
+from reports.markdown import insert_table
+from speed_measure import speed_stage
+from speed_measure.processes import Group, GroupFailed, Here, free_port
+from speed_measure.speed_report import rows_of, write_report
+from speed_measure.turns import Left, countdown, in_turns, say
 from vocabpp_jax.models import model_flops
 from vocabpp_jax.schedules import METHODS, SCHEDULES, methods_of
 
@@ -127,7 +137,7 @@ def stages(options: SpeedOptions, limit_s: float) -> Iterator[tuple[Any, dict]]:
         group = Here(speed_stage.handlers())
         yield group, group.ask("describe", limit_s)[0]
         return
-    script, p = Path(__file__).with_name("speed_stage.py"), options.pipeline.stages
+    script, p = speed_stage.STAGE_SCRIPT, options.pipeline.stages
     with Group(script, p, options.gpus, options.share_cores) as group:
         yield group, join(group, limit_s)
 

@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from options import PipelineOptions, fail, or_fail, parse
-from train_options import TrainOptions, check_output, make_folder
-from train_run import (
+from command_line.options import PipelineOptions, fail, or_fail, parse
+from training_run.train_options import TrainOptions, check_output, make_folder
+from training_run.train_run import (
     Records,
     Run,
     describe,
@@ -30,13 +30,14 @@ from train_run import (
     whole_ones,
     write_prediction,
 )
-from vocabpp_jax import Pipeline, checkpoints, hosts, train
+from vocabpp_jax import Pipeline, checkpoints, train
 from vocabpp_jax.data import TokenizedCorpus, load_tokens, prefetched
-from vocabpp_jax.faults import LastWords, Stop, Termination, Watchdog, lost_peer, reason, say_and_leave
-from vocabpp_jax.metrics import StepProgress
 from vocabpp_jax.models import Config, huggingface
-from vocabpp_jax.optimizer import adamw, warmup_cosine
-from vocabpp_jax.profiling import Profile
+from vocabpp_jax.runtime import hosts
+from vocabpp_jax.runtime.faults import LastWords, Stop, Termination, Watchdog, lost_peer, reason, say_and_leave
+from vocabpp_jax.runtime.metrics import StepProgress
+from vocabpp_jax.runtime.profiling import Profile
+from vocabpp_jax.training.optimizer import adamw, warmup_cosine
 
 __all__ = ["PipelineOptions", "TrainOptions", "main", "prepare", "run_training"]
 STARTS_AGAIN = "start all processes again to go on from the last checkpoint"

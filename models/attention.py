@@ -10,8 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from vocabpp_jax.model import Side
 from vocabpp_jax.models.config import Config, attention_implementation
+from vocabpp_jax.pipeline.model_interface import Side
 
 F32 = jnp.float32
 _QUERIES, _MOST_BLOCKS = 128, 4  # fewest queries of a block of written-out attention, and most blocks

@@ -8,7 +8,7 @@ from typing import ClassVar
 import jax
 from flax import nnx
 
-from vocabpp_jax.model import Side
+from vocabpp_jax.pipeline.model_interface import Side
 from vocabpp_jax.vocab import Loss
 
 _AUTO_CUDNN_HEAD = 128  # the widest head that cuDNN's flash attention takes on every GPU since Ampere
@@ -72,7 +72,7 @@ class Config:
 
     def block(self, rngs: nnx.Rngs, axis: str | None = None) -> nnx.Module:
         """One layer, a module ``(x [B, L, D], side) -> x``; with ``axis``, for its part of the weights on a device
-        of that mesh axis, see :mod:`vocabpp_jax.tensor`."""
+        of that mesh axis, see :mod:`vocabpp_jax.pipeline.tensor`."""
         raise NotImplementedError
 
     def norm(self, rngs: nnx.Rngs) -> nnx.Module:
@@ -111,7 +111,7 @@ class Config:
 
     @property
     def layer_side(self) -> tuple[Side, ...]:
-        """What differs between layers and is not trained, see :class:`vocabpp_jax.model.Model`."""
+        """What differs between layers and is not trained, see :class:`vocabpp_jax.pipeline.Model`."""
         return ()
 
     def span(self, layer: int) -> int:

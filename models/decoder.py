@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from vocabpp_jax.model import Model, Params, Side, TensorSplit
 from vocabpp_jax.models.config import Config
-from vocabpp_jax.tensor import TENSOR
+from vocabpp_jax.pipeline.model_interface import Model, Params, Side, TensorSplit
+from vocabpp_jax.pipeline.tensor import TENSOR
 
 _COLUMNS = {"qkv", "q", "k", "v", "gate", "up"}  # linear layers that every device computes some outputs of
 _ROWS = {"out", "down"}  # ... that every device has some inputs of
@@ -119,7 +119,7 @@ class Decoder(nnx.Module):
         return logits_BLV if cap is None else cap * jnp.tanh(logits_BLV / cap)
 
     def canonical(self) -> Params:
-        """The canonical parameters, see :class:`vocabpp_jax.model.Model`."""
+        """The canonical parameters, see :class:`vocabpp_jax.pipeline.Model`."""
         state = nnx.to_pure_dict(nnx.state(self))
         blocks = state.pop("blocks")
         embed = {name: state.pop(name) for name in ("tokens", "positions") if name in state}

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from vocabpp_jax.model import Side
 from vocabpp_jax.models import parts
 from vocabpp_jax.models.attention import reach, written_out
 from vocabpp_jax.models.config import RotaryConfig
 from vocabpp_jax.models.norms import RMSNorm
 from vocabpp_jax.models.parts import GatedMLP, RotaryAttention
+from vocabpp_jax.pipeline.model_interface import Side
 from vocabpp_jax.vocab import Loss
 
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import jax
 from flax import nnx
 
-from vocabpp_jax.model import Side
 from vocabpp_jax.models.attention import attend
 from vocabpp_jax.models.config import Config
 from vocabpp_jax.models.norms import LayerNorm
 from vocabpp_jax.models.parts import Block, cheap, linear, merged_heads_linear, row_linear
-from vocabpp_jax.tensor import enter
+from vocabpp_jax.pipeline.model_interface import Side
+from vocabpp_jax.pipeline.tensor import enter
 
 NORM_EPSILON = 1e-5
 

@@ -17,7 +17,7 @@ from vocabpp_jax.models.gemma import GemmaConfig
 from vocabpp_jax.models.gpt import NORM_EPSILON, GPTConfig
 from vocabpp_jax.models.llama import LlamaConfig
 from vocabpp_jax.models.qwen import QwenConfig
-from vocabpp_jax.stream import Path
+from vocabpp_jax.pipeline.weight_streaming import Path
 
 Json = dict[str, Any]
 

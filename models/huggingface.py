@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vocabpp_jax.model import Params
 from vocabpp_jax.models.config import Config
 from vocabpp_jax.models.decoder import build
 from vocabpp_jax.models.hf_files import Tensors, write
 from vocabpp_jax.models.hf_names import ARCHITECTURES, Architecture, architecture_of, by_head, by_kind
 from vocabpp_jax.pipeline import Pipeline
-from vocabpp_jax.stream import Index, Path, assemble, canonical_leaves, leaves
+from vocabpp_jax.pipeline.model_interface import Params
+from vocabpp_jax.pipeline.weight_streaming import Index, Path, assemble, canonical_leaves, leaves
 
 _BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")  # no parameters: older versions stored them
 _DTYPES = {"float32": np.float32, "bfloat16": jnp.bfloat16, "float16": np.float16}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from vocabpp_jax.tensor import enter
+from vocabpp_jax.pipeline.tensor import enter
 
 F32 = jnp.float32
 

@@ -24,12 +24,12 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
-from vocabpp_jax.model import Side
 from vocabpp_jax.models.attention import attend
 from vocabpp_jax.models.config import Config, RotaryConfig
 from vocabpp_jax.models.norms import RMSNorm
 from vocabpp_jax.models.rotary import frequencies, rotated
-from vocabpp_jax.tensor import enter, leave
+from vocabpp_jax.pipeline.model_interface import Side
+from vocabpp_jax.pipeline.tensor import enter, leave
 
 
 def recomputed(function: Callable) -> Callable:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from vocabpp_jax.model import Model, Params, Side
+from vocabpp_jax.pipeline.model_interface import Model, Params, Side
 
 
 def reference_loss(

@@ -16,7 +16,7 @@ from flax import nnx
 
 from vocabpp_jax.models import gemma, gpt, llama, qwen
 from vocabpp_jax.models.config import Config
-from vocabpp_jax.schedules.cost import Sizes
+from vocabpp_jax.schedules.simulation.cost import Sizes
 
 SIZES: dict[str, Config] = gpt.SIZES | llama.SIZES | qwen.SIZES | gemma.SIZES
 """Every named size."""
@@ -96,7 +96,7 @@ def model_flops(config: Config, batch: int = 1) -> float:
 
 
 def cost_sizes(config: Config, microbatch_size: int = 1) -> Sizes:
-    """The dimensions that the cost model of :mod:`vocabpp_jax.schedules.cost` plans with."""
+    """The dimensions that the cost model of :mod:`vocabpp_jax.schedules.simulation.cost` plans with."""
     return Sizes(
         layers=config.layers,
         hidden=config.hidden,

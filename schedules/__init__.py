@@ -3,16 +3,16 @@
 from .blocks import Block
 from .build import METHODS, SCHEDULES, build, evaluation, methods_of, repeat
 from .check import ScheduleError, check
-from .check_program import check_program
 from .layers import even_split, head_in_layers, optimal_split, published_split
+from .lowering.check_program import check_program
+from .lowering.program import Instruction, Program, Segment, lower
 from .orders import from_orders
 from .place import place
-from .program import Instruction, Program, Segment, lower
 from .reorder import reorder
-from .rings import sums_before_T
 from .schedule import Pass, Schedule, Step, Vocabulary
-from .simulate import COMPILED, FREE, ON_CPUS, Durations, Rules, simulate
-from .timeline import Timeline
+from .simulation.simulator import COMPILED, FREE, ON_CPUS, Durations, Rules, simulate
+from .simulation.timeline import Timeline
+from .vocabulary import sums_before_T
 
 __all__ = [
     "COMPILED",

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from .rings import sums_before_T
 from .schedule import AFTER, PASSES, TRANSFERS, Schedule, Step
+from .vocabulary import sums_before_T
 
 KINDS = ("F", "B", "W")
 

@@ -25,9 +25,9 @@ from math import ceil, floor
 import numpy as np
 
 from .build import build
-from .program import lower
+from .lowering.program import lower
 from .schedule import AFTER, BEFORE, LANDINGS, Op, Pass, Schedule, Step, Vocabulary
-from .simulate import COMPILED, Durations, Rules, simulate
+from .simulation.simulator import COMPILED, Durations, Rules, simulate
 
 INSERTED = {"interlaced": 0, "vocab-2": 1, "vocab-1": 2}
 Builder = Callable[[int], Schedule | None]  # from m
@@ -77,7 +77,7 @@ def place(
     Args:
         method: vocab-1, vocab-2 or interlaced.
         p, m: devices, microbatches.
-        durations: of a schedule's passes, for example :meth:`.cost.Cost.durations`.
+        durations: of a schedule's passes, for example :meth:`.simulation.cost.Cost.durations`.
         rules: of the simulation.
         halves: whether devices may hold their layers as two stages, for which each needs two layers.
         enough: a steady bubble, beyond what transfers cost any schedule, that ends the search.

@@ -17,9 +17,9 @@ from test_models import (
 )
 
 from vocabpp_jax import models
-from vocabpp_jax.linearize import linearize
 from vocabpp_jax.models import attention
 from vocabpp_jax.models.norms import LayerNorm, RMSNorm
+from vocabpp_jax.pipeline.linearize import linearize
 
 B, L = 2, 12
 SHAPE = dict(layers=2, hidden=32, heads=4, kv_heads=2, head_size=6, inner=40, seq=L, vocab_size=50)

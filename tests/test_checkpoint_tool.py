@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import checkpoint as tool
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from test_checkpoints import KEY, flip, setup
 
+import checkpoint as tool
 from vocabpp_jax import checkpoints, train
 
 

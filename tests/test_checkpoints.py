@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from vocabpp_jax import Pipeline, checkpoints, make_mesh, schedules, train
 from vocabpp_jax.checkpoints import canonical as canonical_module
-from vocabpp_jax.faults import Stop
-from vocabpp_jax.model import Model
+from vocabpp_jax.pipeline.model_interface import Model
+from vocabpp_jax.runtime.faults import Stop
 
 M, B, L, V = 3, 2, 8, 29
 KEY = jax.random.key(0)

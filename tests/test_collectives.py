@@ -4,8 +4,8 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from vocabpp_jax.collectives import Native, OfPermutes, collectives
-from vocabpp_jax.pipeline import make_mesh
+from vocabpp_jax.pipeline.collectives import Native, OfPermutes, collectives
+from vocabpp_jax.pipeline.mesh import make_mesh
 
 AXES = {1: ("pipe",), 2: ("pipe", "tensor")}
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 import compare_pytorch
-import exchange
-from compare_report import ALONE, ratios_of
-from megatron_logs import read_log
+from pytorch.compare_report import ALONE, ratios_of
+from pytorch.megatron_logs import read_log
+from speed_measure import exchange
 
 ARGUMENTS = """------------------------ arguments ------------------------
   padded_vocab_size ............................... 32768

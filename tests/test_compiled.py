@@ -7,9 +7,9 @@ import pytest
 from vocabpp_jax import Pipeline, compiled, make_mesh, models, schedules, train
 from vocabpp_jax.compiled.hlo import shape_bytes
 from vocabpp_jax.compiled.usage import used_parameters
-from vocabpp_jax.flags import FLAGS, compiler_options
-from vocabpp_jax.optimizer import adamw
-from vocabpp_jax.schedules.cost import GPUS, load_gpu
+from vocabpp_jax.pipeline.flags import FLAGS, compiler_options
+from vocabpp_jax.schedules.simulation.cost import GPUS, load_gpu
+from vocabpp_jax.training.optimizer import adamw
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
 

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 
 from vocabpp_jax.schedules import build, lower
-from vocabpp_jax.schedules.cost import GPUS, Cost, Sizes, gpu_names, load_gpu, stage_layers
-from vocabpp_jax.schedules.measured import read_pass_times
-from vocabpp_jax.schedules.simulate import simulate
+from vocabpp_jax.schedules.simulation.cost import GPUS, Cost, Sizes, gpu_names, load_gpu, stage_layers
+from vocabpp_jax.schedules.simulation.measured import read_pass_times
+from vocabpp_jax.schedules.simulation.simulator import simulate
 
 PUBLISHED = Path(__file__).parent.parent / "docs" / "paper"
 A100 = load_gpu("a100-80g")

@@ -2,9 +2,9 @@ import json
 from pathlib import Path
 
 import pytest
-import simulate
 
-from vocabpp_jax.schedules import formats
+import simulate
+from vocabpp_jax.schedules.simulation import formats
 
 PUBLISHED = Path(__file__).parent.parent / "docs" / "paper"
 SMALL = ["--stages", "4", "--microbatches", "8", "--model", "gpt-small", "--layers", "8"]

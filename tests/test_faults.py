@@ -12,7 +12,8 @@ import optax
 import pytest
 from test_checkpoints import KEY, batch, setup
 
-from vocabpp_jax import faults, train
+from vocabpp_jax import train
+from vocabpp_jax.runtime import faults
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
@@ -43,7 +44,7 @@ def test_a_signal_is_noted_and_the_handlers_are_put_back(number):
 
 def run(body):
     """A process of its own, which does not need JAX's devices."""
-    code = f"import time, os, signal\nfrom vocabpp_jax import faults\n{body}"
+    code = f"import time, os, signal\nfrom vocabpp_jax.runtime import faults\n{body}"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
 

@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vocabpp_jax.schedules import SCHEDULES, build, evaluation, formats, lower, methods_of
-from vocabpp_jax.schedules.formats import Action
-from vocabpp_jax.schedules.simulate import Durations, simulate
+from vocabpp_jax.schedules import SCHEDULES, build, evaluation, lower, methods_of
+from vocabpp_jax.schedules.simulation import formats
+from vocabpp_jax.schedules.simulation.formats import Action
+from vocabpp_jax.schedules.simulation.simulator import Durations, simulate
 
 CASES = [(schedule, method) for schedule in SCHEDULES for method in methods_of(schedule)]
 

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from vocabpp_jax import hosts, make_mesh
+from vocabpp_jax import make_mesh
+from vocabpp_jax.runtime import hosts
 
 
 def test_every_device_gets_its_columns():

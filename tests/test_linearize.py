@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vocabpp_jax import models
-from vocabpp_jax.linearize import linearize
+from vocabpp_jax.pipeline.linearize import linearize
 
 B, L = 2, 8
 CONFIG = dict(layers=2, hidden=32, heads=2, seq=L, vocab_size=64)

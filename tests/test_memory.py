@@ -4,11 +4,11 @@ import dataclasses
 import importlib.util
 import json
 
-import memory
 import pytest
-from memory import MemoryOptions
 
-from options import ModelOptions, PipelineOptions
+import memory
+from command_line.options import ModelOptions, PipelineOptions
+from memory import MemoryOptions
 
 HERE = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
 a100 = [pytest.mark.a100, pytest.mark.skipif(not HERE, reason="jax's GPU packages are not installed")]

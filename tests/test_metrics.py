@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vocabpp_jax.metrics import JsonLines, StepProgress, TensorBoard, draw_losses, read_records
+from vocabpp_jax.runtime.metrics import JsonLines, StepProgress, TensorBoard, draw_losses, read_records
 
 
 def test_records_are_on_disk_at_once_and_appended(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vocabpp_jax.optimizer import adamw, warmup_cosine
+from vocabpp_jax.training.optimizer import adamw, warmup_cosine
 
 
 @given(steps=st.integers(1, 200), data=st.data())

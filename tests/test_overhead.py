@@ -1,7 +1,8 @@
 import json
 
-import overhead
 import pytest
+
+import overhead
 
 SMALL = "--model gpt-tiny --layers 2 --hidden 8 --heads 2 --seq 4 --vocab-size 19 --microbatches 2".split()
 

@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
-import reproduce
-from paper import beyond, calibration, claims, convergence, layers, memory_section, page, scaling, tables
-from paper.settings import TABLES, published
 
-from vocabpp_jax.schedules.cost import Sizes
+import reproduce
+from paper import beyond, calibration, claims, convergence, layer_balance, memory_section, page, scaling, tables
+from paper.settings import TABLES, published
+from vocabpp_jax.schedules.simulation.cost import Sizes
 
 
 @pytest.fixture(scope="module")
@@ -124,22 +124,24 @@ def test_table_3_has_every_row_and_its_output_layer_is_near():
 
 def test_table_4_is_the_papers_formulas():
     b, s, h, V = 1, 2048, 3072, 128_000
-    found = layers.table4(Sizes(layers=32, hidden=h, seq=s, vocab_size=V))
+    found = layer_balance.table4(Sizes(layers=32, hidden=h, seq=s, vocab_size=V))
     assert found["transformer"] == (b * s * h * (72 * h + 12 * s), 12 * h * h)
     assert found["input"] == (3 * b * s * h, h * V) and found["output"] == (6 * b * s * h * V, h * V)
 
 
 def test_our_output_layer_has_the_flops_of_table_4_and_a_shard_its_part():
     tokens, hidden, V = 64, 128, 512
-    whole = layers.output_layer(V, tokens, hidden)
+    whole = layer_balance.output_layer(V, tokens, hidden)
     for method in ("vocab-1", "vocab-2"):
         assert whole[method] == pytest.approx(6 * tokens * hidden * V, rel=0.03)
-    assert layers.output_layer(V // 4, tokens, hidden)["vocab-1"] == pytest.approx(whole["vocab-1"] / 4, rel=0.01)
+    assert layer_balance.output_layer(V // 4, tokens, hidden)["vocab-1"] == pytest.approx(
+        whole["vocab-1"] / 4, rel=0.01
+    )
 
 
 def test_figures_2_and_3_are_the_published_ratios():
-    assert layers.figure2(seq=4096)[-1]["output, compute"] == pytest.approx(5.0)
-    lines = layers.figure3()
+    assert layer_balance.figure2(seq=4096)[-1]["output, compute"] == pytest.approx(5.0)
+    lines = layer_balance.figure3()
     last = [line for line in lines if line["stage"] == 15]
     assert last[0]["compute"] - 2 == pytest.approx(2.4, abs=0.05)
     assert last[0]["parameters"] - 2 == pytest.approx(2.6, abs=0.05)

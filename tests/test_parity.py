@@ -8,8 +8,8 @@ import dataclasses
 import jax
 import pytest
 
-from parity_compare import Case, compare
-from parity_matrix import case, combinations
+from parity_check.parity_compare import Case, compare
+from parity_check.parity_matrix import case, combinations
 
 # schedule, method, stages, microbatches, tied, data: a stage alone, odd numbers, fewer microbatches than stages, more
 # than three a stage, multiples of three (V-Min's own case), even and odd (V-Half's).

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from processes import Group, GroupFailed, Here
+from speed_measure.processes import Group, GroupFailed, Here
 
 SCRIPT = """
 import os, sys, time
 sys.path.insert(0, {experiments!r})
-import processes
+from speed_measure import processes
 
 def where():
     print("what a library prints is no answer")
@@ -86,7 +86,7 @@ def test_a_rank_that_dies_ends_the_group_and_says_why(script):
 def test_ranks_end_when_whoever_started_them_is_killed(script):
     parent = (
         f"import sys, time; sys.path.insert(0, {str(Path(__file__).parent.parent / 'experiments')!r})\n"
-        "from pathlib import Path\nfrom processes import Group\n"
+        "from pathlib import Path\nfrom speed_measure.processes import Group\n"
         f"with Group(Path({str(script)!r}), 1) as group:\n"
         "    print(group.ask('where', 20)[0][2], flush=True)\n    time.sleep(60)\n"
     )

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from vocabpp_jax import hardware, profiling, schedules
-from vocabpp_jax.schedules.cost import Sizes
+from vocabpp_jax import schedules
+from vocabpp_jax.runtime import hardware, profiling
+from vocabpp_jax.schedules.simulation.cost import Sizes
 
 SIZES = Sizes(layers=8, hidden=256, seq=128, vocab_size=1000)
 A100, H100 = SimpleNamespace(device_kind="NVIDIA A100-SXM4-80GB"), SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vocabpp_jax.model import Model
 from vocabpp_jax.models import GPTConfig, build, reference_logits, reference_loss
+from vocabpp_jax.pipeline.model_interface import Model
 
 CONFIG = GPTConfig(layers=2, hidden=16, heads=2, seq=8, vocab_size=23)
 m, B, L, V = 4, 2, CONFIG.seq, CONFIG.vocab_size

@@ -3,7 +3,7 @@ import json
 import pytest
 
 import speed
-from speed_report import insert_table
+from reports.markdown import insert_table
 
 SMALL = "--model gpt-tiny --layers 2 --hidden 8 --heads 2 --seq 4 --microbatches 4 --share-cores".split()
 

@@ -1,7 +1,7 @@
 import jax
 import pytest
 
-from speed_passes import Excerpt, PassTimes, again
+from speed_measure.speed_passes import Excerpt, PassTimes, again
 from vocabpp_jax import Pipeline, make_mesh, models, schedules
 
 CONFIG = models.named("gpt-tiny", layers=3, hidden=8, heads=2, seq=4, vocab_size=19)

@@ -9,10 +9,10 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from vocabpp_jax import Layout, Loss, Pipeline, make_mesh, models, schedules, train
-from vocabpp_jax.linearize import linearize
 from vocabpp_jax.models import huggingface
-from vocabpp_jax.optimizer import adamw
-from vocabpp_jax.tensor import TENSOR, enter, leave
+from vocabpp_jax.pipeline.linearize import linearize
+from vocabpp_jax.pipeline.tensor import TENSOR, enter, leave
+from vocabpp_jax.training.optimizer import adamw
 
 SHAPE = dict(layers=2, hidden=16, heads=4, kv_heads=2, head_size=6, inner=20, seq=6, vocab_size=37)
 CONFIGS = {

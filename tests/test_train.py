@@ -16,14 +16,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import train as script
 from conftest import FAST_COMPILE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.compilation_cache import compilation_cache
 
-from options import ModelOptions
-from train_options import CheckpointOptions
+import train as script
+from command_line.options import ModelOptions
+from training_run.train_options import CheckpointOptions
 from vocabpp_jax import checkpoints, models
 from vocabpp_jax.data import train_tokenizer
 from vocabpp_jax.models import huggingface

@@ -10,7 +10,7 @@ import pytest
 
 from vocabpp_jax import models
 from vocabpp_jax.models import huggingface
-from vocabpp_jax.stream import leaves
+from vocabpp_jax.pipeline.weight_streaming import leaves
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.torch]
 torch = pytest.importorskip("torch", reason="a test extra: pip install vocabpp-jax[transformers]")

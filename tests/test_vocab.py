@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vocabpp_jax import vocab
-from vocabpp_jax.vocab import Coefficients, Kept, Loss, Shard, Stats, Target, whole
+from vocabpp_jax.vocab import Coefficients, Kept, Loss, Shard, Stats, Target, unsharded_head
 
 N, D = 7, 5
 PLAIN = Loss()
@@ -166,8 +166,8 @@ def test_products_add_up_in_float32_and_no_matrix_of_logits_is_made_beside_the_e
 def test_a_whole_table_gives_the_plain_loss_and_gradients_in_blocks_of_any_size(monkeypatch, logits, gradients, loss):
     w, x, labels, weight = problem(31)
     tokens = (x, labels, weight)
-    monkeypatch.setattr(whole, "LOGITS", logits)
-    monkeypatch.setattr(whole, "EXPONENTIALS", gradients)
+    monkeypatch.setattr(unsharded_head, "LOGITS", logits)
+    monkeypatch.setattr(unsharded_head, "EXPONENTIALS", gradients)
     value, dw, dx = vocab.whole_layer(tokens, w, Shard(0, 31), jnp.ones_like(w), loss)
     want, want_dw, want_dx = reference(w, x, labels, weight, loss)
     np.testing.assert_allclose(value, want, rtol=1e-6)

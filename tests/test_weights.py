@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from vocabpp_jax import Pipeline, make_mesh, models, schedules
 from vocabpp_jax.models import huggingface
-from vocabpp_jax.stream import canonical_leaves
+from vocabpp_jax.pipeline.weight_streaming import canonical_leaves
 
 SMALL = dict(layers=4, hidden=16, heads=4, seq=8, vocab_size=37)
 ROTARY = SMALL | dict(kv_heads=2, head_size=6, inner=20)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from jax.sharding import Mesh
 
-from vocabpp_jax.model import Model
+from vocabpp_jax.pipeline.model_interface import Model
 
 from .contender import Contender, Ours
 from .data_parallel import DataParallel, FullySharded, Separate

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from vocabpp_jax import Pipeline
-from vocabpp_jax.layout import PIPE
-from vocabpp_jax.model import Model, Params
+from vocabpp_jax.pipeline.mesh import PIPE
+from vocabpp_jax.pipeline.model_interface import Model, Params
 
 Batch = dict[str, jax.Array]
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vocabpp_jax.layout import PIPE
-from vocabpp_jax.model import Params
+from vocabpp_jax.pipeline.mesh import PIPE
+from vocabpp_jax.pipeline.model_interface import Params
 
 from .contender import Batch, OnPipe, accumulated
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from vocabpp_jax.layout import PIPE
-from vocabpp_jax.model import Params
+from vocabpp_jax.pipeline.mesh import PIPE
+from vocabpp_jax.pipeline.model_interface import Params
 
 from .contender import Batch, OnPipe, embedded, head_loss
 

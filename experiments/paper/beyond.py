@@ -7,10 +7,11 @@ import dataclasses
 from typing import Any
 
 from paper.calibration import predict
-from paper.page import Files, Say, table
+from paper.page import Files, Say
 from paper.settings import Setting, published
+from reports.markdown import table
 from vocabpp_jax.schedules import methods_of
-from vocabpp_jax.schedules.simulate import Durations
+from vocabpp_jax.schedules.simulation.simulator import Durations
 
 VOCABULARIES = (32_000, 256_000)
 SEQ = 2048
@@ -69,7 +70,7 @@ def section(files: Files, say: Say) -> str:
             "**Simulated** with the frozen calibration at the settings of Table 5 (1F1B and zero-bubble schedules, 8 "
             f"and 32 GPUs) and Table 6 (V-shaped ones, 16 and 32), s={SEQ}, 128 microbatches; rows of the tables "
             "themselves for comparison. The software of Table 6 is faster, so compare V-shaped schedules with one "
-            "another. Memory is the estimate of `schedules.cost`: 18 bytes a parameter and what "
+            "another. Memory is the estimate of `schedules.simulation.cost`: 18 bytes a parameter and what "
             f"selective residuals keep of a layer in flight; compile for the truth. {link}",
             table(lines, {"GPUs": "d", "V": "d", "MFU": ".1f", "bubble": ".1%", "GB most": ".1f", "least": ".1f"}),
         ]

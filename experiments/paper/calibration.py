@@ -2,8 +2,8 @@
 
 What is fitted to what:
 
-* six constants of ``schedules/gpus/a100-80g.toml`` (:data:`FITTED`) to the pass times measured on eight A100s
-  (``docs/paper/pass_times_8xA100.csv``) and the MFU of Table 5's *baseline* rows;
+* six constants of ``schedules/simulation/gpus/a100-80g.toml`` (:data:`FITTED`) to the pass times measured on eight
+  A100s (``docs/paper/pass_times_8xA100.csv``) and the MFU of Table 5's *baseline* rows;
 * two of them again (:data:`V_HALF`) to Table 6's *baseline* rows, which ran on another software stack, with other
   kernels.
 
@@ -19,15 +19,16 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from paper.page import Files, Say, table
+from paper.page import Files, Say
 from paper.settings import MICROBATCHES, PUBLISHED, Setting, published
+from reports.markdown import table
 from vocabpp_jax import models
 from vocabpp_jax.schedules import Schedule, build, lower
-from vocabpp_jax.schedules.cost import GPU, Cost, Sizes, load_gpu
-from vocabpp_jax.schedules.measured import MeasuredRun, read_pass_times
-from vocabpp_jax.schedules.program import Program
-from vocabpp_jax.schedules.simulate import FREE, Durations, Rules, simulate
-from vocabpp_jax.schedules.timeline import Timeline
+from vocabpp_jax.schedules.lowering.program import Program
+from vocabpp_jax.schedules.simulation.cost import GPU, Cost, Sizes, load_gpu
+from vocabpp_jax.schedules.simulation.measured import MeasuredRun, read_pass_times
+from vocabpp_jax.schedules.simulation.simulator import FREE, Durations, Rules, simulate
+from vocabpp_jax.schedules.simulation.timeline import Timeline
 
 A100 = load_gpu("a100-80g")
 FITTED = (

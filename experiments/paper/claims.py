@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from paper.memory_section import read_reports
-from paper.page import Files, Say, table
+from paper.memory_rows import read_reports
+from paper.page import Files, Say
 from paper.tables import Outcome, outcomes, settings
+from reports.markdown import table
 
 
 def gains(found: Sequence[Outcome], over: str, published: bool) -> list[float]:

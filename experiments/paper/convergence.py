@@ -17,11 +17,12 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 
-from paper.page import METHOD_COLORS, Files, Say, canvas, table
+from paper.page import METHOD_COLORS, Files, Say, canvas
+from reports.markdown import table
 from vocabpp_jax import Pipeline, make_mesh, models, schedules, train
 from vocabpp_jax.data import load_tokens, training_batches
 from vocabpp_jax.models import GPTConfig, reference_loss
-from vocabpp_jax.optimizer import adamw
+from vocabpp_jax.training.optimizer import adamw
 
 STAGES, MICROBATCHES, BATCH = 4, 8, 2
 METHODS = ("baseline", "vocab-1", "vocab-2", "interlaced")

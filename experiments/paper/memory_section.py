@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from paper.page import Files, Say, table
+from paper.memory_rows import compile_rows, read_reports
+from paper.page import Files, Say
 from paper.settings import Setting, published
+from reports.markdown import table
 from vocabpp_jax import compiled
-from vocabpp_jax.schedules.cost import load_gpu
+from vocabpp_jax.schedules.simulation.cost import load_gpu
 
 GIB = 2**30
 
@@ -36,15 +36,8 @@ def line(row: Setting, report: dict[str, Any]) -> dict[str, Any]:
     } | {name: size / GIB for name, size in report["parts"].items()}
 
 
-def read_reports(path: Path) -> dict[str, dict[str, Any]]:
-    """The reports that have been compiled, by the name of their row."""
-    return {r["name"]: r for r in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
-
-
 def section(files: Files, say: Say) -> str:
     """The part of the page for memory: compiles what the cache does not have."""
-    from paper.memory import compile_rows  # which sets up JAX to compile for GPUs that are not there
-
     rows = [row for number in (5, 6) for row in published(number)]
     path = files.cache / "memory.jsonl"
     known = read_reports(path)

@@ -12,7 +12,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-Row = Mapping[str, Any]
+from reports.markdown import Row
+
 Say = Callable[[str], None]
 
 METHOD_COLORS = {
@@ -66,22 +67,6 @@ class Files:
 def _number(value: Any) -> Any:
     """Floats with five significant digits."""
     return f"{value:.5g}" if isinstance(value, float) else "" if value is None else value
-
-
-def table(rows: Sequence[Row], formats: Mapping[str, str] | None = None) -> str:
-    """Rows as a Markdown table; ``formats`` has a format specification for a column, .2f where there is none."""
-    formats = formats or {}
-
-    def cell(name: str, value: Any) -> str:
-        if value is None:
-            return "–"
-        return format(value, formats.get(name, ".2f")) if isinstance(value, float | int) else str(value)
-
-    names = list(rows[0])
-    numeric = {n: any(isinstance(row[n], float | int) for row in rows) for n in names}
-    lines = ["| " + " | ".join(names) + " |", "|" + "|".join("---:" if numeric[n] else "---" for n in names) + "|"]
-    lines += ["| " + " | ".join(cell(n, row[n]) for n in names) + " |" for row in rows]
-    return "\n".join(lines)
 
 
 def canvas(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, Any]:

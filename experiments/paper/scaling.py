@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from paper.calibration import DENSE_GRADIENT, frozen
-from paper.page import Files, Say, table
+from paper.page import Files, Say
 from paper.settings import MODELS, PUBLISHED
+from reports.markdown import table
 from vocabpp_jax import models, vocab
 from vocabpp_jax.schedules import build
-from vocabpp_jax.schedules.cost import GPU, Cost, Sizes
+from vocabpp_jax.schedules.simulation.cost import GPU, Cost, Sizes
 from vocabpp_jax.vocab import Shard, Target
 
 V = 256_000

@@ -6,7 +6,7 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-from options import ModelOptions, PipelineOptions
+from command_line.options import ModelOptions, PipelineOptions
 
 PUBLISHED = Path(__file__).parents[2] / "docs" / "paper"
 TABLES = {5: PUBLISHED / "table5_1f1b.csv", 6: PUBLISHED / "table6_v_half.csv"}

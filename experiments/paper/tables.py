@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from paper.calibration import frozen, predict
-from paper.memory_section import read_reports
-from paper.page import METHOD_COLORS, Files, Say, canvas, table
+from paper.memory_rows import read_reports
+from paper.page import METHOD_COLORS, Files, Say, canvas
 from paper.settings import Setting, published
-from vocabpp_jax.schedules.cost import GPU
-from vocabpp_jax.schedules.simulate import COMPILED, Rules
+from reports.markdown import table
+from vocabpp_jax.schedules.simulation.cost import GPU
+from vocabpp_jax.schedules.simulation.simulator import COMPILED, Rules
 
 BARS = {5: (2.5, 6.0), 6: (3.0, 6.0)}
 """The mean and the largest absolute MFU error, in points, that the calibration must keep."""

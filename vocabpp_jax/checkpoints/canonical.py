@@ -20,8 +20,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .. import train
-from ..pipeline import Pipeline
+from .. import training
+from ..pipeline.pipeline import Pipeline
 
 Flat = dict[str, Any]
 """Arrays, or their shapes, by name."""
@@ -57,45 +57,45 @@ class Canonical:
             for path, x in jax.tree_util.tree_leaves_with_path(self._canonical)
         }
 
-    def flatten(self, state: train.State) -> Flat:
+    def flatten(self, state: training.State) -> Flat:
         """The canonical arrays of a state: copies, so that the state may be donated afterwards."""
         return self._flatten(state)
 
-    def unflatten(self, flat: Flat) -> train.State:
+    def unflatten(self, flat: Flat) -> training.State:
         """The state that canonical arrays stand for, in this pipeline's layout."""
         return self._unflatten(flat)
 
     @cached_property
-    def _flatten(self) -> Callable[[train.State], Flat]:
-        def flatten(state: train.State) -> Flat:
+    def _flatten(self) -> Callable[[training.State], Flat]:
+        def flatten(state: training.State) -> Flat:
             return {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(self._unpacked(state))}
 
         return jax.jit(flatten, out_shardings={name: x.sharding for name, x in self.shapes.items()})
 
     @cached_property
-    def _unflatten(self) -> Callable[[Flat], train.State]:
+    def _unflatten(self) -> Callable[[Flat], training.State]:
         pack, structure = self.pipe.layout.pack, jax.tree.structure(self._canonical.params)
 
         def is_params(tree: Any) -> bool:
             return jax.tree.structure(tree) == structure
 
-        def unflatten(flat: Flat) -> train.State:
+        def unflatten(flat: Flat) -> training.State:
             tree = jax.tree_util.tree_map_with_path(lambda path, _: flat[_name(path)], self._canonical)
             return jax.tree.map(lambda x: pack(x) if is_params(x) else x, tree, is_leaf=is_params)
 
-        return jax.jit(unflatten, out_shardings=train.shardings(self.pipe, self.optimizer))
+        return jax.jit(unflatten, out_shardings=training.shardings(self.pipe, self.optimizer))
 
     @cached_property
-    def _state(self) -> train.State:
+    def _state(self) -> training.State:
         """The shapes of the state in the pipeline's layout."""
-        return train.shapes(self.pipe, self.optimizer)
+        return training.shapes(self.pipe, self.optimizer)
 
     @cached_property
-    def _canonical(self) -> train.State:
+    def _canonical(self) -> training.State:
         """The shapes of the state with canonical parameters and moments."""
         return jax.eval_shape(self._unpacked, self._state)
 
-    def _unpacked(self, state: train.State) -> train.State:
+    def _unpacked(self, state: training.State) -> training.State:
         unpack = self.pipe.layout.unpack
         return jax.tree.map(lambda x: unpack(x) if self._like_params(x) else x, state, is_leaf=self._like_params)
 

@@ -24,8 +24,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from .. import train
-from ..faults import Stop, reason
+from .. import training
+from ..runtime.faults import Stop, reason
 from .canonical import Canonical, Flat, fingerprints
 
 FORMAT, VERSION = "vocabpp_jax checkpoint", 1
@@ -42,7 +42,7 @@ class Damaged(ValueError):
 class Loaded:
     """A checkpoint in a pipeline's layout."""
 
-    state: train.State
+    state: training.State
     key: jax.Array
     rows: int
     """Sequences of the training data that were consumed."""
@@ -172,7 +172,7 @@ class Writer:
         """The step of the last checkpoint that was begun here or found."""
         return self._last
 
-    def save(self, canonical: Canonical, state: train.State, key: jax.Array, *, rows: int, **about: Any) -> None:
+    def save(self, canonical: Canonical, state: training.State, key: jax.Array, *, rows: int, **about: Any) -> None:
         """Begin to write the state; returns when it may be donated. Waits for the save before, if that still runs.
 
         ``about`` goes into the record: ``identity``, as :func:`load` compares it, and ``config``, for the reader.

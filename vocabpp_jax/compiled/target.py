@@ -12,9 +12,10 @@ import optax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ..pipeline import DATA, Pipeline
-from ..schedules.cost import GPU
-from ..train import make_step, shapes, shardings
+from ..pipeline.mesh import DATA
+from ..pipeline.pipeline import Pipeline
+from ..schedules.simulation.cost import GPU
+from ..training import make_step, shapes, shardings
 
 
 class UnsupportedTarget(ValueError):
@@ -64,7 +65,7 @@ def compile_step(
     """The whole train step, compiled for the pipeline's mesh, and the seconds that tracing and compiling took.
 
     State donated, float32 parameters, gradients and moments; ``microbatch_size`` sequences of ``length`` a device.
-    ``without`` names flags of :data:`~vocabpp_jax.flags.FLAGS` to leave out.
+    ``without`` names flags of :data:`~vocabpp_jax.pipeline.flags.FLAGS` to leave out.
     """
     started = time.monotonic()
     state = jax.tree.map(

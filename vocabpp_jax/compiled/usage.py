@@ -9,8 +9,8 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
-from ..pipeline import Pipeline
-from ..train import shardings
+from ..pipeline.pipeline import Pipeline
+from ..training import shardings
 
 
 class StateBytes(NamedTuple):

@@ -20,7 +20,7 @@ from .output_layer import (
     weight_gradient,
 )
 from .sums import from_units, in_units, summed_dtype, unit
-from .whole import whole_layer, whole_loss
+from .unsharded_head import whole_layer, whole_loss
 
 __all__ = [
     "Coefficients",

@@ -1,0 +1,262 @@
+"""The options that several experiments share, so that a name means the same in all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
+
+import jax
+import tyro
+
+from vocabpp_jax import Model, make_mesh, models, schedules
+from vocabpp_jax.models import Config
+from vocabpp_jax.runtime import hosts
+from vocabpp_jax.schedules import Schedule
+from vocabpp_jax.schedules.layers import redistributed
+from vocabpp_jax.vocab import Loss
+
+Options = TypeVar("Options")
+Result = TypeVar("Result")
+
+# Without these, tyro writes "{None}|INT" and "(default: None)" for what may be left out.
+OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(optional)")]
+OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(optional)")]
+OptionalStr = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="(optional)")]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """A named model, and what of it is to be different. What is not given is as the name says."""
+
+    model: str = "gpt-micro"
+    """Named size: gpt-tiny, gpt-micro (two CPU cores train it in minutes), gpt-mini, gpt-small, one of the published
+    4B, 7B, 10B, 16B, 21B, 30B, or another architecture: llama-tiny, llama-3-8b, qwen-tiny, qwen3-8b, gemma-tiny,
+    gemma2-9b and their like. Or a Hugging Face folder, whose config.json says what it is."""
+    layers: OptionalInt = None
+    """Transformer layers, at least one a stage."""
+    hidden: OptionalInt = None
+    """Model width."""
+    heads: OptionalInt = None
+    """Attention heads; they divide the width."""
+    seq: OptionalInt = None
+    """Sequence length in tokens."""
+    vocab_size: OptionalInt = None
+    """Tokens in the vocabulary. Any number: it need not be a multiple of the stages."""
+    tie_embeddings: bool = False
+    """Use the token embedding as the LM head."""
+    untie_embeddings: bool = False
+    """Give the LM head a table of its own where the named model has none."""
+    residuals: OptionalStr = None
+    """What a forward leaves for its backward: selective (norms and activation functions are computed again),
+    everything, or full (all of a layer is computed again from its input, and twice where W is a pass of its own)."""
+    dtype: OptionalStr = None
+    """What passes compute in: float32 or bfloat16. Parameters, losses and gradients' sums over microbatches are float32
+    either way; what devices send each other is in this dtype."""
+    soft_cap: OptionalFloat = None
+    """Squash logits into plus and minus this; Gemma 2 has 30 of its own."""
+    z_loss: float = 0.0
+    """Weight of the squared log-partition in the loss, 1e-4 for example."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over the whole vocabulary."""
+
+    LOSS: ClassVar[tuple[str, ...]] = ("soft_cap", "z_loss", "label_smoothing")
+
+    def config(self) -> Config:
+        """The model's configuration. Raises ValueError for what makes no model."""
+        if self.tie_embeddings and self.untie_embeddings:
+            raise ValueError("tie_embeddings and untie_embeddings are both given; give one of them")
+        given = {name: value for name, value in dataclasses.asdict(self).items() if name not in ("model", *self.LOSS)}
+        given = {name: value for name, value in given.items() if value is not None and value is not False}
+        if given.pop("untie_embeddings", False):
+            given["tie_embeddings"] = False
+        if self.folder:
+            return dataclasses.replace(models.huggingface.load_config(self.folder), **given)
+        return models.named(self.model, **given)
+
+    @property
+    def folder(self) -> Path | None:
+        """The Hugging Face folder, where the model is one. A name stays a name beside a folder that is called so."""
+        named = self.model in models.SIZES
+        return Path(self.model) if not named and (os.sep in self.model or Path(self.model).is_dir()) else None
+
+    def build(self, config: Config | None = None) -> Model:
+        """The model with its loss, as ``config`` says where one is given. Raises ValueError for what makes none."""
+        model = models.build(config or self.config())
+        given = {name: getattr(self, name) for name in self.LOSS if getattr(self, name) is not None}
+        return dataclasses.replace(model, loss=dataclasses.replace(model.loss, **given))
+
+    def refuse_other_losses(self) -> None:
+        """Raises ValueError where the loss is more than the cross entropy, which is all that other programs compute."""
+        if (loss := self.build().loss) != Loss():
+            raise ValueError(
+                f"the loss is {loss}; what it is compared with has the plain cross entropy, so leave out "
+                f"{', '.join(self.LOSS)}, and take a model without a soft cap"
+            )
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """How the model is laid over devices, and in which order they work."""
+
+    schedule: str = "1f1b"
+    """Pipeline schedule."""
+    method: str = "vocab-2"
+    """How the embedding and the LM head are computed: baseline (the first and the last stage hold them), redis (so,
+    with fewer layers on the last), or sharded over the stages as vocab-1 (two barriers), vocab-2 (one), vocab-naive
+    (three) or interlaced (all of it at once)."""
+    stages: int = 4
+    """Pipeline stages: devices that one copy of the model is spread over. Simulated where there are only CPUs."""
+    chunks: OptionalInt = None
+    """With interleaved-1f1b: how many pieces of the model a device holds; 2 if not given."""
+    redis_split: Literal["published", "optimal"] = "published"
+    """With redis: layers a stage as in the published experiments, or so that the slowest has the fewest FLOPs."""
+    data_parallel: OptionalInt = None
+    """Copies of the model, each training on its part of the batch. Without it, as many as there are devices for."""
+    tensor_parallel: int = 1
+    """Devices that share each stage: every layer's matrices are split over them, and the vocabulary over them too."""
+    microbatches: int = 8
+    """Microbatches in a step."""
+    microbatch_size: int = 2
+    """Sequences in a microbatch, for each copy of the model."""
+    no_overlap: bool = False
+    """Wait for every collective of the vocabulary layers where it stands, all of them in one place of an interval: for
+    CPUs, whose collectives let no pass run beside them."""
+
+    def on(self, platform: str) -> PipelineOptions:
+        """The same for what it is to be timed on: a CPU that waits for a collective does nothing else meanwhile."""
+        return dataclasses.replace(self, no_overlap=self.no_overlap or platform == "cpu")
+
+    def build(self, config: Config) -> Schedule:
+        """The schedule for a model. Raises ValueError for an unknown name or what cannot be scheduled."""
+        for name in ("stages", "microbatches", "microbatch_size", "tensor_parallel", "data_parallel"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        counts = None
+        if self.method == "redis":
+            counts = redistributed(
+                self.redis_split,
+                layers=config.layers,
+                stages=self.stages,
+                rho=models.head_flops(config) / models.layer_flops(config),
+            )
+        return schedules.build(
+            schedule=self.schedule,
+            method=self.method,
+            p=self.stages,
+            m=self.microbatches,
+            chunks=self.chunks,
+            layer_counts=counts,
+            overlap=not self.no_overlap,
+        )
+
+    def mesh(self) -> jax.sharding.Mesh:
+        """The mesh of devices. Raises ValueError where the devices there are cannot be laid out so."""
+        devices, one = jax.device_count(), self.stages * self.tensor_parallel
+        if devices % one:
+            times = f" times tensor_parallel {self.tensor_parallel} is {one}" if self.tensor_parallel > 1 else ""
+            raise ValueError(
+                f"stages is {self.stages}{times}; it must divide the devices, of which there are {devices} "
+                f"({jax.devices()[0].device_kind})"
+            )
+        copies = devices // one if self.data_parallel is None else self.data_parallel
+        if devices // one % copies:
+            raise ValueError(
+                f"data_parallel is {copies}; it must divide the {devices // one} copies of the model that the devices "
+                f"have room for ({devices}, of which a copy takes {one})"
+            )
+        return make_mesh(self.stages, copies, tensor=self.tensor_parallel)
+
+    @property
+    def devices(self) -> int:
+        """Devices to simulate where there are none: one copy's, or as many copies' as are asked for."""
+        return max(1, self.stages) * max(1, self.tensor_parallel) * max(1, self.data_parallel or 1)
+
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """Several processes, for example one a host, that train one model. Every one of them runs this same command."""
+
+    distributed: bool = False
+    """This is one of several processes that SLURM or Open MPI has started."""
+    coordinator: OptionalStr = None
+    """Without SLURM or Open MPI: HOST:PORT, where process 0 is to listen."""
+    processes: OptionalInt = None
+    """With a coordinator: how many processes there are."""
+    process_id: OptionalInt = None
+    """With a coordinator: which of them this is, from 0."""
+
+    heartbeat_timeout: int = 60
+    """Seconds without a sign of life after which a process counts as gone, and all the others end."""
+
+    def join(self, simulated_devices: int) -> None:
+        """Find the other processes, if there are any; where there are only CPUs, have them simulate devices.
+
+        To be called before anything asks JAX for a device.
+        """
+        explicit = (self.coordinator, self.processes, self.process_id)
+        processes = 1
+        if self.distributed or any(value is not None for value in explicit):
+            processes = hosts.join(*explicit, heartbeat_timeout=self.heartbeat_timeout)
+        # Whoever sets the number of CPU devices in XLA_FLAGS means it.
+        if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+            jax.config.update("jax_num_cpu_devices", max(1, simulated_devices // processes))
+
+
+def parse(options: type[Options], description: str, arguments: Sequence[str] | None = None) -> Options:
+    """Read the command line into a dataclass; what it cannot mean ends the process as :func:`fail` does."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                options,
+                args=arguments,
+                description=description,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # tyro draws a box: a sentence, then hints below a rule or an empty line.
+        lines = [line.strip("│ ") for line in said.getvalue().splitlines() if not line.startswith(("╭", "╰"))]
+        sentence = re.split(r"\n(?:─|\n)", "\n".join(lines))[0]
+        fail(" ".join(sentence.split()))
+
+
+def write_json(path: str | None, value: Any, indent: int = 1) -> None:
+    """What ``--json`` asks for: a file, - for standard output, or nothing. A file that cannot be is a sentence."""
+    if path == "-":
+        print(json.dumps(value, indent=indent))
+    elif path:
+        write_text("json", path, json.dumps(value, indent=indent) + "\n")
+
+
+def write_text(option: str, path: str, text: str) -> None:
+    """A file that an option names, or one sentence on why it cannot be."""
+    try:
+        Path(path).write_text(text)
+    except OSError as problem:
+        fail(f"{option} is {path}; it cannot be written: {problem.strerror}")
+
+
+def or_fail(prepare: Callable[[], Result]) -> Result:
+    """Call it; a ValueError, which is how everything here says that its input is wrong, ends the process."""
+    try:
+        return prepare()
+    except ValueError as problem:
+        fail(str(problem))
+
+
+def fail(sentence: str, status: int = 2) -> NoReturn:
+    """Say what is wrong and what would do, and exit: with status 2 where the input is wrong."""
+    print(f"error: {sentence}", file=sys.stderr)
+    raise SystemExit(status)

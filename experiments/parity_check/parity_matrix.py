@@ -1,0 +1,151 @@
+"""The whole matrix of parity: every schedule with every method, architecture and loss, over many shapes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from command_line.options import ClusterOptions, ModelOptions, PipelineOptions
+from parity_check.parity_compare import Case, Parity, compare
+from vocabpp_jax import schedules
+from vocabpp_jax.schedules.vocabulary import SHARDED
+
+
+def combinations() -> list[tuple[str, str]]:
+    """Every schedule with every method that it takes."""
+    return [(schedule, method) for schedule in schedules.SCHEDULES for method in schedules.methods_of(schedule)]
+
+
+def matrix() -> Iterator[Case]:
+    """Every combination of schedule and method that there is, over stages, microbatches and tied tables."""
+    for schedule, method in combinations():
+        for p in (1, 2, 3, 4, 8):
+            for m in sorted({1, p - 1, p, 2 * p + 1, 3 * p} - {0}):
+                for tied in (False, True):
+                    yield case(schedule, method, p, m, tied)
+        yield case(schedule, method, 4, 5, False, data=2)
+        if method in SHARDED:
+            for p, m in itertools.product((2, 4), (1, 5)):
+                yield case(schedule, method, p, m, False, overlap=False)
+    for schedule, method, p, tied in itertools.product(
+        ("1f1b", "v-half"), ("vocab-1", "vocab-2"), (2, 4), (False, True)
+    ):
+        for model, loss in itertools.product(ARCHITECTURES, LOSSES):
+            yield case(schedule, method, p, 3, tied, model=model, loss=loss)
+        for model in ARCHITECTURES:
+            yield case(schedule, method, p, 3, tied, model=model, tensor=2)
+
+
+ARCHITECTURES = ("gpt-tiny", "llama-tiny", "qwen-tiny", "gemma-tiny")
+LOSSES = ((), ("soft_cap",), ("z_loss",), ("label_smoothing",), ("soft_cap", "z_loss", "label_smoothing"))
+_EXTENSIONS = {"soft_cap": 2.0, "z_loss": 0.01, "label_smoothing": 0.1}
+
+
+def case(
+    schedule: str,
+    method: str,
+    p: int,
+    m: int,
+    tied: bool,
+    data: int = 1,
+    *,
+    overlap: bool = True,
+    model: str = "gpt-tiny",
+    loss: tuple[str, ...] = (),
+    tensor: int = 1,
+) -> Case:
+    """One small configuration: a prime vocabulary, one layer a stage, some tokens masked where tied."""
+    layers = 2 * p if schedule.startswith(("v-", "inter")) or method == "redis" else p
+    return Case(
+        mask_fraction=0.25 if tied else 0.0,
+        model=ModelOptions(
+            model=model, layers=layers, hidden=16, heads=2, seq=6, vocab_size=61,
+            tie_embeddings=tied, untie_embeddings=not tied,
+            **{name: _EXTENSIONS[name] for name in loss},
+        ),
+        pipeline=PipelineOptions(
+            schedule=schedule, method=method, stages=p, microbatches=m, microbatch_size=2, data_parallel=data,
+            tensor_parallel=tensor, no_overlap=not overlap,
+        ),
+    )  # fmt: skip
+
+
+def name_of(options: Case) -> str:
+    """A case's name in the results and the table."""
+    x = options.pipeline
+    tied = "tied" if options.model.tie_embeddings else "untied"
+    name = f"{x.schedule} {x.method} p={x.stages} m={x.microbatches} {tied} data={x.data_parallel}"
+    name += f" tensor={x.tensor_parallel}" if x.tensor_parallel > 1 else ""
+    name += " no overlap" if x.no_overlap else ""
+    name += f" {options.model.model}" if options.model.model != "gpt-tiny" else ""
+    return name + "".join(f" {field}" for field in ModelOptions.LOSS if getattr(options.model, field))
+
+
+def run_all(path: Path, only: str, jobs: int, console: Console) -> list[dict[str, Any]]:
+    """Runs what the results file lacks of the cases; the results of all of them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = {r["case"]: r for r in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
+    cases = [options for options in matrix() if re.search(only, name_of(options))]
+    missing = [options for options in cases if name_of(options) not in done]
+    started = time.monotonic()
+    # Threads do not help a compiler of small programs; processes do.
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_begin) as pool:
+        for n, (options, result) in enumerate(zip(missing, pool.map(_compare, missing), strict=True), start=1):
+            name = name_of(options)
+            done[name] = {"case": name} | result.as_json()
+            with path.open("a") as file:
+                file.write(json.dumps(done[name]) + "\n")
+            left = (time.monotonic() - started) / n * (len(missing) - n) / 60
+            verdict = "" if result.holds else "  FAILS"
+            console.print(f"{n}/{len(missing)} {name}: {result.max_grad_error:.1e}{verdict}, {left:.0f} min left")
+    return [done[name_of(options)] for options in cases]
+
+
+def summary(results: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """A row for every schedule and method that has results."""
+    rows = []
+    for schedule, method in combinations():
+        of = [r for r in results if r["case"].startswith(f"{schedule} {method} ")]
+        if of:
+            as_promised = all(r["in_flight"] == r["promised_in_flight"] for r in of)
+            rows.append(
+                {
+                    "schedule": schedule,
+                    "method": method,
+                    "cases": str(len(of)),
+                    "largest loss error": f"{max(r['loss_error'] for r in of):.1e}",
+                    "largest gradient error": f"{max(r['max_grad_error'] for r in of):.1e}",
+                    "in flight as promised": "yes" if as_promised else "no",
+                    "hold": f"{sum(r['holds'] for r in of)}/{len(of)}",
+                }
+            )
+    return rows
+
+
+def _begin() -> None:
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    ClusterOptions().join(8)
+
+
+def _end_with_the_parent() -> None:
+    """A worker whose parent was killed would wait for another case for ever."""
+    parent_process().join()
+    os._exit(1)
+
+
+def _compare(options: Case) -> Parity:
+    result = compare(options)
+    jax.clear_caches()
+    return result

@@ -1,0 +1,1 @@
+"""PyTorch's side of ``compare_pytorch.py``: its model, what Megatron logs, and the comparison's tables."""

@@ -1,0 +1,1 @@
+"""What the experiments write for people to read."""

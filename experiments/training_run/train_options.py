@@ -1,0 +1,194 @@
+"""The options of the training script, checked, and what of them a run cannot change on its way."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from command_line.options import ClusterOptions, ModelOptions, OptionalInt, OptionalStr, PipelineOptions
+from vocabpp_jax.data import STANDARD_LIBRARY
+from vocabpp_jax.models import Config
+
+OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(optional)")]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What is read."""
+
+    data: str = STANDARD_LIBRARY
+    """A text file, a .jsonl or .parquet file with a field "text" a record, a folder of such files, the .idx or .bin of
+    a Megatron dataset, or stdlib."""
+    tokenizer: OptionalStr = None
+    """A tokenizer.json to use instead of training one on the data."""
+    damaged_data: Literal["refuse", "skip"] = "refuse"
+    """What to do with a file or a record that is damaged: name it and end, or name it, count it and go on."""
+    document_masks: bool = False
+    """Keep attention inside documents, and do not count a label that begins the next one."""
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """What is kept, and when a run goes on."""
+
+    checkpoint_dir: OptionalStr = None
+    """Folder for checkpoints. Where it holds some, the run goes on from the last good one."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints. The last step always has one, and so has the step at which SIGTERM comes."""
+    checkpoint_keep: int = 3
+    """How many of the newest checkpoints are kept."""
+    checkpoint_keep_every: OptionalInt = None
+    """Also keep, for ever, those whose step is a multiple of this."""
+    accept_changes: bool = False
+    """Go on although options that decide the result have changed since the checkpoint."""
+    max_skipped: int = 10
+    """End the run when more steps than this were skipped because their loss or gradient was not finite."""
+    hang_timeout: OptionalFloat = None
+    """End the run when no step has ended for so many seconds; more than compiling takes. Without it, never."""
+
+
+@dataclass(frozen=True)
+class WatchOptions:
+    """What a run tells besides metrics.jsonl."""
+
+    tensorboard: bool = False
+    """Also write the numbers for TensorBoard, to the output folder."""
+    profile: OptionalInt = None
+    """Trace so many steps, after the first three, to profile/ in the output folder, beside the predicted timeline."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What is trained, on what, for how long."""
+
+    output: OptionalStr = None
+    """Folder for metrics.jsonl, loss.png and config.json. Without it, the folder of the checkpoints, or else a new one
+    in runs/."""
+    steps: int = 300
+    """Optimizer steps."""
+    lr: float = 3e-3
+    """Peak learning rate; a cosine takes it down to a tenth."""
+    warmup: OptionalInt = None
+    """Steps in which the learning rate rises to its peak. Without it, a tenth of the steps."""
+    weight_decay: float = 0.1
+    """Weight decay, on matrices only."""
+    clip: float = 1.0
+    """The largest norm of the whole gradient; a longer one is shortened to it."""
+    eval_every: int = 100
+    """Steps between validations. The last step always has one."""
+    eval_batches: int = 8
+    """Batches in a validation, the same ones each time; fewer if the data has no more."""
+    seed: int = 0
+    """Decides the initial parameters and the order of the data."""
+    pretrained: bool = False
+    """Start from the weights in the Hugging Face folder that --model names."""
+    export: OptionalStr = None
+    """Write the weights at the end to this Hugging Face folder, which must not be there yet."""
+    data: DataOptions = field(default_factory=DataOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    pipeline: PipelineOptions = field(default_factory=PipelineOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    watch: WatchOptions = field(default_factory=WatchOptions)
+    cluster: ClusterOptions = field(default_factory=ClusterOptions)
+
+    @property
+    def warmup_steps(self) -> int:
+        return self.steps // 10 if self.warmup is None else self.warmup
+
+    def check(self) -> None:
+        """Raise ValueError for what no run can have."""
+        counts = {name: getattr(self, name) for name in ("steps", "eval_every", "eval_batches")}
+        for name in ("checkpoint_every", "checkpoint_keep", "checkpoint_keep_every"):
+            counts[name] = getattr(self.checkpoint, name)
+        for name, value in (counts | {"profile": self.watch.profile}).items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        for name, value in (("lr", self.lr), ("clip", self.clip), ("hang_timeout", self.checkpoint.hang_timeout)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
+        for name, value in (("seed", self.seed), ("max_skipped", self.checkpoint.max_skipped)):
+            if value < 0:
+                raise ValueError(f"{name} is {value}; it must not be negative")
+        if self.pretrained and not self.model.folder:
+            raise ValueError(f"pretrained is set and model is {self.model.model!r}; name a Hugging Face folder")
+        if self.pretrained and self.data.tokenizer is None and not self.data.data.endswith((".idx", ".bin")):
+            raise ValueError(
+                "pretrained is set and tokenizer is not; give the tokenizer.json that the model was made with"
+            )
+        if self.export and Path(self.export).exists():
+            raise ValueError(f"export is {self.export!r}, which exists; give a folder that does not")
+
+    def output_folder(self) -> Path:
+        """The folder that the run is to write to."""
+        pipeline = self.pipeline
+        model = self.model.folder.name if self.model.folder else self.model.model
+        name = f"{model}-{pipeline.schedule}-{pipeline.method}-p{pipeline.stages}"
+        new = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        return Path(self.output or self.checkpoint.checkpoint_dir or new)
+
+    def identity(self, config: Config, corpus: dict[str, Any]) -> dict[str, Any]:
+        """What decides the numbers of the run, by name: it must not change between its parts.
+
+        How the model is laid over devices, how it computes (dtype, residuals) and where it writes may change.
+        """
+        model = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("dtype", "residuals")}
+        own = {name: getattr(self, name) for name in ("steps", "lr", "weight_decay", "clip", "seed", "pretrained")}
+        masks = {"document_masks": self.data.document_masks}
+        return _plain(model | own | {"warmup": self.warmup_steps} | masks | corpus)
+
+    def record(self) -> dict[str, Any]:
+        """All options, as plain values."""
+        return _plain(dataclasses.asdict(self))
+
+
+def check_output(output: Path, options: TrainOptions, identity: dict[str, Any]) -> None:
+    """Refuse a folder that holds a run already, unless it is an earlier part of this one."""
+    present = [file for file in ("config.json", "metrics.jsonl") if (output / file).exists()]
+    if not present:
+        return
+    checkpoints = options.checkpoint.checkpoint_dir
+    if checkpoints is None:
+        raise ValueError(f"output is {str(output)!r}, which holds a run already; give another folder or remove it")
+    if present == ["metrics.jsonl"] and not (output / "metrics.jsonl").stat().st_size:
+        return  # killed before it had begun
+    try:
+        before = json.loads((output / "config.json").read_text())
+        its = before["options"]["checkpoint"]["checkpoint_dir"]
+        same = its is not None and os.path.abspath(its) == os.path.abspath(checkpoints)
+        was = before["identity"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(
+            f"output is {str(output)!r}, whose config.json cannot be read; give another folder or remove it"
+        ) from None
+    if not same:
+        kept = "no checkpoint_dir" if its is None else f"checkpoint_dir {its!r}"
+        raise ValueError(f"output is {str(output)!r}, which holds a run with {kept}; give another folder or remove it")
+    changed = [
+        f"{name} was {value!r} and is {identity.get(name)!r}" for name, value in was if identity.get(name) != value
+    ]
+    if changed and not options.checkpoint.accept_changes:
+        raise ValueError(
+            f"output is {str(output)!r}, of a run in which {', '.join(changed)}; give what was, another output and "
+            "checkpoint_dir, or --accept-changes"
+        )
+
+
+def make_folder(output: Path) -> None:
+    """Make it, and see that files can be made in it."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "metrics.jsonl").touch()
+    except OSError as reason:
+        raise ValueError(f"output is {str(output)!r}, which cannot be written ({reason.strerror})") from None
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives them back."""
+    return json.loads(json.dumps(values))

@@ -1,0 +1,187 @@
+"""What a training run is, and what it tells: its description, the numbers of every step, how it ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from training_run.train_options import TrainOptions
+from vocabpp_jax import Pipeline, checkpoints, models
+from vocabpp_jax.data import TokenizedCorpus, training_batches, unigram_entropy, validation_batches
+from vocabpp_jax.models import Config
+from vocabpp_jax.runtime import hosts
+from vocabpp_jax.runtime.hardware import mfu, peak_memory
+from vocabpp_jax.runtime.metrics import JsonLines, TensorBoard, draw_losses, read_records
+from vocabpp_jax.runtime.profiling import predicted_trace
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that training needs, checked, and nothing of the training step compiled."""
+
+    options: TrainOptions
+    config: Config
+    pipe: Pipeline
+    optimizer: Any
+    tokens: TokenizedCorpus
+    output: Path
+    loaded: checkpoints.Loaded | None
+    writer: checkpoints.Writer | None
+
+    @cached_property
+    def canonical(self) -> checkpoints.Canonical:
+        return checkpoints.Canonical(self.pipe, self.optimizer)
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Microbatches, sequences in each over all copies of the model, and their length."""
+        pipeline = self.options.pipeline
+        batch = pipeline.microbatch_size * self.pipe.mesh.shape["data"]
+        return {"microbatches": pipeline.microbatches, "batch": batch, "seq": self.config.seq}
+
+    @property
+    def tokens_per_step(self) -> int:
+        return int(np.prod(list(self.shape.values())))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return self.options.identity(self.config, self.tokens.identity)
+
+    def place(self, local: dict[str, Any]) -> dict[str, Any]:
+        return hosts.place(self.pipe.mesh, self.shape["batch"], local)
+
+    def data(self, rows: int) -> tuple[Any, Any]:
+        """Training batches from a row on, and validation batches, of which this process reads its part."""
+        shape = self.shape | {"columns": hosts.columns(self.pipe.mesh, self.shape["batch"])}
+        train_ends, validation_ends = self.tokens.ends if self.options.data.document_masks else (None, None)
+        return (
+            training_batches(self.tokens.train, **shape, seed=self.options.seed, ends=train_ends, start=rows),
+            validation_batches(
+                self.tokens.validation, **shape, at_most=self.options.eval_batches, ends=validation_ends
+            ),
+        )
+
+
+def say_once(text: str) -> None:
+    """Print it, in process 0."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def whole_ones(run: Run) -> str:
+    """What of the run is kept."""
+    folder = run.options.checkpoint.checkpoint_dir
+    steps = checkpoints.steps_in(folder) if folder else []
+    if not steps:
+        return "there is no checkpoint to go on from"
+    return f"the same command goes on from step {steps[-1]}, in {folder}"
+
+
+def hardware_record(run: Run, seconds: float) -> dict[str, Any]:
+    """How well a step used the devices, as far as they are known."""
+    flops = run.shape["microbatches"] * models.model_flops(run.config, run.shape["batch"])
+    return {"mfu": mfu(flops, seconds, list(run.pipe.mesh.devices.flat)), "memory_bytes": peak_memory()}
+
+
+def write_prediction(run: Run, seconds: float) -> None:
+    """Lay the predicted timeline of a step beside the trace of some."""
+    sizes = models.cost_sizes(run.config, run.options.pipeline.microbatch_size)
+    trace = predicted_trace(run.pipe.schedule, sizes, jax.devices()[0], seconds)
+    (run.output / "profile" / "predicted.trace.json").write_text(trace)
+
+
+class Records:
+    """Where the numbers of every step go; nowhere but in process 0."""
+
+    def __init__(self, run: Run, after: int):
+        self._writers = []
+        if jax.process_index() == 0:
+            self._writers.append(JsonLines(run.output / "metrics.jsonl", after))
+            if run.options.watch.tensorboard:
+                self._writers.append(TensorBoard(run.output / "tensorboard", after))
+
+    def write(self, **record: Any) -> None:
+        for writer in self._writers:
+            writer.write(**record)
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for writer in self._writers:
+            writer.close()
+
+
+def validation_loss(run: Run, batches: Any, evaluate: Any, params: Any) -> float:
+    """Mean loss over all tokens of the validation batches, of which the last may be partly masked."""
+    total = count = 0.0
+    for i in range(len(batches)):
+        batch = run.place(batches[i])
+        valid = float(jnp.sum(batch["mask"]))
+        total, count = total + float(evaluate(params, batch)) * valid, count + valid
+    return total / count
+
+
+def summarise(run: Run) -> None:
+    """Draw the losses of the whole run, earlier parts of it too, and say how it ended."""
+    records, entropy = read_records(run.output / "metrics.jsonl"), unigram_entropy(run.tokens.validation)
+    losses = [(r["step"], r["loss"]) for r in records if r["loss"] is not None]
+    validations = [(r["step"], r["validation_loss"]) for r in records if r.get("validation_loss") is not None]
+    draw_losses(run.output / "loss.png", losses, validations, entropy)
+    if losses and validations:
+        recent = np.mean([loss for _, loss in losses[-20:]])
+        print(
+            f"train loss {recent:.4f}, validation loss {validations[-1][1]:.4f}; a model that knows only how frequent "
+            f"every token is\nreaches the unigram entropy, {entropy:.4f} (all in nats a token)"
+        )
+    print(f"written to {run.output}: metrics.jsonl, loss.png, config.json")
+
+
+def describe(run: Run, begin: int) -> None:
+    """Write config.json, all that decides the run, and say what is about to happen. A part that goes on from a
+    checkpoint writes its own beside it."""
+    device, layout = jax.devices()[0], dict(run.pipe.mesh.shape)
+    activation = run.pipe.activation_bytes(run.options.pipeline.microbatch_size, run.config.seq)
+    record = {
+        "options": run.options.record(),
+        "identity": run.identity,
+        "model": dataclasses.asdict(run.config),
+        "parameters": models.parameters(run.config),
+        "corpus": {
+            "name": run.tokens.name,
+            "fingerprint": run.tokens.fingerprint,
+            "documents": run.tokens.documents,
+            "damaged": list(run.tokens.damaged),
+            "train_tokens": len(run.tokens.train),
+            "validation_tokens": len(run.tokens.validation),
+            "unigram_entropy": unigram_entropy(run.tokens.validation),
+        },
+        "activation_bytes": activation,
+        "activations_in_flight": [int(n) for n in run.pipe.program.in_flight],
+        "mesh": layout,
+        "device": device.device_kind,
+        "processes": jax.process_count(),
+        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+    }
+    config = run.output / ("config.json" if not begin else f"config-{begin}.json")
+    partial = config.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=2) + "\n")
+    partial.replace(config)
+    print(
+        f"training {record['parameters']:,} parameters on {len(run.tokens.train):,} tokens of "
+        f"{run.tokens.documents:,} documents\n{run.options.pipeline.schedule} {run.options.pipeline.method}, "
+        f"{layout['pipe']} stages, "
+        f"{layout['data']} data-parallel, on {record['device']} devices, {run.tokens_per_step:,} tokens a step\n"
+        f"{sum(activation.values()) / 1e6:,.1f} MB for a microbatch in flight on a device, at most "
+        f"{max(run.pipe.program.in_flight)} at once",
+        flush=True,
+    )

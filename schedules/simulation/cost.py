@@ -1,0 +1,317 @@
+"""What a pass costs: FLOPs, bytes, and seconds on a GPU by a roofline of few constants.
+
+Symbols: ``b`` microbatch size, ``s`` sequence length, ``h`` hidden size, ``V`` vocabulary, ``L`` layers, ``p`` devices,
+``m`` microbatches. FLOPs count attention in full though it is causal, as the paper's tables do (arXiv 2411.05288,
+section 2); seconds count the causal half. An estimate for planning; for a run's real memory ask the compiler.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..layers import even_split
+from ..schedule import Schedule
+from .simulator import Durations
+from .timeline import Timeline
+
+GPUS = Path(__file__).parent / "gpus"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A model's dimensions: layers, and two vocabulary tables of hV (one where ``tied``).
+
+    What a layer costs follows three numbers, which are a GPT's where they are not given. ``matrices``: parameters in a
+    layer's matrices (12h²). ``attended``: elements of keys that a token's query is multiplied with (hs). ``kept``:
+    elements a token that a layer's forward keeps when norms and activation functions are recomputed (10h).
+    """
+
+    layers: int
+    hidden: int
+    seq: int
+    vocab_size: int
+    microbatch_size: int = 1
+    tied: bool = False
+    matrices: int | None = None
+    attended: float | None = None
+    kept: int | None = None
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name != "tied" and value is not None and value < 1:
+                raise ValueError(f"{f.name} is {value}; it must be at least 1")
+
+    @property
+    def bsh(self) -> int:
+        """Elements of a microbatch's stream."""
+        return self.microbatch_size * self.seq * self.hidden
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a microbatch."""
+        return self.microbatch_size * self.seq
+
+    @property
+    def scores(self) -> float:
+        """Multiply-adds of one layer's attention scores for one microbatch: ``attended`` for every token."""
+        return self.tokens * (self.hidden * self.seq if self.attended is None else self.attended)
+
+    @property
+    def layer_flops(self) -> float:
+        """FLOPs of one layer, forward and backward, for one microbatch. GPT: bsh(72h + 12s)."""
+        return 6 * self.tokens * self.layer_parameters + 12 * self.scores
+
+    @property
+    def kept_elements(self) -> int:
+        """Elements of one layer's activations that wait for the backward, for one microbatch."""
+        return self.tokens * (10 * self.hidden if self.kept is None else self.kept)
+
+    @property
+    def head_flops(self) -> int:
+        """FLOPs of the output layer, forward and backward, for one microbatch: 6bshV."""
+        return 6 * self.bsh * self.vocab_size
+
+    @property
+    def embedding_flops(self) -> int:
+        """FLOPs of the input layer, forward and backward, for one microbatch: 3bsh."""
+        return 3 * self.bsh
+
+    def iteration_flops(self, m: int) -> float:
+        """FLOPs of an iteration of ``m`` microbatches as MFU counts them: without the embedding."""
+        return m * (self.layers * self.layer_flops + self.head_flops)
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one layer, without biases and norms. GPT: 12h²."""
+        return 12 * self.hidden**2 if self.matrices is None else self.matrices
+
+    @property
+    def table_parameters(self) -> int:
+        """Parameters of one vocabulary table: hV."""
+        return self.hidden * self.vocab_size
+
+
+@dataclass(frozen=True)
+class GPU:
+    """A GPU and its network; the files in ``gpus/`` say what the fields mean. Units: FLOP/s, bytes, seconds."""
+
+    name: str
+    peak_flops: float
+    memory_bytes: float
+    memory_bandwidth: float
+    gpus_per_node: int
+    matmul_efficiency: float
+    half_size: float
+    attention_efficiency: float
+    traffic_efficiency: float
+    layer_traffic: float
+    logit_traffic: float
+    edge_traffic: float
+    launch: float
+    contention: float
+    intra_bandwidth: float
+    inter_bandwidth: float
+    intra_latency: float
+    inter_latency: float
+    target: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
+    """What a compiler must know of it: a GpuTargetConfigProto as a table."""
+
+    def matmul(self, flops: float, smallest: float) -> float:
+        """Seconds of matrix products with these FLOPs and this smallest dimension."""
+        reached = self.matmul_efficiency * smallest / (smallest + self.half_size)
+        return flops / (self.peak_flops * reached) if flops else 0.0
+
+    def traffic(self, bytes_moved: float) -> float:
+        """Seconds to read and write so many bytes."""
+        return bytes_moved / (self.memory_bandwidth * self.traffic_efficiency)
+
+    def send(self, size: float, source: int, target: int) -> float:
+        """Seconds to send ``size`` bytes from one device to another."""
+        if source // self.gpus_per_node == target // self.gpus_per_node:
+            return self.intra_latency + size / self.intra_bandwidth
+        return self.inter_latency + size / self.inter_bandwidth
+
+    def broadcast(self, size: float, p: int) -> float:
+        """Seconds for ``size`` bytes to reach all of ``p`` devices, in a pipelined chain."""
+        latency, bandwidth = self._ring(p)
+        return latency + size / bandwidth if p > 1 else 0.0
+
+    def all_reduce(self, size: float, p: int) -> float:
+        """Seconds to sum ``size`` bytes over ``p`` devices, in a ring: every byte passes each link about twice."""
+        latency, bandwidth = self._ring(p)
+        return 2 * latency + 2 * (p - 1) / p * size / bandwidth if p > 1 else 0.0
+
+    def _ring(self, p: int) -> tuple[float, float]:
+        nodes = -(-p // self.gpus_per_node)
+        hops = min(p, self.gpus_per_node) - 1
+        bandwidth = self.intra_bandwidth if nodes == 1 else min(self.inter_bandwidth, self.intra_bandwidth)
+        # NCCL's latency grows with the ring, but by a fraction of a message's own latency for every further device.
+        return self.intra_latency * (1 + 0.1 * hops) + self.inter_latency * (nodes - 1) * 0.5, bandwidth
+
+
+def gpu_names() -> tuple[str, ...]:
+    """The GPUs there are files for."""
+    return tuple(sorted(path.stem for path in GPUS.glob("*.toml")))
+
+
+def load_gpu(name: str) -> GPU:
+    """A GPU by name or the beginning of one, or from a file of one's own like those in ``schedules/simulation/gpus``.
+
+    Raises:
+        ValueError: no such GPU; a file with a field missing or unknown.
+    """
+    known = [gpu for gpu in gpu_names() if name and gpu.startswith(name.lower())]
+    path = Path(name) if name.endswith(".toml") else GPUS / f"{known[0] if len(known) == 1 else name.lower()}.toml"
+    if not path.is_file():
+        raise ValueError(f"gpu is {name!r}; it must be one of {', '.join(gpu_names())}, or a .toml file like theirs")
+    values = tomllib.loads(path.read_text())
+    known = {f.name for f in fields(GPU)}
+    needed = {f.name for f in fields(GPU) if f.default_factory is MISSING}
+    if wrong := sorted((needed - set(values)) | (set(values) - known)):
+        raise ValueError(
+            f"{path} {'lacks' if wrong[0] in known else 'has the unknown field'} {wrong[0]!r}; "
+            f"the fields are {', '.join(f.name for f in fields(GPU))}"
+        )
+    return GPU(**values)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds and bytes of a model's passes on a GPU.
+
+    Attributes:
+        sizes, gpu: for what, on what.
+        activation_bytes: kept from F for B, a layer, for each of its bsh elements: None where norms and activation
+            functions are recomputed (what the sizes say, two bytes an element), 34 as in Megatron without recomputing
+            (Korthikanti et al. 2022, with flash attention).
+        state_bytes: a parameter's weights, gradient, and Adam state together.
+        table_bytes: what IB moves for each of the embedding's elements, where a framework adds a dense gradient to
+            the accumulated one: 8 in float32. A scatter-add of the rows in use moves none of it.
+    """
+
+    sizes: Sizes
+    gpu: GPU
+    activation_bytes: float | None = None
+    state_bytes: float = 18.0
+    table_bytes: float = 0.0
+
+    # --- seconds ------------------------------------------------------------------------------------------------------
+
+    def layer(self) -> tuple[float, float, float]:
+        """Seconds of one layer's forward, of its input gradient and of its weight gradient."""
+        z, gpu = self.sizes, self.gpu
+        products = gpu.matmul(2 * z.tokens * z.layer_parameters, min(z.hidden, z.tokens))
+        attention = 2 * z.scores / (gpu.peak_flops * gpu.attention_efficiency)
+        traffic = gpu.traffic(gpu.layer_traffic * z.bsh)
+        # A flash attention's backward recomputes the scores: 2.5 times the forward.
+        return products + attention + traffic, products + 2.5 * attention + 1.5 * traffic, products + 0.5 * traffic
+
+    def head(self, rows: float) -> float:
+        """Seconds of a third of the products, 2bsh a row, of ``rows`` rows of the LM head."""
+        z = self.sizes
+        return self.gpu.matmul(2 * z.bsh * rows, min(z.hidden, rows, z.tokens))
+
+    def durations(self, schedule: Schedule) -> Durations:
+        """Seconds of every pass, transfer and collective of a schedule."""
+        z, gpu, p = self.sizes, self.gpu, schedule.p
+        counts = np.asarray(stage_layers(schedule, z.layers), float)
+        forward, inputs, weights = self.layer()
+        B = inputs if schedule.splits_backward else inputs + weights
+        rows = z.vocab_size if not schedule.sharded else -(-z.vocab_size // p)
+        softmax = gpu.traffic(gpu.logit_traffic * z.tokens * rows / 2)
+        edge = gpu.traffic(gpu.edge_traffic * z.bsh) + gpu.launch
+        product = self.head(rows)
+        # Collectives that run beside passes take some of the device from them; synchronous ones do not.
+        slower = 1 + gpu.contention * (p > 1 and schedule.sharded and schedule.method != "interlaced")
+        half = 2 if schedule.method == "vocab-2" else 1  # Algorithm 2 makes the input gradient in S, the others in T
+        stream = 2 * z.bsh
+        vector = 4 * z.tokens
+        return Durations(
+            F=tuple(slower * (counts * forward + gpu.launch)),
+            B=tuple(slower * (counts * B + gpu.launch)),
+            W=tuple(slower * (counts * weights + gpu.launch)),
+            S=half * product + softmax + edge,
+            T=(3 - half) * product + softmax + edge,
+            S1=product + softmax / 2 + edge / 2,
+            S2=softmax / 2 + edge / 2,
+            H=3 * product + 2 * softmax + 2 * edge,
+            G=edge / 2,
+            IF=edge / 2,
+            IB=edge + gpu.traffic(self.table_bytes * z.hidden * rows),
+            CI=gpu.all_reduce(stream, p),
+            C0=gpu.broadcast(stream, p),
+            CB=gpu.broadcast(stream, p),
+            big=gpu.all_reduce(stream, p),
+            max=gpu.all_reduce(vector, p),
+            stats=gpu.all_reduce(3 * vector, p),
+            transfer=tuple(tuple(gpu.send(stream, a, b) for b in range(p)) for a in range(p)),
+        )
+
+    def mfu(self, m: int, p: int, seconds: float) -> float:
+        """Model FLOPs utilisation of an iteration on ``p`` GPUs, 0 to 1."""
+        return self.sizes.iteration_flops(m) / (seconds * p * self.gpu.peak_flops)
+
+    # --- bytes --------------------------------------------------------------------------------------------------------
+
+    def cell_bytes(self, schedule: Schedule) -> dict[str, float]:
+        """Bytes of one cell of every ring, with the longest stage's layers."""
+        z = self.sizes
+        layers = max(stage_layers(schedule, z.layers))
+        logits = 2 * z.tokens * -(-z.vocab_size // schedule.p)
+        kept = 2.0 * z.kept_elements if self.activation_bytes is None else self.activation_bytes * z.bsh
+        activations = kept * layers
+        # With the backward split: what W reads is mostly the inputs of the linear layers; dY of each comes from B.
+        split = {"residual": 0.25 * activations, "kept": 0.75 * activations, "carried": 18.0 * z.bsh * layers}
+        stores = split if schedule.splits_backward else {"residual": activations}
+        gradient = 2 * z.bsh if schedule.method == "vocab-2" else 0
+        return stores | {"inbox": 2.0 * z.bsh, "X": 2.0 * z.bsh, "P": float(logits + gradient)}
+
+    def state(self, schedule: Schedule) -> tuple[float, ...]:
+        """Bytes of parameters, gradients and optimizer state, on every device."""
+        z, p = self.sizes, schedule.p
+        counts = stage_layers(schedule, z.layers)
+        parameters = [0.0] * p
+        for stage, device in enumerate(schedule.placement):
+            parameters[device] += counts[stage] * z.layer_parameters
+        first, last = schedule.placement[0], schedule.placement[-1]
+        if schedule.sharded:
+            tables = 1 if z.tied else 2
+            parameters = [n + tables * z.table_parameters / p for n in parameters]
+        else:
+            parameters[first] += z.table_parameters
+            if not (z.tied and first == last):
+                parameters[last] += z.table_parameters
+        return tuple(self.state_bytes * n for n in parameters)
+
+    def peak_bytes(self, timeline: Timeline) -> tuple[float, ...]:
+        """State, the most that the rings hold at once, and an unsharded head's logits, on every device."""
+        z, schedule = self.sizes, timeline.schedule
+        rings = timeline.peak_bytes(self.cell_bytes(schedule))
+        logits = 0.0 if schedule.sharded else 6.0 * z.tokens * z.vocab_size
+        head = schedule.placement[-1]
+        return tuple(
+            state + ring + (logits if d == head else 0.0)
+            for d, (state, ring) in enumerate(zip(self.state(schedule), rings, strict=True))
+        )
+
+
+def stage_layers(schedule: Schedule, layers: int) -> tuple[int, ...]:
+    """Layers of every stage: as the schedule says, else an even split, where later stages have one more.
+
+    Raises:
+        ValueError: the schedule's layers are not as many as the model's, or there are fewer layers than stages.
+    """
+    if schedule.layer_counts is not None:
+        if sum(schedule.layer_counts) != layers:
+            raise ValueError(f"layers is {layers}; the schedule's stages hold {sum(schedule.layer_counts)}")
+        return tuple(schedule.layer_counts)
+    if layers < schedule.stages:
+        raise ValueError(f"layers is {layers}; the schedule has {schedule.stages} stages, and each needs one")
+    return even_split(layers, schedule.stages)

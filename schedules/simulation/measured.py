@@ -1,0 +1,115 @@
+"""Measured pass times, and the iteration time that they predict."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ..build import build
+from ..lowering.program import lower
+from .simulator import FREE, Durations, Rules, simulate
+from .timeline import Timeline
+
+# The share of the output layer's time that is S: Algorithm 2 has two of the three matrix products there, the rest one.
+S_SHARE = {"vocab-2": 2 / 3}
+PUBLISHED_MICROBATCHES = 128
+
+
+@dataclass(frozen=True)
+class MeasuredRun:
+    """One run under 1F1B: the mean time of every pass, one number a device, and of an iteration; milliseconds.
+
+    F and B of the first and the last device include an unsharded vocabulary layer.
+    """
+
+    method: str
+    seq_length: int
+    vocab_size: int
+    F: tuple[float, ...]
+    B: tuple[float, ...]
+    S_and_T: tuple[float, ...]
+    IF: tuple[float, ...]
+    IB: tuple[float, ...]
+    iteration_ms: float
+    microbatches: int = PUBLISHED_MICROBATCHES
+
+    @property
+    def p(self) -> int:
+        """Devices."""
+        return len(self.F)
+
+    def predict(self, network: Durations | None = None, rules: Rules = FREE, m: int | None = None) -> Timeline:
+        """The simulated iteration, in milliseconds.
+
+        Args:
+            network: transfers and collectives, in milliseconds; free of cost if not given.
+            rules: those of the framework that was measured; one process a device, like Megatron, if not given.
+            m: microbatches, if not those of the run.
+        """
+        # The published redistribution differs from the baseline in what a stage holds; that is in the times.
+        method = "baseline" if self.method == "redis" else self.method
+        program = lower(build("1f1b", method, p=self.p, m=m or self.microbatches))
+        share = S_SHARE.get(self.method, 1 / 3)
+        S, T = (tuple(part * x for x in self.S_and_T) for part in (share, 1 - share))
+        durations = replace(
+            network or Durations(),
+            F=self.F,
+            B=self.B,
+            W=0.0,
+            S=S,
+            T=T,
+            S1=0.0,
+            S2=0.0,
+            H=0.0,
+            G=0.0,
+            IF=self.IF,
+            IB=self.IB,
+        )
+        return simulate(program, durations, rules)
+
+
+_COLUMNS = {"F": "f_us", "B": "b_us", "S_and_T": "s_plus_t_us", "IF": "input_f_us", "IB": "input_b_us"}
+
+
+def read_pass_times(text: str) -> tuple[MeasuredRun, ...]:
+    """The runs in a CSV with the columns of ``docs/paper/pass_times_8xA100.csv``, times in microseconds.
+
+    A column ``microbatches`` may be added; without it they are the published 128.
+
+    Raises:
+        ValueError: no rows, a column missing, a cell that is no number, or cells of different numbers of devices.
+    """
+    runs = []
+    for number, row in enumerate(csv.DictReader(io.StringIO(text)), start=1):
+        try:
+            times = {name: tuple(float(x) / 1e3 for x in row[column].split()) for name, column in _COLUMNS.items()}
+            m = int(row.get("microbatches") or PUBLISHED_MICROBATCHES)
+            run = MeasuredRun(
+                row["method"],
+                int(row["seq_length"]),
+                int(row["vocab_size"]),
+                **times,
+                iteration_ms=float(row["iteration_ms"]),
+                microbatches=m,
+            )
+        except KeyError as missing:
+            raise ValueError(f"the pass times have no column {missing.args[0]!r}") from missing
+        except (AttributeError, TypeError, ValueError) as problem:
+            raise ValueError(f"row {number} of the pass times cannot be read: {problem}") from problem
+        counts = {len(x) for x in times.values()}
+        if len(counts) != 1:
+            raise ValueError(
+                f"row {number} of the pass times has cells of {sorted(counts)} numbers; give one a device in each"
+            )
+        runs.append(run)
+    if not runs:
+        raise ValueError("the pass times have no rows")
+    return tuple(runs)
+
+
+def errors(runs: Sequence[MeasuredRun], predicted: Sequence[float]) -> tuple[float, float]:
+    """The mean and the largest relative error of predicted iteration times, both positive."""
+    found = [abs(ms / run.iteration_ms - 1) for run, ms in zip(runs, predicted, strict=True)]
+    return sum(found) / len(found), max(found)

@@ -1,0 +1,272 @@
+"""Timing a lowered program: an event model of what the compiled program does, instruction by instruction.
+
+Every device runs the same list of instructions in the same order, so the model is a vector of clocks, one a device,
+carried through that list. Rules, for the compiled program (:data:`COMPILED`):
+
+* ``run`` takes its duration on the devices whose table names a microbatch, and nothing elsewhere;
+* a ``permute`` is a rendezvous: both ends of each pair leave when the later one has come and the data has crossed,
+  also in intervals in which the pair carries nothing, because the program is the same in all of them;
+* a collective begins when the last device has started it and the previous one has ended, and runs beside the passes;
+  a device waits for it where the program says ``done``.
+
+:data:`ON_CPUS` has collectives block as transfers do: XLA's CPU runtime runs one thing at a time.
+:data:`FREE` are the rules of a framework that runs one process a device: a sender does not wait, a receiver waits
+where it uses the data, and nothing runs that carries no data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+
+from ..lowering.program import Instruction, Program, Segment
+from ..schedule import Schedule
+from .timeline import Timeline, Track
+
+Times = float | Sequence[float]
+
+
+@dataclass(frozen=True)
+class Durations:
+    """How long everything takes, in any one unit of time (seconds where it comes from a cost model).
+
+    Attributes:
+        F, B, W: forward, backward, weight gradient; one number, or one a stage. B is the whole backward where the
+            schedule has no W passes.
+        S, T, S1, S2, H, G, IF, IB: the vocabulary passes; one number, or one a device.
+        CI, C0, max, stats, big, CB: the collectives.
+        transfer: one permute between neighbours; one number, or one a pair as ``[source, target]``.
+        overhead: added to every ``run`` on every device, for reading the predicate of its loop.
+    """
+
+    F: Times = 1.0
+    B: Times = 2.0
+    W: Times = 0.0
+    S: Times = 0.0
+    T: Times = 0.0
+    S1: Times = 0.0
+    S2: Times = 0.0
+    H: Times = 0.0
+    G: Times = 0.0
+    IF: Times = 0.0
+    IB: Times = 0.0
+    CI: float = 0.0
+    C0: float = 0.0
+    max: float = 0.0
+    stats: float = 0.0
+    big: float = 0.0
+    CB: float = 0.0
+    transfer: float | Sequence[Sequence[float]] = 0.0
+    overhead: float = 0.0
+
+    def scaled(self, factor: float) -> Durations:
+        """The same in another unit of time."""
+        return Durations(**{f.name: _plain(np.asarray(getattr(self, f.name), float) * factor) for f in fields(self)})
+
+    def of(self, schedule: Schedule, kind: str, chunk: int = 0) -> np.ndarray:
+        """The duration of a pass on every device, ``[p]``."""
+        times = np.asarray(getattr(self, kind), float)
+        if times.ndim == 0:
+            return np.full(schedule.p, float(times))
+        per_stage = kind in ("F", "B", "W")
+        if len(times) != (schedule.stages if per_stage else schedule.p):
+            raise ValueError(
+                f"{kind} has {len(times)} durations; give one, or one "
+                f"{'a stage' if per_stage else 'a device'}: {schedule.stages if per_stage else schedule.p}"
+            )
+        return times[_stage_of(schedule)[chunk]] if per_stage else times
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What waits for what.
+
+    Attributes:
+        transfers: "blocking": both ends of a permute wait for each other and for the data; "asynchronous": both go on
+            and wait before the slot in which the first receiver reads its data, or at the end of the interval, which
+            no transfer outlives; "eager": the sender never waits, and a receiver only where it reads.
+        collectives: "overlapping": devices go on and wait for the result behind its "done"; "blocking": all wait at its
+            "start" until it is through, as on CPUs.
+        idle: whether transfers and collectives also run in intervals in which they carry nothing.
+    """
+
+    transfers: Literal["blocking", "asynchronous", "eager"] = "blocking"
+    collectives: Literal["overlapping", "blocking"] = "overlapping"
+    idle: bool = True
+
+
+COMPILED = Rules()
+ON_CPUS = Rules(collectives="blocking")
+FREE = Rules(transfers="eager", idle=False)
+
+
+def simulate(program: Program, durations: Durations | None = None, rules: Rules = COMPILED) -> Timeline:
+    """When every pass, transfer and collective of one iteration runs; F=1, B=2 and all else 0 if nothing is said.
+
+    Time and memory grow with intervals x instructions x devices; p=64, m=512 takes about a second.
+    """
+    engine = _Engine(program, durations or Durations(), rules)
+    for segment in program.segments:
+        engine.run(segment)
+    return Timeline(program, tuple(engine.tracks), engine.clock.copy())
+
+
+class _Engine:
+    """The clocks of all devices, carried through the program."""
+
+    def __init__(self, program: Program, durations: Durations, rules: Rules):
+        self.schedule, self.durations, self.rules = program.schedule, durations, rules
+        p = self.schedule.p
+        transfer = np.asarray(durations.transfer, float)
+        if transfer.shape not in ((), (p, p)):
+            raise ValueError(f"transfer has shape {transfer.shape}; give one number, or one a pair, ({p}, {p})")
+        self.transfer = np.broadcast_to(transfer, (p, p))
+        self.devices = np.arange(p)
+        self.stages = _stage_of(self.schedule)
+        self.clock = np.zeros(p)
+        self.arrival = np.zeros((p, max(1, program.rings.get("inbox", 0))))
+        self.collectives_end = 0.0  # two collectives over the same devices do not overlap
+        self.pending: dict[str, float] = {}
+        self.tracks: list[Track] = []
+
+    def run(self, segment: Segment) -> None:
+        """One scan."""
+        steps: list[Callable[[int], None]] = []
+        under_way: list[tuple[int, np.ndarray, np.ndarray]] = []  # transfers: due slot, the devices, until when
+        for line, instruction in enumerate(segment.body):
+            steps += [self._wait(*transfer) for transfer in under_way if transfer[0] <= instruction.slot]
+            under_way = [transfer for transfer in under_way if transfer[0] > instruction.slot]
+            steps.append(self._step(instruction, segment, line))
+            if instruction.op == "permute" and self.rules.transfers == "asynchronous":
+                ends = np.array(instruction.pairs, int)
+                due = instruction.due if instruction.due >= 0 else instruction.slot + 1
+                under_way.append((due, ends, self.tracks[-1].end))
+        steps += [self._wait(*transfer) for transfer in under_way]
+        for n in range(segment.intervals):
+            for step in steps:
+                step(n)
+
+    def _wait(self, _due: int, pairs: np.ndarray, end: np.ndarray) -> Callable[[int], None]:
+        """Both ends of a transfer wait for it: on each, one program waits where the first receiver has to."""
+
+        def step(n: int) -> None:
+            until = self.clock.copy()
+            for ends in pairs.T:
+                until[ends] = np.maximum(until[ends], end[n, pairs[:, 1]])
+            self.clock = until
+
+        return step
+
+    def _step(self, instruction: Instruction, segment: Segment, line: int) -> Callable[[int], None]:
+        """What one instruction does in interval n, with a track to note when it did."""
+        shape = (segment.intervals, self.schedule.p)
+        tables = {"microbatch": np.full(shape, -1, np.int32)} | dict(instruction.tables)
+        track = Track(
+            instruction.op,
+            instruction.name,
+            self.stages[instruction.chunk],
+            tables,
+            segment.first_interval,
+            line,
+            np.zeros(shape),
+            np.zeros(shape),
+        )
+        self.tracks.append(track)
+        makers = {
+            "run": self._run,
+            "permute": self._permute,
+            "keep": self._keep,
+            "start": self._start,
+            "done": self._done,
+        }
+        return makers[instruction.op](instruction, track)
+
+    def _run(self, instruction: Instruction, track: Track) -> Callable[[int], None]:
+        takes = self.durations.of(self.schedule, instruction.name, instruction.chunk) * (track.microbatch >= 0)
+
+        def step(n: int) -> None:
+            self.clock = np.maximum(self.clock + self.durations.overhead, self._arrived(track, n))
+            track.start[n] = self.clock
+            self.clock = track.end[n] = self.clock + takes[n]
+
+        return step
+
+    def _keep(self, instruction: Instruction, track: Track) -> Callable[[int], None]:
+        cells = track.tables["deliver"]
+
+        def step(n: int) -> None:
+            track.start[n] = track.end[n] = self.clock
+            self.arrival[self.devices[cells[n] >= 0], cells[n][cells[n] >= 0]] = 0.0
+
+        return step
+
+    def _permute(self, instruction: Instruction, track: Track) -> Callable[[int], None]:
+        source, target = np.array(instruction.pairs, int).T
+        takes = self.transfer[source, target]
+        cells = track.tables["deliver"][:, target]
+        mode = self.rules.transfers
+
+        def step(n: int) -> None:
+            ready = self.clock[source]
+            if mode != "eager":
+                ready = np.maximum(ready, self.clock[target])
+            through = ready + takes
+            track.start[n, target], track.end[n, target] = ready, through
+            if mode == "blocking":
+                until = self.clock.copy()
+                for ends in (source, target):
+                    until[ends] = np.maximum(until[ends], through)
+                self.clock = until
+            elif mode == "eager":
+                here = cells[n] >= 0
+                self.arrival[target[here], cells[n][here]] = through[here]
+
+        return step
+
+    def _start(self, instruction: Instruction, track: Track) -> Callable[[int], None]:
+        takes = getattr(self.durations, instruction.name) if self.schedule.p > 1 else 0.0
+        runs = (track.microbatch >= 0).any(axis=1) | self.rules.idle
+
+        def step(n: int) -> None:
+            if runs[n]:
+                ready = np.maximum(self.clock, self._arrived(track, n)).max()
+                begin = max(float(ready), self.collectives_end)
+                self.collectives_end = self.pending[instruction.name] = begin + takes
+                track.start[n], track.end[n] = begin, begin + takes
+                if self.rules.collectives == "blocking":
+                    self.clock = np.full_like(self.clock, begin + takes)
+
+        return step
+
+    def _done(self, instruction: Instruction, track: Track) -> Callable[[int], None]:
+        runs = (track.microbatch >= 0).any(axis=1) | self.rules.idle
+
+        def step(n: int) -> None:
+            if runs[n]:
+                self.clock = np.maximum(self.clock, self.pending.get(instruction.name, 0.0))
+            track.start[n] = track.end[n] = self.clock
+
+        return step
+
+    def _arrived(self, track: Track, n: int) -> np.ndarray | float:
+        """When what an instruction reads from its inbox has come, ``[p]``; a rendezvous has already waited for it."""
+        if self.rules.transfers != "eager" or "inbox" not in track.tables:
+            return 0.0
+        cells = track.tables["inbox"][n]
+        return np.where(cells >= 0, self.arrival[self.devices, cells], 0.0)
+
+
+def _plain(times: np.ndarray) -> Any:
+    """A number, or nested tuples of them."""
+    return tuple(map(_plain, times)) if times.ndim else float(times)
+
+
+def _stage_of(schedule: Schedule) -> np.ndarray:
+    """The stage of every chunk of every device, ``[chunks, p]``."""
+    stages = np.zeros((schedule.chunks, schedule.p), int)
+    for stage, device in enumerate(schedule.placement):
+        stages[schedule.chunk(stage), device] = stage
+    return stages

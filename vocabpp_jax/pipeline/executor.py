@@ -1,0 +1,290 @@
+"""The executor: a lowered schedule in, one program for every device out.
+
+Runs inside ``shard_map``. Every segment of the program is a ``lax.scan`` over intervals, its body the segment's
+instructions in order. A pass runs inside a ``lax.while_loop`` of zero or one trips: unlike a conditional, a loop
+carries what it updates in place, so that gradient accumulators and ring buffers are not copied in the slots of other
+passes. Collectives stand outside the loops, at the same place on every device.
+
+Nothing here knows a schedule by name, nor a model: blocks are pure functions, and what the output layer's steps do is
+in :mod:`vocabpp_jax.vocab.instructions`.
+
+Shapes, per device: B microbatch, L length, D width; rings have their cells in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ..schedules import Instruction, Program, Segment
+from ..vocab.instructions import VocabularySteps, flight
+from .buffers import Cells, State, after, before_later_passes, behind_earlier_passes, get, put, put_if, when, zeros
+from .layout import Layout
+from .linearize import Linearized
+from .mesh import PIPE
+
+
+@dataclass(frozen=True)
+class Executor:
+    """One device's program for one batch.
+
+    Attributes:
+        program, layout: what to run, and where the parameters are.
+        block: the passes of one layer.
+        steps: what the vocabulary layers' instructions do.
+        params: this device's part as :meth:`.Pipeline.rounded` leaves it; ``blocks[chunk][j]`` without the device
+            axis.
+        side: per-microbatch inputs of the blocks, ``[m, B, ...]``.
+        x: shape and dtype of the stream between blocks.
+        observe: count the activations in flight while running.
+    """
+
+    program: Program
+    layout: Layout
+    block: Linearized
+    steps: VocabularySteps
+    params: Any
+    side: Any
+    x: jax.ShapeDtypeStruct
+    observe: bool = False
+
+    def __call__(self) -> State:
+        """Runs the whole program; returns the final state, with ``loss`` and ``grads.*`` among it."""
+        state = self.initial_state()
+        for segment in self.program.segments:
+            state = self.run_segment(segment, state)
+        return state
+
+    def initial_state(self) -> State:
+        """All buffers: rings of the schedule's own size, zero gradients, zero loss."""
+        rings = self.program.rings
+        state = {
+            "inbox": zeros(rings["inbox"], self.x),
+            "out": jnp.zeros(self.x.shape, self.x.dtype),
+            "clock": jnp.zeros((), jnp.int32),
+        }
+        for ring in ("residual", "kept", "carried"):
+            if ring in rings:
+                state[ring] = (zeros(rings[ring], getattr(self.block, ring)),) * self.layout.depth
+        if self.program.schedule.trains:
+            for c, layers in enumerate(self.params["blocks"]):
+                state[f"grads.blocks.{c}"] = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), layers)
+        if self.observe:
+            cells = rings.get("kept", rings.get("residual", 1))
+            state |= {
+                "alive": jnp.zeros(cells, bool),
+                "in_flight": jnp.zeros((), jnp.int32),
+                "clobbered": jnp.zeros((), bool),
+            }
+        return state | self.steps.initial_state(rings)
+
+    def run_segment(self, segment: Segment, state: State) -> State:
+        """One scan. Collectives under way when a step ends are carried to the next; transfers land before it ends."""
+        columns, table = _columns(segment)
+        mine = lax.dynamic_index_in_dim(jnp.asarray(table), lax.axis_index(PIPE), axis=1, keepdims=False)
+        local = _landed_within(self.program)
+        kept = tuple(n for n in state if n not in local)
+
+        def interval(carry: State, row: jax.Array) -> tuple[State, None]:
+            under_way: list[Transfer] = []
+            for instruction, places in zip(segment.body, columns, strict=True):
+                carry, under_way = _landed(carry, under_way, instruction.slot)
+                cells = {name: row[c] for name, c in places.items()}
+                if instruction.op == "permute":
+                    carry, transfer = _sent(carry, instruction, cells)
+                    under_way.append(transfer)
+                else:
+                    carry = self.execute(instruction, cells, carry)
+            carry, _ = _landed(carry, under_way, self.program.schedule.interval)
+            return {n: carry[n] for n in kept}, None
+
+        return lax.scan(interval, {n: state[n] for n in kept}, mine)[0]
+
+    def execute(self, instruction: Instruction, cells: Cells, state: State) -> State:
+        """One instruction that is not a transfer between devices."""
+        c = instruction.chunk
+        match instruction.op, instruction.name:
+            case "keep", _:
+                return state | {"inbox": put_if(state["inbox"], cells["deliver"], state["out"])}
+            case "run", "F":
+                names = ("out", *self._stored("residual", "kept"), *self._counters())
+                return self._pass(instruction, cells, state, names, self.forward)
+            case "run", "B":
+                frees = () if self.program.schedule.splits_backward else self._counters()
+                names = ("out", f"grads.blocks.{c}", *self._stored("carried"), *frees)
+                return self._pass(instruction, cells, state, names, self.backward)
+            case "run", "W":
+                names = (f"grads.blocks.{c}", *self._counters())
+                return self._pass(instruction, cells, state, names, self.weights)
+        return self.steps.execute(instruction, cells, state)
+
+    def _pass(
+        self, instruction: Instruction, cells: Cells, state: State, names: tuple[str, ...], run: Callable
+    ) -> State:
+        """A stage's pass where it is this device's turn, named as profiles and compiled code will show it."""
+        c = instruction.chunk
+        with jax.named_scope(f"{instruction.name}{c}"):
+            return when(cells["microbatch"] >= 0, state, names, lambda s: run(s, cells, c))
+
+    # --- passes ------------------------------------------------------------------------------------------------------
+
+    def forward(self, state: State, cells: Cells, c: int) -> State:
+        """F: a stage's layers in order, each leaving its residuals in the rings."""
+        state = state | {"out": get(state["inbox"], cells["inbox"])}
+
+        def layer(s: State, j: int) -> State:
+            side = self.side_of(cells, c, j)
+            y, residual, kept = self.block.forward(self.params["blocks"][c][j], side, s["out"])
+            s = s | {"out": y}
+            for ring, values in (("residual", residual), ("kept", kept)):
+                if ring in s:
+                    s = s | {ring: _replaced(s[ring], j, put(s[ring][j], cells[ring], values))}
+            return s
+
+        names = ("out", *self._stored("residual", "kept"))
+        state = self._each_layer(state, c, range(self.layout.depth), layer, names)
+        return self._occupy(state, cells, True)
+
+    def backward(self, state: State, cells: Cells, c: int) -> State:
+        """B: a stage's layers in reverse, from the gradient that arrived."""
+        state = state | {"out": get(state["inbox"], cells["inbox"])}
+        grads = f"grads.blocks.{c}"
+
+        def layer(s: State, j: int) -> State:
+            side = self.side_of(cells, c, j)
+            # One layer's residuals at a time: the next is read when this one's gradients are made.
+            made = (s["out"], s[grads][j + 1] if j + 1 < self.layout.depth else ())
+            residual = get(s["residual"][j], after(cells["residual"], made))
+            kept = get(s["kept"][j], after(cells["kept"], made)) if "kept" in s else ()
+            dparams, dx, carried = self.block.backward(self.params["blocks"][c][j], side, residual, kept, s["out"])
+            s = s | {"out": dx, grads: _replaced(s[grads], j, _accumulated(s[grads][j], dparams))}
+            if "carried" in s:
+                s = s | {"carried": _replaced(s["carried"], j, put(s["carried"][j], cells["carried"], carried))}
+            return s
+
+        names = ("out", grads, *self._stored("carried"))
+        state = self._each_layer(state, c, range(self.layout.depth)[::-1], layer, names)
+        return state if self.program.schedule.splits_backward else self._occupy(state, cells, False)
+
+    def weights(self, state: State, cells: Cells, c: int) -> State:
+        """W: the weight gradients of a stage's layers, from what F kept and B carried over."""
+        grads = f"grads.blocks.{c}"
+
+        def layer(s: State, j: int) -> State:
+            # One layer's at a time. The first layer's wait for the clock alone: behind its own gradients, XLA may fuse
+            # what is read with the addition to them, and copies them.
+            def cell(ring: str) -> jax.Array:
+                return after(cells[ring], s[grads][j - 1]) if j else behind_earlier_passes(s, cells[ring])
+
+            dparams = self.block.weights(
+                self.params["blocks"][c][j],
+                self.side_of(cells, c, j),
+                get(s["kept"][j], cell("kept")),
+                get(s["carried"][j], cell("carried")),
+            )
+            return s | {grads: _replaced(s[grads], j, _accumulated(s[grads][j], dparams))}
+
+        state = self._each_layer(state, c, range(self.layout.depth), layer, (grads,))
+        return self._occupy(state, cells, False)
+
+    def side_of(self, cells: Cells, c: int, j: int) -> Any:
+        """Side inputs of one microbatch for this device's j-th layer of a chunk: the batch's and the layer's own."""
+        return get(self.side, cells["microbatch"]) | get(self.layout.layer_side[c][j], lax.axis_index(PIPE))
+
+    def _each_layer(
+        self, state: State, c: int, order: range, layer: Callable[[State, int], State], names: tuple[str, ...]
+    ) -> State:
+        """Applies a function to every layer that this device has; of uneven stages, the short ones skip the last."""
+        counts = np.array([self.layout.layer_counts[stage] for stage in self.layout.stage_of[c]])
+        mine = jnp.asarray(counts)[lax.axis_index(PIPE)]
+        for j in order:
+            if j < counts.min():
+                state = layer(state, j)
+            else:
+                state = when(j < mine, state, names, lambda s, j=j: layer(s, j))
+        return state
+
+    def _stored(self, *rings: str) -> tuple[str, ...]:
+        return tuple(r for r in rings if r in self.program.rings)
+
+    # --- observation -------------------------------------------------------------------------------------------------
+
+    def _counters(self) -> tuple[str, ...]:
+        return ("alive", "in_flight", "clobbered") if self.observe else ()
+
+    def _occupy(self, state: State, cells: Cells, alive: bool) -> State:
+        """Marks an activation's cell as alive or free, and remembers the most alive and any overwritten while alive."""
+        if not self.observe or not self.program.schedule.trains:
+            return state
+        cell = cells["kept"] if "kept" in cells else cells["residual"]
+        clobbered = state["clobbered"] | (state["alive"][cell] == alive)
+        flags = state["alive"].at[cell].set(alive)
+        return state | {
+            "alive": flags,
+            "clobbered": clobbered,
+            "in_flight": jnp.maximum(state["in_flight"], flags.sum(dtype=jnp.int32)),
+        }
+
+
+class Transfer(NamedTuple):
+    """What is on its way: the slot before which it must be in the inbox, the cell, and what arrives."""
+
+    due: int
+    cell: jax.Array
+    arriving: jax.Array
+
+
+def _sent(state: State, instruction: Instruction, cells: Cells) -> tuple[State, Transfer]:
+    """Sends what the passes of this slot made, from a buffer that later passes do not write."""
+    with jax.named_scope("transfer"):
+        leaving = behind_earlier_passes(state, state["out"])
+        arriving = lax.ppermute(leaving, PIPE, instruction.pairs)
+    return before_later_passes(state, leaving), Transfer(instruction.due, cells["deliver"], arriving)
+
+
+def _landed(state: State, under_way: list[Transfer], slot: int) -> tuple[State, list[Transfer]]:
+    """Puts what is due by ``slot`` into the inbox, and no sooner: the passes until then need not wait for it."""
+    for transfer in under_way:
+        if transfer.due <= slot:
+            arrived = behind_earlier_passes(state, transfer.arriving)
+            state = state | {"inbox": put_if(state["inbox"], transfer.cell, arrived)}
+    return state, [transfer for transfer in under_way if transfer.due > slot]
+
+
+def _replaced(items: tuple, j: int, item: Any) -> tuple:
+    return (*items[:j], item, *items[j + 1 :])
+
+
+def _accumulated(total: Any, gradients: Any) -> Any:
+    """Adds gradients in float32; None where this pass makes none."""
+    return jax.tree.map(
+        lambda g, t: t if g is None else t + g.astype(jnp.float32), gradients, total, is_leaf=lambda g: g is None
+    )
+
+
+def _columns(segment: Segment) -> tuple[list[dict[str, int]], np.ndarray]:
+    """All tables of a segment as one array ``[intervals, p, columns]``, and each instruction's columns."""
+    places, stacked = [], []
+    for instruction in segment.body:
+        places.append({name: len(stacked) + n for n, name in enumerate(instruction.tables)})
+        stacked += instruction.tables.values()
+    return places, np.stack(stacked, axis=-1)
+
+
+def _landed_within(program: Program) -> set[str]:
+    """Collectives that never are under way between two intervals, and so need no place in the carried state."""
+    names = {i.name for s in program.segments for i in s.body if i.op == "start"}
+    crossing = set()
+    for segment in program.segments:
+        ends: dict[str, list[str]] = {}
+        for i in segment.body:
+            if i.op in ("start", "done"):
+                ends.setdefault(i.name, []).append(i.op)
+        crossing |= {name for name, ops in ends.items() if ops[0] == "done" or ops[-1] == "start"}
+    return {flight(name) for name in names - crossing}

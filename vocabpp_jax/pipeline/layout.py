@@ -1,0 +1,234 @@
+"""Where every parameter lives: from the canonical tree to a pipeline's, and back.
+
+In the pipeline's layout every leaf that belongs to a device has its devices in front:
+
+* ``blocks[chunk][j]`` is the j-th layer of every device's chunk, leaves ``[p, ...]``, split over ``pipe``. A device
+  with fewer layers than the longest holds zeros there.
+* Sharded vocabulary: ``embed.tokens`` and ``head`` are ``[V_padded, D]``, rows split over ``pipe``.
+* Unsharded (baseline): one table a device, ``[p, V, D]``: the embedding on the first stage's device, the head on the
+  last stage's, zeros between, since one program gives every device the same shapes. A device that holds both of an
+  untied model needs a second table, ``head``.
+* ``final`` is on every device.
+
+With a mesh axis ``tensor`` of size T each block's leaf is split over it as the model says, and a sharded vocabulary has
+``p T`` shards, one a device; what is unsharded, and ``final``, is the same on all T.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from ..schedules import Schedule
+from ..schedules.layers import even_split
+from .mesh import PIPE
+from .model_interface import Model
+from .tensor import TENSOR
+
+Params = Any
+ROW_MULTIPLE = 8  # rows a shard are padded to this, which is what matrix units want
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The placement of a model's parameters under a schedule, on a mesh whose axis ``tensor`` is of size ``tensor``."""
+
+    model: Model
+    schedule: Schedule
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        split = self.model.tensor
+        if self.tensor > 1 and split is None:
+            raise ValueError(f"tensor is {self.tensor}; this model says nothing of a tensor axis, so it must be 1")
+        if self.tensor > 1 and split.parts % self.tensor:
+            raise ValueError(
+                f"tensor is {self.tensor}; it must divide the {split.parts} parts that a layer has (heads)"
+            )
+        if self.tensor > 1:
+            self._check_split()
+        if sum(self.layer_counts) != self.model.layers:
+            raise ValueError(
+                f"layer_counts {self.layer_counts} add up to {sum(self.layer_counts)}; "
+                f"the model has {self.model.layers} layers"
+            )
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the vocabulary is split over the pipeline."""
+        return self.schedule.sharded
+
+    def _check_split(self) -> None:
+        shapes = self.model.param_shapes()["blocks"][0]
+        specs = jax.tree.leaves(self.model.tensor.specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+        for (path, shape), spec in zip(jax.tree_util.tree_leaves_with_path(shapes), specs, strict=True):
+            for size, axis in zip(shape.shape, spec, strict=False):
+                if axis == TENSOR and size % self.tensor:
+                    where = jax.tree_util.keystr(path, simple=True, separator=".")
+                    raise ValueError(
+                        f"tensor is {self.tensor}; it must divide {size}, an axis of {where} {list(shape.shape)}"
+                    )
+
+    @property
+    def vocabulary_axes(self) -> tuple[str, ...]:
+        """The mesh axes that a sharded vocabulary is split over."""
+        return (PIPE, TENSOR) if self.tensor > 1 else (PIPE,)
+
+    @property
+    def shards(self) -> int:
+        """Shards of a sharded vocabulary."""
+        return self.schedule.p * self.tensor
+
+    @cached_property
+    def layer_counts(self) -> tuple[int, ...]:
+        """Layers of every stage; where the split is uneven, later stages have one more."""
+        if self.schedule.layer_counts is not None:
+            return self.schedule.layer_counts
+        stages, layers = self.schedule.stages, self.model.layers
+        if layers < stages:
+            raise ValueError(f"layers is {layers}; {stages} stages need at least one each, so {stages} or more")
+        return even_split(layers, stages)
+
+    @cached_property
+    def stage_of(self) -> tuple[tuple[int, ...], ...]:
+        """The stage that is chunk c of device d, ``[chunks][p]``."""
+        table = [[0] * self.schedule.p for _ in range(self.schedule.chunks)]
+        for stage, device in enumerate(self.schedule.placement):
+            table[self.schedule.chunk(stage)][device] = stage
+        return tuple(map(tuple, table))
+
+    @cached_property
+    def depth(self) -> int:
+        """Layers to allocate for every stage: the longest one's."""
+        return max(self.layer_counts)
+
+    @cached_property
+    def layer_of(self) -> tuple[tuple[tuple[int | None, ...], ...], ...]:
+        """The layer at ``[chunk][j][device]``, None where that device's stage is shorter."""
+        first = [sum(self.layer_counts[:stage]) for stage in range(self.schedule.stages)]
+        return tuple(
+            tuple(tuple(first[s] + j if j < self.layer_counts[s] else None for s in stages) for j in range(self.depth))
+            for stages in self.stage_of
+        )
+
+    @cached_property
+    def layer_side(self) -> tuple[tuple[dict[str, np.ndarray], ...], ...]:
+        """The model's ``layer_side`` at ``[chunk][j]``, leaves ``[p, ...]``; where a stage is shorter, some layer's."""
+        own = self.model.layer_side or ({},) * self.model.layers
+        return tuple(
+            tuple(jax.tree.map(lambda *xs: np.stack(xs), *(own[n or 0] for n in layers)) for layers in chunk)
+            for chunk in self.layer_of
+        )
+
+    @property
+    def head_is_embedding(self) -> bool:
+        """Whether embedding and head share an array: tied, or the two ends of an unsharded pipeline."""
+        first, last = self.schedule.placement[0], self.schedule.placement[-1]
+        return self.model.tied or (not self.sharded and first != last)
+
+    @property
+    def tied_across(self) -> bool:
+        """Whether a tied table exists twice, on the first and on the last stage's device."""
+        return self.model.tied and not self.sharded and self.schedule.placement[0] != self.schedule.placement[-1]
+
+    def padded(self, rows: int) -> int:
+        """Rows of a sharded table: a multiple of the shards, each of :data:`ROW_MULTIPLE` rows or a multiple."""
+        multiple = self.shards * ROW_MULTIPLE
+        return -(-rows // multiple) * multiple
+
+    def specs(self, tree: Params | None = None) -> Params:
+        """The PartitionSpec of every leaf of the pipeline's tree."""
+        tree = self.shapes() if tree is None else tree
+        whole = {key: jax.tree.map(lambda _: PartitionSpec(), branch) for key, branch in tree.items()}
+        tables = PartitionSpec(self.vocabulary_axes) if self.sharded else PartitionSpec(PIPE)
+        specs = {key: jax.tree.map(lambda _: tables, tree[key]) for key in ("embed", "head") if key in tree}
+        if self.tensor == 1:
+            specs["blocks"] = jax.tree.map(lambda _: PartitionSpec(PIPE), tree["blocks"])
+        else:
+            behind = lambda spec: PartitionSpec(PIPE, *spec)  # noqa: E731
+            layer = jax.tree.map(behind, self.model.tensor.specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+            specs["blocks"] = tuple(tuple(layer for _ in chunk) for chunk in tree["blocks"])
+        return whole | specs
+
+    def shapes(self) -> Params:
+        """The pipeline's tree as global :class:`jax.ShapeDtypeStruct`."""
+        return jax.eval_shape(self.pack, self.model.param_shapes())
+
+    def pack(self, canonical: Params) -> Params:
+        """Canonical parameters (or gradients) in the pipeline's layout."""
+        blocks = canonical["blocks"]
+        empty = jax.tree.map(jnp.zeros_like, blocks[0])
+
+        def stack(layers: tuple[int | None, ...]) -> Params:
+            return jax.tree.map(lambda *xs: jnp.stack(xs), *(empty if n is None else blocks[n] for n in layers))
+
+        packed = {
+            "blocks": tuple(tuple(stack(layers) for layers in chunk) for chunk in self.layer_of),
+            "final": canonical["final"],
+            "embed": {},
+        }
+        if self.sharded:
+            for name, table in canonical["embed"].items():
+                packed["embed"][name] = self._pad(table)
+            if not self.model.tied:
+                packed["head"] = self._pad(canonical["head"])
+            return packed
+        first, last = self.schedule.placement[0], self.schedule.placement[-1]
+        for name, table in canonical["embed"].items():
+            packed["embed"][name] = self._on(first, table)
+        head = canonical["embed"]["tokens"] if self.model.tied else canonical["head"]
+        if first != last:
+            packed["embed"]["tokens"] = packed["embed"]["tokens"].at[last].set(head)
+        elif not self.model.tied:
+            packed["head"] = self._on(last, head)
+        return packed
+
+    def unpack(self, packed: Params) -> Params:
+        """The canonical tree of parameters (or gradients, or optimizer moments) in the pipeline's layout."""
+        place = {
+            n: (c, j, d)
+            for c, chunk in enumerate(self.layer_of)
+            for j, layers in enumerate(chunk)
+            for d, n in enumerate(layers)
+            if n is not None
+        }
+        blocks = tuple(
+            jax.tree.map(lambda x, d=place[n][2]: x[d], packed["blocks"][place[n][0]][place[n][1]])
+            for n in range(self.model.layers)
+        )
+        canonical = {"embed": {}, "blocks": blocks, "final": packed["final"]}
+        first, last = self.schedule.placement[0], self.schedule.placement[-1]
+        for name, table in packed["embed"].items():
+            rows = self.model.vocab_size if name == "tokens" else self.model.positions
+            canonical["embed"][name] = table[:rows] if self.sharded else table[first]
+        if not self.model.tied:
+            head = packed["embed"]["tokens"] if self.head_is_embedding else packed["head"]
+            canonical["head"] = head[: self.model.vocab_size] if self.sharded else head[last]
+        return canonical
+
+    def unique(self) -> Params:
+        """1 where a leaf's entries count, 0 where they repeat another's: what a global norm must be weighted with."""
+        ones = jax.tree.map(lambda _: 1.0, self.shapes())
+        if self.tied_across:
+            first = jnp.arange(self.schedule.p) == self.schedule.placement[0]
+            ones["embed"]["tokens"] = first.astype(jnp.float32)[:, None, None]
+        return ones
+
+    def matrices(self) -> Params:
+        """True where a leaf is a matrix of the model, False for vectors (norms, biases): what weight decay asks."""
+        return {
+            key: jax.tree.map(lambda x, k=key: x.ndim - (k == "blocks") >= 2, branch)
+            for key, branch in self.shapes().items()
+        }
+
+    def _pad(self, table: jax.Array) -> jax.Array:
+        return jnp.pad(table, ((0, self.padded(table.shape[0]) - table.shape[0]), (0, 0)))
+
+    def _on(self, device: int, table: jax.Array) -> jax.Array:
+        return jnp.zeros((self.schedule.p, *table.shape), table.dtype).at[device].set(table)

@@ -1,0 +1,34 @@
+"""The mesh of devices that a pipeline runs on, and the names of its axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from .tensor import TENSOR
+
+PIPE = "pipe"
+DATA = "data"
+GPU_PLATFORMS = ("gpu", "cuda")  # of devices that are there, and of descriptions of such as are not
+
+
+def make_mesh(pipe: int, data: int = 1, devices: Sequence[jax.Device] | None = None, *, tensor: int = 1) -> Mesh:
+    """A mesh ``data × pipe``, or ``data × pipe × tensor``, of the first devices that it needs; pipelines are runs of
+    consecutive devices, and a layer's parts runs within them.
+
+    Raises:
+        ValueError: the devices are fewer than ``data · pipe · tensor``, or not a multiple of it.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if min(pipe, data, tensor) < 1 or len(devices) % (pipe * data * tensor):
+        also = f" and tensor {tensor}" if tensor != 1 else ""
+        raise ValueError(
+            f"pipe is {pipe} and data {data}{also}; each must be at least 1, and their product must divide the "
+            f"{len(devices)} devices"
+        )
+    shape, names = ((data, pipe), (DATA, PIPE)) if tensor == 1 else ((data, pipe, tensor), (DATA, PIPE, TENSOR))
+    return Mesh(np.array(devices[: math.prod(shape)]).reshape(shape), names)

@@ -1,0 +1,262 @@
+"""The library's one door: a model, a schedule and a mesh in; loss and gradients out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ..schedules import Program, Schedule, check, evaluation, lower
+from ..vocab import Loss
+from ..vocab.instructions import VocabularySteps
+from .collectives import collectives
+from .executor import Executor
+from .layout import Layout
+from .linearize import Linearized, linearize
+from .mesh import DATA, PIPE
+from .model_interface import Model
+from .tensor import TENSOR
+
+Params = Any
+Batch = dict[str, Any]
+_PER_MICROBATCH = PartitionSpec(None, DATA)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A model under a schedule on a mesh.
+
+    A batch is ``{"tokens", "labels": int32 [m, B, L], "mask": [m, B, L]}`` and, where the blocks take them, ``"side"``:
+    a dictionary of ``[m, B, ...]`` arrays. m microbatches, B microbatch size times the data axis, L length. The mask
+    may be absent. Parameters are a tree in :attr:`layout`, float32, sharded as :attr:`shardings` says.
+
+    Raises:
+        ValueError: the schedule is not sound, the mesh has no axis ``data`` or its axis ``pipe`` is not the schedule's
+            p, or layers do not fill its stages.
+    """
+
+    model: Model
+    schedule: Schedule
+    mesh: Mesh
+    compute_dtype: str = "float32"
+    layout: Layout = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"compute_dtype is {self.compute_dtype!r}; it is float32 or bfloat16")
+        if DATA not in self.mesh.shape:
+            raise ValueError(
+                f"the mesh's axes are {self.mesh.axis_names}; it needs {DATA!r} as well, of size 1 for one pipeline"
+            )
+        if self.mesh.shape.get(PIPE) != self.schedule.p:
+            raise ValueError(
+                f"the mesh's axis {PIPE!r} is {self.mesh.shape.get(PIPE)}; the schedule's p is {self.schedule.p}"
+            )
+        check(self.schedule)
+        object.__setattr__(self, "layout", Layout(self.model, self.schedule, self.mesh.shape.get(TENSOR, 1)))
+
+    @cached_property
+    def program(self) -> Program:
+        """The lowered schedule."""
+        return lower(self.schedule)
+
+    @cached_property
+    def shardings(self) -> Params:
+        """The NamedSharding of every parameter."""
+        return jax.tree.map(
+            partial(NamedSharding, self.mesh), self.layout.specs(), is_leaf=lambda s: isinstance(s, PartitionSpec)
+        )
+
+    def shard(self, canonical: Params) -> Params:
+        """Canonical parameters, placed on the mesh in the pipeline's layout."""
+        return jax.jit(self.layout.pack, out_shardings=self.shardings)(canonical)
+
+    def value_and_grad(self, params: Params, batch: Batch) -> tuple[jax.Array, Params]:
+        """The loss, and its float32 gradients sharded as the parameters are. Pure: put it under ``jax.jit``."""
+        loss, grads, _ = self._run(self.program, params, batch, observe=False)
+        return loss, grads
+
+    def observed_value_and_grad(self, params: Params, batch: Batch) -> tuple[jax.Array, Params, dict[str, jax.Array]]:
+        """Also what the running program counts: ``in_flight [data, p]``, the most activations alive at once on a
+        device, and ``clobbered [data, p]``, whether one was ever overwritten while alive or freed while dead."""
+        return self._run(self.program, params, batch, observe=True)
+
+    def evaluate(self, params: Params, batch: Batch) -> jax.Array:
+        """The cross entropy alone, by a forward-only program that keeps no activations: a soft cap is part of the
+        model, a z-loss and smoothed labels are there for training."""
+        return self._run(self._evaluation, params, batch, observe=False)[0]
+
+    @cached_property
+    def _evaluation(self) -> Program:
+        return lower(evaluation(self.schedule))
+
+    def rounded(self, params: Params) -> Params:
+        """The parameters as passes take them: a copy in the compute dtype.
+
+        Of an embedding that is not the head too there is none: a lookup rounds the rows that it reads.
+        """
+        dtype = jnp.dtype(self.compute_dtype)
+        rounded = jax.tree.map(lambda w: w.astype(dtype), params)
+        return rounded if self.layout.head_is_embedding else rounded | {"embed": params["embed"]}
+
+    def activation_bytes(self, batch: int, length: int, side: Any = None) -> dict[str, int]:
+        """Bytes that one microbatch in flight costs on a device, counted from the traced block.
+
+        ``residual`` waits from F to B, ``kept`` from F to W, ``carried`` from B to W; ``batch`` is sequences a device.
+        """
+        dtype = jnp.dtype(self.compute_dtype)
+        x = jax.ShapeDtypeStruct((batch, length, self.model.width), dtype)
+        side = (side or {}) | jax.tree.map(_shape, self._a_layer_s_side)
+        traced = []
+
+        def trace(layer: Params) -> None:
+            block = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape[1:], dtype), layer)
+            traced.append(linearize(self._block, block, x, side, split=self.schedule.splits_backward))
+
+        layer, specs = self.layout.shapes()["blocks"][0][0], self.layout.specs()["blocks"][0][0]
+        jax.eval_shape(jax.shard_map(trace, mesh=self.mesh, in_specs=(specs,), out_specs=None, check_vma=False), layer)
+        passes = traced[0]
+        return {
+            ring: self.layout.depth * sum(s.size * s.dtype.itemsize for s in getattr(passes, ring))
+            for ring in ("residual", "kept", "carried")
+        }
+
+    def buffer_bytes(self, batch: int, length: int) -> dict[str, int]:
+        """Bytes of every buffer that a device's program carries: rings, gradients, what is under way.
+
+        ``batch`` is sequences a device.
+        """
+        shape = (self.schedule.m, batch * self.mesh.shape[DATA], length)
+        tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+        batches = {"tokens": tokens, "labels": tokens, "mask": jax.ShapeDtypeStruct(shape, jnp.float32), "side": {}}
+        buffers = jax.shard_map(
+            lambda params, batch: self._executor(self.program, False, params, batch).initial_state(),
+            mesh=self.mesh,
+            in_specs=(self.layout.specs(), jax.tree.map(lambda _: _PER_MICROBATCH, batches)),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+        found = jax.eval_shape(buffers, self.layout.shapes(), batches)
+        return {name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for name, tree in found.items()}
+
+    def _run(self, program: Program, params: Params, batch: Batch, *, observe: bool) -> tuple:
+        batch = self._checked(batch)
+        specs = self.layout.specs()
+        device = PartitionSpec(DATA, PIPE)
+        out = (
+            PartitionSpec(),
+            specs if program.schedule.trains else {},
+            {"in_flight": device, "clobbered": device} if observe else {},
+        )
+        run = jax.shard_map(
+            partial(self._on_device, program, observe),
+            mesh=self.mesh,
+            in_specs=(specs, jax.tree.map(lambda _: _PER_MICROBATCH, batch)),
+            out_specs=out,
+            check_vma=False,
+        )
+        return run(params, batch)
+
+    def _checked(self, batch: Batch) -> Batch:
+        """The batch with a float32 mask; refuses one that does not fit."""
+        if missing := {"tokens", "labels"} - set(batch):
+            raise ValueError(f"the batch has {sorted(batch)}; it needs {', '.join(sorted(missing))} too")
+        shape = jnp.shape(batch["tokens"])
+        data = self.mesh.shape[DATA]
+        if len(shape) != 3 or shape[0] != self.schedule.m or shape[1] % data:
+            raise ValueError(
+                f"tokens has shape {list(shape)}; it takes [m={self.schedule.m}, a multiple of {data}, length]"
+            )
+        if self.model.positions is not None and shape[2] > self.model.positions:
+            raise ValueError(f"tokens has length {shape[2]}; the model has {self.model.positions} positions")
+        for name in ("labels", "mask"):
+            if name in batch and jnp.shape(batch[name]) != shape:
+                raise ValueError(f"{name} has shape {list(jnp.shape(batch[name]))}; tokens has {list(shape)}")
+        mask = batch.get("mask")
+        mask = jnp.ones(shape, jnp.float32) if mask is None else jnp.asarray(mask).astype(jnp.float32)
+        return {"tokens": batch["tokens"], "labels": batch["labels"], "mask": mask, "side": batch.get("side", {})}
+
+    def _on_device(self, program: Program, observe: bool, params: Params, batch: Batch) -> tuple:
+        """One device's whole iteration."""
+        state = self._executor(program, observe, params, batch)()
+        loss = state["loss"] if self.layout.sharded else jax.lax.psum(state["loss"], PIPE)
+        counters = {k: state[k].reshape(1, 1) for k in ("in_flight", "clobbered")} if observe else {}
+        grads = self._gradients(state, params) if program.schedule.trains else {}
+        return jax.lax.psum(loss, DATA), grads, counters
+
+    def _executor(self, program: Program, observe: bool, params: Params, batch: Batch) -> Executor:
+        """What one device runs, from its part of the parameters and of the batch."""
+        rounded = self.rounded(params)
+        blocks = jax.tree.map(lambda w: w.reshape(w.shape[1:]), rounded["blocks"])
+        tables = {k: v for k, v in rounded.items() if k != "blocks"}
+        if not self.layout.sharded:
+            tables |= {
+                k: jax.tree.map(lambda w: w.reshape(w.shape[1:]), tables[k]) for k in ("embed", "head") if k in tables
+            }
+        count = jax.lax.psum(batch["mask"].sum(), DATA)
+        model = self.model
+        if not program.schedule.trains:
+            model = replace(model, loss=Loss(soft_cap=model.loss.soft_cap))
+        layout = Layout(model, program.schedule, self.layout.tensor)
+        vocabulary = VocabularySteps(
+            layout,
+            tables,
+            {"tokens": batch["tokens"], "labels": batch["labels"], "weight": batch["mask"] / jnp.maximum(count, 1)},
+            collectives(layout.vocabulary_axes, program.schedule.p, self.mesh.devices.flat[0].platform),
+        )
+        _, B, L = batch["tokens"].shape
+        x = jax.ShapeDtypeStruct((B, L, self.model.width), self.compute_dtype)
+        return Executor(
+            program,
+            layout,
+            self._linearized(program, x, blocks, batch["side"]),
+            vocabulary,
+            tables | {"blocks": blocks},
+            batch["side"],
+            x,
+            observe,
+        )
+
+    def _linearized(self, program: Program, x: jax.ShapeDtypeStruct, blocks: Params, side: Any) -> Linearized:
+        block = jax.tree.map(_shape, blocks[0][0])
+        one_side = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), side)
+        one_side |= jax.tree.map(_shape, self._a_layer_s_side)
+        if not program.schedule.trains:
+            return Linearized(lambda p, s, x: (self._block(p, x, s), (), ()), None, None, (), (), ())
+        return linearize(self._block, block, x, one_side, split=program.schedule.splits_backward)
+
+    @property
+    def _block(self) -> Callable:
+        """A layer, or one device's part of it."""
+        return self.model.block if self.layout.tensor == 1 else self.model.tensor.block
+
+    @property
+    def _a_layer_s_side(self) -> dict[str, Any]:
+        return self.model.layer_side[0] if self.model.layer_side else {}
+
+    def _gradients(self, state: dict[str, Any], params: Params) -> Params:
+        """The accumulated gradients as a tree like the parameters, summed over what they have to be summed over."""
+        grads = {
+            "blocks": tuple(state[f"grads.blocks.{c}"] for c in range(len(params["blocks"]))),
+            "embed": {k: state[f"grads.embed.{k}"] for k in params["embed"]},
+            "final": jax.lax.psum(state["grads.final"], PIPE),
+        }
+        if "head" in params:
+            grads["head"] = state["grads.head"]
+        if self.layout.tied_across:
+            table = jax.lax.psum(grads["embed"]["tokens"], PIPE)
+            first, last = self.schedule.placement[0], self.schedule.placement[-1]
+            d = jax.lax.axis_index(PIPE)
+            grads["embed"]["tokens"] = jnp.where((d == first) | (d == last), table, 0)
+        if self.mesh.shape[DATA] > 1:
+            grads = jax.lax.psum(grads, DATA)
+        return jax.tree.map(lambda g, w: g.reshape(w.shape), grads, params)
+
+
+def _shape(a: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(a.shape, a.dtype)

@@ -1,0 +1,103 @@
+"""Parameters into a pipeline's layout and out of it one leaf at a time, so that no host ever holds the whole model.
+
+A leaf of the canonical tree (see :class:`vocabpp_jax.pipeline.Model`) goes by its path, ``("blocks", 3, "mlp", ...)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.experimental import multihost_utils
+
+from .layout import Layout
+from .pipeline import Pipeline
+
+Path = tuple[str | int, ...]
+Index = tuple[slice, ...]
+Read = Callable[[Path, Index], np.ndarray]
+
+
+def leaves(tree: Any) -> Iterator[tuple[Path, Any]]:
+    """The leaves of a tree of dictionaries and tuples by their paths."""
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield tuple(getattr(k, "key", getattr(k, "idx", None)) for k in keys), leaf
+
+
+def assemble(pipe: Pipeline, read: Read) -> Any:
+    """The pipeline's parameters, every device's part read on its own.
+
+    Args:
+        read: ``(path, index) -> array``, a part of a canonical leaf in float32; called for one device's part at a time.
+    """
+    layout = pipe.layout
+
+    def place(path: Path, shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
+        def part(index: Index) -> np.ndarray:
+            index = tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, shape.shape, strict=True))
+            return _part(layout, path, index, read)
+
+        return jax.make_array_from_callback(shape.shape, sharding, part)
+
+    paths = [path for path, _ in leaves(layout.shapes())]
+    flat, tree = jax.tree.flatten(layout.shapes())
+    placed = [place(*each) for each in zip(paths, flat, jax.tree.leaves(pipe.shardings), strict=True)]
+    return jax.tree.unflatten(tree, placed)
+
+
+def _part(layout: Layout, path: Path, index: Index, read: Read) -> np.ndarray:
+    """One device's part of a leaf of the pipeline's tree."""
+    if path[0] == "final":
+        return read(path, index)
+    if path[0] != "blocks" and layout.sharded:
+        rows = layout.model.positions if path[-1] == "positions" else layout.model.vocab_size
+        first, last = min(index[0].start, rows), min(index[0].stop, rows)
+        part = np.zeros([i.stop - i.start for i in index], np.float32)
+        if first < last:
+            part[: last - first] = read(path, (slice(first, last), *index[1:]))
+        return part
+    devices = [_origin(layout, path, d) for d in range(index[0].start, index[0].stop)]
+    shape = tuple(i.stop - i.start for i in index[1:])
+    return np.stack([np.zeros(shape, np.float32) if of is None else read(of, index[1:]) for of in devices])
+
+
+def _origin(layout: Layout, path: Path, d: int) -> Path | None:
+    """The canonical leaf that device ``d`` holds in a leaf whose first axis is the devices; None where it has none."""
+    if path[0] == "blocks":
+        _, c, j, *rest = path
+        n = layout.layer_of[c][j][d]
+        return None if n is None else ("blocks", n, *rest)
+    first, last = layout.schedule.placement[0], layout.schedule.placement[-1]
+    if path == ("embed", "tokens") and d == last != first:
+        return path if layout.model.tied else ("head",)
+    return path if d == (last if path == ("head",) else first) else None
+
+
+def canonical_leaves(layout: Layout, params: Any) -> Iterator[tuple[Path, np.ndarray]]:
+    """The canonical leaves of a pipeline's parameters, one after the other, whole and on every process's host."""
+    packed = dict(leaves(params))
+    origins = {}
+    for path in packed:
+        if path[0] != "final" and not (path[0] != "blocks" and layout.sharded):
+            for d in range(layout.schedule.p):
+                if (of := _origin(layout, path, d)) is not None:
+                    origins.setdefault(of, (path, d))
+    for path, _ in leaves(layout.model.param_shapes()):
+        if path in origins:
+            where, d = origins[path]
+            yield path, _on_host(_at_device(packed[where], d))
+        else:
+            rows = layout.model.positions if path[-1] == "positions" else layout.model.vocab_size
+            yield path, _on_host(packed[path])[: rows if path[0] != "final" else None]
+
+
+@jax.jit
+def _at_device(leaf: jax.Array, d: int) -> jax.Array:
+    return lax.dynamic_index_in_dim(leaf, d, keepdims=False)
+
+
+def _on_host(x: jax.Array) -> np.ndarray:
+    return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))

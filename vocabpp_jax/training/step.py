@@ -1,0 +1,114 @@
+"""The train step: a pipeline's gradients, clipped by their global norm, into an optax optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ..pipeline.flags import compiler_options
+from ..pipeline.pipeline import Batch, Pipeline
+
+Metrics = dict[str, jax.Array]
+
+
+class State(NamedTuple):
+    """What training carries: steps done, float32 master parameters in the pipeline's layout, optimizer state, and how
+    many of the steps were skipped because their loss or gradient was not finite."""
+
+    step: jax.Array
+    params: Any
+    optimizer: Any
+    skipped: jax.Array
+
+
+def global_norm(pipe: Pipeline, grads: Any) -> jax.Array:
+    """The norm of the whole gradient, over all stages and shards, every parameter counted once."""
+    squares = jax.tree.map(lambda g, unique: jnp.sum(unique * jnp.square(g)), grads, pipe.layout.unique())
+    return jnp.sqrt(jax.tree.reduce(jnp.add, squares))
+
+
+def shapes(pipe: Pipeline, optimizer: optax.GradientTransformation) -> State:
+    """Every leaf of the state as a global :class:`jax.ShapeDtypeStruct`."""
+    params, scalar = pipe.layout.shapes(), jax.ShapeDtypeStruct((), jnp.int32)
+    return State(scalar, params, jax.eval_shape(optimizer.init, params), scalar)
+
+
+def shardings(pipe: Pipeline, optimizer: optax.GradientTransformation) -> State:
+    """The sharding of every leaf of the state: moments lie where their parameters do, the rest everywhere."""
+    everywhere = NamedSharding(pipe.mesh, PartitionSpec())
+    moments = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        shapes(pipe, optimizer).optimizer,
+        pipe.shardings,
+        transform_non_params=lambda _: everywhere,
+    )
+    return State(everywhere, pipe.shardings, moments, everywhere)
+
+
+def init_state(pipe: Pipeline, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
+    """A state at step 0, made where it will live. The same key gives the same model whatever the layout."""
+    draw = jax.jit(lambda key: pipe.layout.pack(pipe.model.init(key)), out_shardings=pipe.shardings)
+    return start_from(pipe, optimizer, draw(key))
+
+
+def start_from(pipe: Pipeline, optimizer: optax.GradientTransformation, params: Any) -> State:
+    """A state at step 0 with parameters that are there, float32 in the pipeline's layout, whose buffers it takes."""
+
+    def begin(params: Any) -> State:
+        none = jnp.zeros((), jnp.int32)
+        return State(none, params, optimizer.init(params), none)
+
+    return jax.jit(begin, donate_argnums=0, out_shardings=shardings(pipe, optimizer))(params)
+
+
+def make_step(
+    pipe: Pipeline,
+    optimizer: optax.GradientTransformation,
+    clip: float | None = 1.0,
+    without_flags: tuple[str, ...] = (),
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """``(state, batch) -> state, metrics``, compiled, the old state's buffers donated to the new.
+
+    Args:
+        clip: the largest global norm of the gradient; a longer one is shortened to it. None for no clipping.
+        without_flags: names of :data:`~vocabpp_jax.pipeline.flags.FLAGS`, which GPUs get, to leave out.
+
+    A step whose loss or gradient is not finite changes no parameter and nothing of the optimizer; it is counted.
+
+    Metrics are scalars, the same on every device: ``loss`` (mean over valid tokens), ``grad_norm`` before clipping,
+    ``skipped`` steps so far.
+    """
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        loss, grads = pipe.value_and_grad(state.params, batch)
+        norm = global_norm(pipe, grads)
+        if clip is not None:
+            scale = jnp.minimum(1.0, clip / (norm + 1e-6))
+            grads = jax.tree.map(lambda g: g * scale, grads)
+        updates, moments = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        params, moments = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, moments), (state.params, state.optimizer)
+        )
+        new = State(state.step + 1, params, moments, state.skipped + ~finite)
+        return new, {"loss": loss, "grad_norm": norm, "skipped": new.skipped}
+
+    everywhere = NamedSharding(pipe.mesh, PartitionSpec())
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(shardings(pipe, optimizer), everywhere),
+        compiler_options=compiler_options(pipe.mesh, without_flags),
+    )
+
+
+def make_evaluation(pipe: Pipeline) -> Callable[[Any, Batch], jax.Array]:
+    """``(params, batch) -> loss``, compiled: the forward-only program."""
+    return jax.jit(pipe.evaluate)

@@ -1,0 +1,6 @@
+"""What each instruction of the vocabulary layers does to a device's state."""
+
+from .vocabulary_layer import flight
+from .vocabulary_steps import VocabularySteps
+
+__all__ = ["VocabularySteps", "flight"]
