@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from vocabpp_jax import Pipeline, make_mesh, schedules
-from vocabpp_jax.model import Model
+from vocabpp_jax.pipeline.model_interface import Model
 from vocabpp_jax.vocab import Loss
 
 V, D, TOKENS, m, B = 256, 64, 64, 2, 2

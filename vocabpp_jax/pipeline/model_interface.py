@@ -53,7 +53,9 @@ class Model:
     vocab_size: int
     width: int
     block: Callable[[Params, jax.Array, Side], jax.Array]
-    """One layer: ``(block_params, x [B, L, D], side) -> x [B, L, D]``, pure, same dtype out as in."""
+    """One layer: ``(block_params, x [B, L, D], side) -> x [B, L, D]``, pure, same dtype out as in. One that chooses
+    kernels by the devices has a method ``on(platform)``, which returns the block for them; a platform is what
+    :attr:`jax.Device.platform` says."""
     init: Callable[[jax.Array], Params]
     """``(key) -> canonical parameters`` in float32."""
     final: Callable[[Params, jax.Array], jax.Array] = _identity
