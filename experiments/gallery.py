@@ -118,7 +118,7 @@ Made by `python experiments/gallery.py`."""
 FITTED = """Passes are not equally long: a flash attention's backward makes B longer than F, and W is shorter than
 both. In one program for all devices, neighbours then wait for each other in every slot. `build(..., durations=...)`
 puts passes on a grid that follows their durations and chooses where every transfer leaves, by simulating the program
-with the rules of GPUs. Here F, B and W of half a device's layers take 0.47, 0.55 and 0.41; {m} microbatches, no head."""
+with the rules of GPUs. Here F, B, W of half a device's layers take 0.47, 0.55, 0.41; {m} microbatches, no head."""
 
 
 if __name__ == "__main__":

@@ -35,7 +35,16 @@ from vocabpp_jax import Pipeline, checkpoints, train
 from vocabpp_jax.data import TokenizedCorpus, load_tokens, prefetched
 from vocabpp_jax.models import Config, huggingface
 from vocabpp_jax.runtime import hosts
-from vocabpp_jax.runtime.faults import LastWords, Stop, Termination, Watchdog, lost_peer, reason, say_and_leave
+from vocabpp_jax.runtime.faults import (
+    LastWords,
+    Stop,
+    Termination,
+    Watchdog,
+    lost_peer,
+    out_of_memory,
+    reason,
+    say_and_leave,
+)
 from vocabpp_jax.runtime.hardware import known_gpu
 from vocabpp_jax.runtime.metrics import StepProgress
 from vocabpp_jax.runtime.profiling import Profile
@@ -233,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as problem:
         fail(f"{problem.filename or run.output}: {reason(problem)}; {whole_ones(run)}", status=1)
     except Exception as problem:
-        if sentence := lost_peer(problem):
+        if sentence := out_of_memory(problem) or lost_peer(problem):
             say_and_leave(f"{sentence}; {whole_ones(run)}")
         raise
 

@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..pipeline.mesh import DATA
+from ..pipeline.nccl import keep_launch_order
 from ..pipeline.pipeline import Batch
 
 _GPU_NODES = ("nvidia[0-9]*", "dxg", "kfd")  # in /dev: NVIDIA's, Windows' for Linux guests, AMD's
@@ -61,6 +62,7 @@ def join(
 
 
 def _initialize(*arguments: Any, **timeouts: int) -> None:
+    keep_launch_order()
     try:
         jax.distributed.initialize(*arguments, **timeouts)
     except (RuntimeError, OSError) as problem:  # nobody listens, somebody else does, or not all came in time
