@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from ..names import as_spelt
 from . import blocks
 from .blocks import Block
 from .fit import Times, fit
@@ -13,6 +12,7 @@ from .reorder import can_reorder, reorder
 from .repeat import repeat
 from .schedule import Schedule
 from .simulation.simulator import GPU, Rules
+from .spelling import as_spelt
 from .vocabulary import METHODS, SHARDED
 
 _BLOCKS: dict[str, Callable[[int, int, int], Block]] = {
