@@ -46,9 +46,11 @@ from vocabpp_jax.runtime.faults import (
     Watchdog,
     as_sentence,
     lost_peer,
+    out_of_memory,
     reason,
     say_and_leave,
 )
+from vocabpp_jax.runtime.hardware import known_gpu
 from vocabpp_jax.runtime.metrics import StepProgress
 from vocabpp_jax.runtime.profiling import Profile
 from vocabpp_jax.schedules import Schedule
@@ -79,6 +81,8 @@ def prepare(options: TrainOptions, config: Config, schedule: Schedule) -> Run:
     hosts.agree(lambda: None)  # hears of a problem that another process had before it joined
     hosts.check_same("the options", options.shared())
     mesh = hosts.agree(options.pipeline.mesh)
+    if (gpu := known_gpu(jax.devices()[0])) is not None:
+        schedule = hosts.agree(lambda: options.pipeline.build(config, gpu))
     pipe = Pipeline(options.model.build(), schedule, mesh, compute_dtype=config.dtype)
     if options.pretrained:
         hosts.agree(lambda: huggingface.check(options.model.folder, pipe))
@@ -300,6 +304,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with LastWords(f"ended before its time; {STARTS_AGAIN}", wanted=jax.process_count() > 1):
             signal = train_to_the_end(options, config, schedule)
     except Exception as problem:
+        if sentence := out_of_memory(problem):
+            leave(sentence, 1, agreed=False)
         if sentence := lost_peer(problem):
             say_and_leave(f"{sentence}; {STARTS_AGAIN}", LOST)
         if jax.process_count() > 1:  # a bug here; the others must not wait for this process

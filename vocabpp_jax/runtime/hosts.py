@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..pipeline.mesh import DATA
+from ..pipeline.nccl import keep_launch_order
 from ..pipeline.pipeline import Batch
 from . import clusters
 from .faults import LastWords, as_sentence, reason
@@ -70,6 +71,7 @@ def join(
 
 
 def _initialize(*arguments: Any, **settings: Any) -> None:
+    keep_launch_order()
     where = f"at {arguments[0]}" if arguments else "that the launcher has started"
     begins = f"{socket.gethostname()} cannot join the other processes {where}"
     try:
