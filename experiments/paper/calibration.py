@@ -61,15 +61,15 @@ def _program(schedule: Schedule) -> Program:
 
 
 @functools.cache
-def _schedule(row: Setting) -> Schedule:
-    return row.pipeline.build(row.model.config())
+def _schedule(row: Setting, rules: Rules) -> Schedule:
+    return row.pipeline.build(row.model.config(), frozen(row.table), rules)
 
 
-def program(row: Setting) -> Program:
-    """The row's lowered schedule. Rows that differ in their vocabulary alone share it."""
-    if row.method == "redis":  # its layers depend on the vocabulary
-        return _program(_schedule(row))
-    return _program(_schedule(dataclasses.replace(row, seq=2048, vocab_size=32_000, mfu=None, memory=None)))
+def program(row: Setting, rules: Rules = FREE) -> Program:
+    """The row's lowered schedule, fitted to the smallest vocabulary; rows that differ in theirs alone share it."""
+    smallest = dataclasses.replace(row, vocab_size=32_000, mfu=None, memory=None)
+    # The layers of redis depend on the vocabulary.
+    return _program(_schedule(row if row.method == "redis" else smallest, rules))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ def predict(
         gpu or frozen(row.table),
         table_bytes=DENSE_GRADIENT if rules is FREE else 0.0,
     )
-    lowered = program(row)
+    lowered = program(row, rules)
     return Prediction(row, cost, simulate(lowered, change(cost.durations(lowered.schedule)), rules))
 
 

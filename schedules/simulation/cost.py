@@ -7,6 +7,7 @@ section 2); seconds count the causal half. An estimate for planning; for a run's
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -173,7 +174,10 @@ def load_gpu(name: str) -> GPU:
     path = Path(name) if name.endswith(".toml") else GPUS / f"{known[0] if len(known) == 1 else name.lower()}.toml"
     if not path.is_file():
         raise ValueError(f"gpu is {name!r}; it must be one of {', '.join(gpu_names())}, or a .toml file like theirs")
-    values = tomllib.loads(path.read_text())
+    try:
+        values = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as problem:
+        raise ValueError(f"{path} is not TOML: {problem}") from None
     known = {f.name for f in fields(GPU)}
     needed = {f.name for f in fields(GPU) if f.default_factory is MISSING}
     if wrong := sorted((needed - set(values)) | (set(values) - known)):
@@ -181,6 +185,17 @@ def load_gpu(name: str) -> GPU:
             f"{path} {'lacks' if wrong[0] in known else 'has the unknown field'} {wrong[0]!r}; "
             f"the fields are {', '.join(f.name for f in fields(GPU))}"
         )
+    for f in fields(GPU):
+        value, least = (
+            values.get(f.name),
+            0 if f.name in ("launch", "contention") or f.name.endswith("latency") else 1e-30,
+        )
+        if f.type == "float" and not (type(value) in (int, float) and least <= value < math.inf):
+            raise ValueError(
+                f"{path} has {f.name} {value!r}; it must be a number {'of 0 or more' if least == 0 else 'above 0'}"
+            )
+        if f.type == "int" and not (type(value) is int and value > 0):
+            raise ValueError(f"{path} has {f.name} {value!r}; it must be a whole number above 0")
     return GPU(**values)
 
 
@@ -282,7 +297,7 @@ class Cost:
         split = {"residual": 0.25 * activations, "kept": 0.75 * activations, "carried": 18.0 * z.bsh * layers}
         stores = split if schedule.splits_backward else {"residual": activations}
         gradient = 2 * z.bsh if schedule.method == "vocab-2" else 0
-        return stores | {"inbox": 2.0 * z.bsh, "X": 2.0 * z.bsh, "P": float(logits + gradient)}
+        return stores | {"inbox": 2.0 * z.bsh, "outbox": 2.0 * z.bsh, "X": 2.0 * z.bsh, "P": float(logits + gradient)}
 
     def state(self, schedule: Schedule) -> tuple[float, ...]:
         """Bytes of parameters, gradients and optimizer state, on every device."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -80,10 +81,14 @@ def read_pass_times(text: str) -> tuple[MeasuredRun, ...]:
     A column ``microbatches`` may be added; without it they are the published 128. ``iteration_ms`` may be empty.
 
     Raises:
-        ValueError: no rows, a column missing, a cell that is no number, or cells of different numbers of devices.
+        ValueError: no rows, a column missing, a cell that is no time, or cells of different numbers of devices.
     """
     runs = []
-    for number, row in enumerate(csv.DictReader(io.StringIO(text)), start=1):
+    try:
+        rows = list(csv.DictReader(io.StringIO(text.removeprefix("\ufeff"))))
+    except csv.Error as problem:
+        raise ValueError(f"the pass times are not CSV: {problem}") from None
+    for number, row in enumerate(rows, start=1):
         try:
             times = {name: tuple(float(x) / 1e3 for x in row[column].split()) for name, column in _COLUMNS.items()}
             m = int(row.get("microbatches") or PUBLISHED_MICROBATCHES)
@@ -99,8 +104,10 @@ def read_pass_times(text: str) -> tuple[MeasuredRun, ...]:
             raise ValueError(f"the pass times have no column {missing.args[0]!r}") from missing
         except (AttributeError, TypeError, ValueError) as problem:
             raise ValueError(f"row {number} of the pass times cannot be read: {problem}") from problem
+        if not all(0 <= x < math.inf for cell in times.values() for x in cell) or not 0 < run.iteration_ms < math.inf:
+            raise ValueError(f"row {number} of the pass times has a negative or infinite time; give microseconds")
         counts = {len(x) for x in times.values()}
-        if len(counts) != 1:
+        if len(counts) != 1 or 0 in counts:
             raise ValueError(
                 f"row {number} of the pass times has cells of {sorted(counts)} numbers; give one a device in each"
             )

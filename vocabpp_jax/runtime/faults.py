@@ -112,10 +112,27 @@ class LastWords:
             self._shell.communicate(b"left\n")
 
 
+def out_of_memory(problem: BaseException) -> str | None:
+    """The sentence for an error that is a device's lack of memory; None for any other error."""
+    signs = r"out[ _]of[ _]memory|resource[ _]?exhausted|failed to allocate|failed to cuda \w*alloc|memoryallocation"
+    text = str(problem)
+    if not re.search(signs, text, re.IGNORECASE):
+        return None
+    do = "let it keep or compute less at once (docs/memory.md)"
+    if re.search("nccl", text, re.IGNORECASE):
+        do = "NCCL allocates beside XLA's pool, so lower XLA_PYTHON_CLIENT_MEM_FRACTION (docs/memory.md)"
+    return f"{_who()}a device is out of memory ({reason(problem)}); {do}"
+
+
 def lost_peer(problem: BaseException) -> str | None:
     """The sentence for an error that another process' end has caused; None for any other error."""
     signs = "connection closed|connection reset|broken pipe|heartbeat|unavailable|gloo|nccl|socket|peer|distributed"
-    if jax.process_count() == 1 or not re.search(signs, str(problem), re.IGNORECASE):
+    # By NCCL's own classes of errors these arise in this process; one in another is a "system" or a "remote" error.
+    own = "nccl.*(unhandled cuda error|internal error|invalid argument|invalid usage)"
+    text = str(problem)
+    if jax.process_count() == 1 or out_of_memory(problem) or not re.search(signs, text, re.IGNORECASE):
+        return None
+    if re.search(own, text, re.IGNORECASE | re.DOTALL):
         return None
     return f"{_who()}another process is gone ({reason(problem)})"
 

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,8 +15,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..pipeline.mesh import DATA
+from ..pipeline.nccl import keep_launch_order
 from ..pipeline.pipeline import Batch
 
+_GPU_NODES = ("nvidia[0-9]*", "dxg", "kfd")  # in /dev: NVIDIA's, Windows' for Linux guests, AMD's
 _PER_MICROBATCH = PartitionSpec(None, DATA)
 
 
@@ -59,6 +62,7 @@ def join(
 
 
 def _initialize(*arguments: Any, **timeouts: int) -> None:
+    keep_launch_order()
     try:
         jax.distributed.initialize(*arguments, **timeouts)
     except (RuntimeError, OSError) as problem:  # nobody listens, somebody else does, or not all came in time
@@ -121,3 +125,13 @@ def quiet_libraries() -> None:
     """Keep the tracebacks that libraries log to themselves: whoever runs training gets the sentence instead."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def quiet_plugins() -> None:
+    """Silence jax's report, with a traceback, that its packages for GPUs find none, on a machine that has none."""
+    if not any(found for node in _GPU_NODES for found in Path("/dev").glob(node)):
+        logging.getLogger("jax._src.xla_bridge").addFilter(_is_no_plugin_report)
+
+
+def _is_no_plugin_report(record: logging.LogRecord) -> bool:
+    return "Jax plugin configuration error: Exception when calling" not in record.getMessage()
