@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from command_line.options import PipelineOptions, fail, or_fail, parse
+from training_run.train_export import plan_export
 from training_run.train_options import TrainOptions, check_output, make_folder
 from training_run.train_run import (
     Records,
@@ -44,6 +45,7 @@ from vocabpp_jax.runtime.faults import (
     reason,
     say_and_leave,
 )
+from vocabpp_jax.runtime.hardware import known_gpu
 from vocabpp_jax.runtime.metrics import StepProgress
 from vocabpp_jax.runtime.profiling import Profile
 from vocabpp_jax.training.optimizer import adamw, warmup_cosine
@@ -59,6 +61,8 @@ def prepare(options: TrainOptions) -> Run:
     config = options.model.config()
     schedule = options.pipeline.build(config)
     options.cluster.join(simulated_devices=options.pipeline.devices)
+    if (gpu := known_gpu(jax.devices()[0])) is not None:
+        schedule = options.pipeline.build(config, gpu)
     pipe = Pipeline(options.model.build(), schedule, options.pipeline.mesh(), compute_dtype=config.dtype)
     if options.pretrained:
         hosts.agree(lambda: huggingface.check(options.model.folder, pipe))
@@ -70,7 +74,8 @@ def prepare(options: TrainOptions) -> Run:
         decay_mask=lambda _: pipe.layout.matrices(),
     )
     output = Path(hosts.from_first(str(options.output_folder())))
-    run = Run(options, config, pipe, optimizer, read_tokens(options, config), output, None, None)
+    export = plan_export(options, config, pipe)
+    run = Run(options, config, pipe, optimizer, read_tokens(options, config), output, None, None, export)
     hosts.agree(lambda: run.data(0))
     hosts.agree(lambda: jax.process_index() or (check_output(output, options, run.identity), make_folder(output)))
     if options.checkpoint.checkpoint_dir is None:
@@ -94,6 +99,7 @@ def read_tokens(options: TrainOptions, config: Config) -> TokenizedCorpus:
             options.data.data,
             vocab_size=config.vocab_size,
             tokenizer=options.data.tokenizer,
+            end_of_text=options.data.end_of_text,
             damaged=options.data.damaged_data,
         )
 
@@ -101,6 +107,8 @@ def read_tokens(options: TrainOptions, config: Config) -> TokenizedCorpus:
     tokens = hosts.agree(lambda: tokens or load())
     for sentence in tokens.damaged:
         say_once(f"left out: {sentence}")
+    for sentence in tokens.notes:
+        say_once(f"note: {sentence}")
     return tokens
 
 
@@ -133,9 +141,9 @@ class Training:
 
     def export(self) -> None:
         """Write the weights as a Hugging Face folder, where one is asked for."""
-        if folder := self.run.options.export:
-            huggingface.save(folder, self.run.config, self.state.params, self.run.pipe)
-            say_once(f"weights written to {folder}")
+        if export := self.run.export:
+            export.write(self.state.params, self.run.pipe, self.run.tokens)
+            say_once(f"weights written to {export.folder}")
 
     def steps(self, profile: Profile) -> Iterator[dict[str, Any]]:
         """Take the steps that are left; after each, what was measured."""

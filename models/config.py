@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -48,11 +49,13 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and (type(value) is not int or value < 1):
+            value, (kind, _, none) = getattr(self, field.name), field.type.partition(" | ")
+            if none and value is None:
+                continue
+            if kind == "int" and (type(value) is not int or value < 1):
                 raise ValueError(f"{field.name} is {value!r}; it must be a positive integer")
-            if field.type == "float" and not value > 0:
-                raise ValueError(f"{field.name} is {value!r}; it must be above 0")
+            if kind == "float" and not 0 < value < math.inf:
+                raise ValueError(f"{field.name} is {value!r}; it must be above 0 and finite")
             if field.name in self.CHOICES and value not in self.CHOICES[field.name]:
                 choices = ", ".join(map(str, self.CHOICES[field.name]))
                 raise ValueError(f"{field.name} is {value!r}; it must be one of {choices}")
@@ -160,6 +163,12 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_seq: int
+
+    def __post_init__(self) -> None:
+        if not (self.factor > 0 and 0 < self.low_freq_factor < self.high_freq_factor and self.original_seq > 0):
+            raise ValueError(
+                f"rope_scaling is {self}; its numbers must be above 0, and high_freq_factor above low_freq_factor"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

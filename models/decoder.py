@@ -34,8 +34,14 @@ def build(config: Config) -> Model:
     def final(params: Params, x_BLD: jax.Array) -> jax.Array:
         return nnx.merge(norm, params)(x_BLD)
 
-    def init(key: jax.Array) -> Params:
-        return Decoder(config, rngs=nnx.Rngs(key)).canonical()
+    def init_block(key: jax.Array, layer: jax.Array) -> Params:
+        return nnx.to_pure_dict(nnx.state(config.block(nnx.Rngs(key))))
+
+    def init_row(key: jax.Array, table: str) -> jax.Array:
+        return nnx.initializers.normal(config.init_std)(key, (config.hidden,), jnp.float32)
+
+    def init_final(key: jax.Array) -> Params:
+        return nnx.to_pure_dict(nnx.state(config.norm(nnx.Rngs(key))))
 
     shapes = nnx.to_pure_dict(nnx.state(_abstract(config.block)))
     return Model(
@@ -43,7 +49,9 @@ def build(config: Config) -> Model:
         vocab_size=config.vocab_size,
         width=config.hidden,
         block=PureBlock(config),
-        init=init,
+        init_block=init_block,
+        init_row=init_row,
+        init_final=init_final,
         final=final,
         positions=config.positions,
         tied=config.tie_embeddings,
@@ -104,15 +112,15 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        normal = nnx.initializers.normal(config.init_std)
+        params = build(config).init(rngs.params())
+        block = _graphdef(config.block)
         self.config = config
-        self.tokens = nnx.Param(normal(rngs.params(), (config.vocab_size, config.hidden)))
-        if config.positions is not None:
-            self.positions = nnx.Param(normal(rngs.params(), (config.positions, config.hidden)))
-        self.blocks = nnx.List([config.block(rngs) for _ in range(config.layers)])
-        self.final = config.norm(rngs)
+        for name, table in params["embed"].items():
+            setattr(self, name, nnx.Param(table))
+        self.blocks = nnx.List([nnx.merge(block, one) for one in params["blocks"]])
+        self.final = nnx.merge(_graphdef(config.norm), params["final"])
         if not config.tie_embeddings:
-            self.head = nnx.Param(normal(rngs.params(), (config.vocab_size, config.hidden)))
+            self.head = nnx.Param(params["head"])
 
     def __call__(self, tokens_BL: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
         """Logits; raises ValueError where L exceeds ``config.seq``. ``segment_ids [B, L]`` as in ``parts.Block``."""

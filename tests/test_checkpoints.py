@@ -25,14 +25,8 @@ KEY = jax.random.key(0)
 def small_model(layers, tied=False, width=32):
     """One matrix a layer: what is tested here does not depend on the block, and this one compiles fast."""
 
-    def init(key):
-        normal = lambda i, *shape: 0.1 * jax.random.normal(jax.random.fold_in(key, i), shape)  # noqa: E731
-        params = {
-            "embed": {"tokens": normal(0, V, width), "positions": normal(1, L, width)},
-            "blocks": tuple({"w": normal(2 + i, width, width)} for i in range(layers)),
-            "final": {"scale": jnp.ones(width)},
-        }
-        return params if tied else params | {"head": normal(99, V, width)}
+    def normal(key, *shape):
+        return 0.1 * jax.random.normal(key, shape)
 
     return Model(
         layers=layers,
@@ -40,7 +34,9 @@ def small_model(layers, tied=False, width=32):
         width=width,
         block=lambda params, x, side: x + jnp.tanh(x @ params["w"]),
         final=lambda params, x: x * params["scale"],
-        init=init,
+        init_block=lambda key, layer: {"w": normal(key, width, width)},
+        init_row=lambda key, table: normal(key, width),
+        init_final=lambda key: {"scale": jnp.ones(width)},
         positions=L,
         tied=tied,
     )

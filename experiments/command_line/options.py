@@ -7,7 +7,6 @@ import dataclasses
 import io
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,11 +16,15 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 import jax
 import tyro
 
+from command_line.names import with_names
+from command_line.refusals import sentence_of
 from vocabpp_jax import Model, make_mesh, models, schedules
 from vocabpp_jax.models import Config
+from vocabpp_jax.pipeline.mesh import all_devices
 from vocabpp_jax.runtime import hosts
-from vocabpp_jax.schedules import Schedule
+from vocabpp_jax.schedules import Rules, Schedule
 from vocabpp_jax.schedules.layers import redistributed
+from vocabpp_jax.schedules.simulation.cost import GPU, Cost, load_gpu
 from vocabpp_jax.vocab import Loss
 
 Options = TypeVar("Options")
@@ -131,12 +134,20 @@ class PipelineOptions:
     """Wait for every collective of the vocabulary layers where it stands, all of them in one place of an interval: for
     CPUs, whose collectives let no pass run beside them."""
 
+    fit: OptionalStr = None
+    """The GPU, such as h100-80g, to whose pass times the order of passes is fitted; the one at hand if not given, or
+    none to repeat the schedule's building block as it is, as on CPUs."""
+
     def on(self, platform: str) -> PipelineOptions:
         """The same for what it is to be timed on: a CPU that waits for a collective does nothing else meanwhile."""
         return dataclasses.replace(self, no_overlap=self.no_overlap or platform == "cpu")
 
-    def build(self, config: Config) -> Schedule:
-        """The schedule for a model. Raises ValueError for an unknown name or what cannot be scheduled."""
+    def build(self, config: Config, at_hand: GPU | None = None, rules: Rules = schedules.GPU) -> Schedule:
+        """The schedule for a model, fitted to the GPU that the options name or that is at hand.
+
+        Raises:
+            ValueError: an unknown name, or what cannot be scheduled.
+        """
         for name in ("stages", "microbatches", "microbatch_size", "tensor_parallel", "data_parallel"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -149,6 +160,8 @@ class PipelineOptions:
                 stages=self.stages,
                 rho=models.head_flops(config) / models.layer_flops(config),
             )
+        gpu = at_hand if self.fit is None else None if self.fit == "none" else load_gpu(self.fit)
+        cost = gpu and Cost(models.cost_sizes(config, self.microbatch_size), gpu)
         return schedules.build(
             schedule=self.schedule,
             method=self.method,
@@ -156,12 +169,14 @@ class PipelineOptions:
             m=self.microbatches,
             chunks=self.chunks,
             layer_counts=counts,
+            durations=cost and cost.durations,
+            rules=rules,
             overlap=not self.no_overlap,
         )
 
     def mesh(self) -> jax.sharding.Mesh:
         """The mesh of devices. Raises ValueError where the devices there are cannot be laid out so."""
-        devices, one = jax.device_count(), self.stages * self.tensor_parallel
+        devices, one = len(all_devices()), self.stages * self.tensor_parallel
         if devices % one:
             times = f" times tensor_parallel {self.tensor_parallel} is {one}" if self.tensor_parallel > 1 else ""
             raise ValueError(
@@ -214,22 +229,20 @@ class ClusterOptions:
 
 def parse(options: type[Options], description: str, arguments: Sequence[str] | None = None) -> Options:
     """Read the command line into a dataclass; what it cannot mean ends the process as :func:`fail` does."""
+    hosts.quiet_plugins()
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(
                 options,
-                args=arguments,
+                args=with_names(options, sys.argv[1:] if arguments is None else arguments),
                 description=description,
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
             )
     except SystemExit as stop:
         if not stop.code:
             raise
-        # tyro draws a box: a sentence, then hints below a rule or an empty line.
-        lines = [line.strip("│ ") for line in said.getvalue().splitlines() if not line.startswith(("╭", "╰"))]
-        sentence = re.split(r"\n(?:─|\n)", "\n".join(lines))[0]
-        fail(" ".join(sentence.split()))
+        fail(sentence_of(said.getvalue()))
 
 
 def write_json(path: str | None, value: Any, indent: int = 1) -> None:
@@ -257,6 +270,7 @@ def or_fail(prepare: Callable[[], Result]) -> Result:
 
 
 def fail(sentence: str, status: int = 2) -> NoReturn:
-    """Say what is wrong and what would do, and exit: with status 2 where the input is wrong."""
-    print(f"error: {sentence}", file=sys.stderr)
+    """Say what is wrong and what would do, on one line, and exit: with status 2 where the input is wrong."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(sentence.split()))
+    print(f"error: {line if len(line) <= 1500 else line[:1500] + '...'}", file=sys.stderr)
     raise SystemExit(status)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from command_line.options import ClusterOptions, ModelOptions, OptionalInt, OptionalStr, PipelineOptions
-from vocabpp_jax.data import STANDARD_LIBRARY
+from vocabpp_jax.data import STANDARD_LIBRARY, is_megatron
 from vocabpp_jax.models import Config
 
 OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(optional)")]
@@ -24,10 +24,13 @@ class DataOptions:
     """What is read."""
 
     data: str = STANDARD_LIBRARY
-    """A text file, a .jsonl or .parquet file with a field "text" a record, a folder of such files, the .idx or .bin of
-    a Megatron dataset, or stdlib."""
+    """A text file, a .jsonl or .parquet file with a field "text" a record, a folder of such files, a Megatron dataset
+    (its .idx, its .bin, or both by their name without a suffix), or stdlib."""
     tokenizer: OptionalStr = None
     """A tokenizer.json to use instead of training one on the data."""
+    end_of_text: OptionalStr = None
+    """The tokenizer's token that follows every document. Without it, the eos_token of the tokenizer_config.json beside
+    the tokenizer, or else <|endoftext|>, <|end_of_text|>, <eos> or </s>, whichever it has."""
     damaged_data: Literal["refuse", "skip"] = "refuse"
     """What to do with a file or a record that is damaged: name it and end, or name it, count it and go on."""
     document_masks: bool = False
@@ -118,12 +121,10 @@ class TrainOptions:
                 raise ValueError(f"{name} is {value}; it must not be negative")
         if self.pretrained and not self.model.folder:
             raise ValueError(f"pretrained is set and model is {self.model.model!r}; name a Hugging Face folder")
-        if self.pretrained and self.data.tokenizer is None and not self.data.data.endswith((".idx", ".bin")):
+        if self.pretrained and self.data.tokenizer is None and not is_megatron(self.data.data):
             raise ValueError(
                 "pretrained is set and tokenizer is not; give the tokenizer.json that the model was made with"
             )
-        if self.export and Path(self.export).exists():
-            raise ValueError(f"export is {self.export!r}, which exists; give a folder that does not")
 
     def output_folder(self) -> Path:
         """The folder that the run is to write to."""

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from training_run.train_export import Export
 from training_run.train_options import TrainOptions
 from vocabpp_jax import Pipeline, checkpoints, models
 from vocabpp_jax.data import TokenizedCorpus, training_batches, unigram_entropy, validation_batches
@@ -36,6 +37,7 @@ class Run:
     output: Path
     loaded: checkpoints.Loaded | None
     writer: checkpoints.Writer | None
+    export: Export | None = None
 
     @cached_property
     def canonical(self) -> checkpoints.Canonical:
@@ -161,6 +163,7 @@ def describe(run: Run, begin: int) -> None:
             "fingerprint": run.tokens.fingerprint,
             "documents": run.tokens.documents,
             "damaged": list(run.tokens.damaged),
+            "notes": list(run.tokens.notes),
             "train_tokens": len(run.tokens.train),
             "validation_tokens": len(run.tokens.validation),
             "unigram_entropy": unigram_entropy(run.tokens.validation),

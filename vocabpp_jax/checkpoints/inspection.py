@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from ..pipeline.mesh import all_devices
 from .store import Damaged, Record, read_arrays, read_record, steps_in
 
 PARAMS = "params."
@@ -110,7 +111,7 @@ def export(folder: str | Path, step: int, output: str | Path, shard_bytes: int =
 
 
 def _read(folder: str | Path, step: int, names: list[str], record: Record) -> dict[str, jax.Array]:
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    here = jax.sharding.SingleDeviceSharding(all_devices()[0])
     arrays = {name: record["arrays"][name] for name in names}
     shapes = {n: jax.ShapeDtypeStruct(tuple(x["shape"]), x["dtype"], sharding=here) for n, x in arrays.items()}
     return read_arrays(folder, step, shapes, record)

@@ -16,6 +16,24 @@ DATA = "data"
 GPU_PLATFORMS = ("gpu", "cuda")  # of devices that are there, and of descriptions of such as are not
 
 
+def all_devices() -> list[jax.Device]:
+    """All devices of the default backend.
+
+    Raises:
+        ValueError: JAX cannot start the backends that JAX_PLATFORMS names.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as problem:  # the latter where there is no GPU and nothing else is named
+        platforms = jax.config.jax_platforms
+        named = f"JAX_PLATFORMS is {platforms!r}; JAX" if platforms else "JAX"
+        reason = f" ({str(problem).splitlines()[0]})" if str(problem) else ""
+        raise ValueError(
+            f"{named} can start no such backend on this machine{reason}; leave JAX_PLATFORMS unset, or install jax's "
+            "package for the device"
+        ) from None
+
+
 def make_mesh(pipe: int, data: int = 1, devices: Sequence[jax.Device] | None = None, *, tensor: int = 1) -> Mesh:
     """A mesh ``data × pipe``, or ``data × pipe × tensor``, of the first devices that it needs; pipelines are runs of
     consecutive devices, and a layer's parts runs within them.
@@ -23,7 +41,7 @@ def make_mesh(pipe: int, data: int = 1, devices: Sequence[jax.Device] | None = N
     Raises:
         ValueError: the devices are fewer than ``data · pipe · tensor``, or not a multiple of it.
     """
-    devices = list(jax.devices() if devices is None else devices)
+    devices = list(all_devices() if devices is None else devices)
     if min(pipe, data, tensor) < 1 or len(devices) % (pipe * data * tensor):
         also = f" and tensor {tensor}" if tensor != 1 else ""
         raise ValueError(

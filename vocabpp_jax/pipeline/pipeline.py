@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..schedules import Program, Schedule, check, evaluation, lower
-from ..vocab import Loss
+from ..vocab import Loss, counted, refuse_outside
 from ..vocab.instructions import VocabularySteps
 from .collectives import collectives
 from .executor import Executor
+from .flags import compiler_options
+from .initialization import draw
 from .layout import Layout
 from .linearize import Linearized, linearize
 from .mesh import DATA, PIPE
@@ -35,7 +37,9 @@ class Pipeline:
 
     A batch is ``{"tokens", "labels": int32 [m, B, L], "mask": [m, B, L]}`` and, where the blocks take them, ``"side"``:
     a dictionary of ``[m, B, ...]`` arrays. m microbatches, B microbatch size times the data axis, L length. The mask
-    may be absent. Parameters are a tree in :attr:`layout`, float32, sharded as :attr:`shardings` says.
+    may be absent. A label of -100 does not count either; of other ids outside the vocabulary the loss is NaN, or,
+    outside ``jax.jit``, they are refused. Parameters are a tree in :attr:`layout`, float32, sharded as
+    :attr:`shardings` says.
 
     Raises:
         ValueError: the schedule is not sound, the mesh has no axis ``data`` or its axis ``pipe`` is not the schedule's
@@ -80,12 +84,32 @@ class Pipeline:
             partial(NamedSharding, self.mesh), self.layout.specs(), is_leaf=lambda s: isinstance(s, PartitionSpec)
         )
 
+    def init(self, key: jax.Array) -> Params:
+        """The parameters that ``model.init(key)`` stands for, to the bit, each drawn where it lives.
+
+        Takes the memory of the parameters and of one layer. Raises ValueError for a key that is not threefry's.
+        """
+        return draw(self.layout, self.mesh, key)
+
     def shard(self, canonical: Params) -> Params:
         """Canonical parameters, placed on the mesh in the pipeline's layout."""
         return jax.jit(self.layout.pack, out_shardings=self.shardings)(canonical)
 
+    def jit(self, function: Callable, *, without_flags: tuple[str, ...] = (), **options: Any) -> Callable:
+        """``jax.jit`` for a function that runs this pipeline: on GPUs with the XLA flags that overlap needs.
+
+        Args:
+            function: anything that calls :meth:`value_and_grad` or :meth:`evaluate`, or one of them.
+            without_flags: names of :data:`~vocabpp_jax.flags.FLAGS` to leave out.
+            options: what ``jax.jit`` takes.
+
+        Raises:
+            ValueError: an unknown name in ``without_flags``, or a flag that this jaxlib does not take.
+        """
+        return jax.jit(function, compiler_options=compiler_options(self.mesh, without_flags), **options)
+
     def value_and_grad(self, params: Params, batch: Batch) -> tuple[jax.Array, Params]:
-        """The loss, and its float32 gradients sharded as the parameters are. Pure: put it under ``jax.jit``."""
+        """The loss, and its float32 gradients sharded as the parameters are. Pure: put it under :meth:`jit`."""
         loss, grads, _ = self._run(self.program, params, batch, observe=False)
         return loss, grads
 
@@ -171,7 +195,7 @@ class Pipeline:
         return run(params, batch)
 
     def _checked(self, batch: Batch) -> Batch:
-        """The batch with a float32 mask; refuses one that does not fit."""
+        """The batch with a float32 mask, in which labels of -100 do not count; refuses one that does not fit."""
         if missing := {"tokens", "labels"} - set(batch):
             raise ValueError(f"the batch has {sorted(batch)}; it needs {', '.join(sorted(missing))} too")
         shape = jnp.shape(batch["tokens"])
@@ -187,7 +211,14 @@ class Pipeline:
                 raise ValueError(f"{name} has shape {list(jnp.shape(batch[name]))}; tokens has {list(shape)}")
         mask = batch.get("mask")
         mask = jnp.ones(shape, jnp.float32) if mask is None else jnp.asarray(mask).astype(jnp.float32)
-        return {"tokens": batch["tokens"], "labels": batch["labels"], "mask": mask, "side": batch.get("side", {})}
+        for name in ("tokens", "labels"):
+            if not jnp.issubdtype(kind := jnp.result_type(batch[name]), jnp.integer):
+                raise ValueError(f"{name} has dtype {kind}; token ids are integers")
+        V = self.model.vocab_size
+        refuse_outside(batch["tokens"], batch["labels"], mask, V)
+        tokens, labels = (jnp.asarray(batch[name]).astype(jnp.int32) for name in ("tokens", "labels"))
+        labels, mask = counted(tokens, labels, mask, V)
+        return {"tokens": tokens, "labels": labels, "mask": mask, "side": batch.get("side", {})}
 
     def _on_device(self, program: Program, observe: bool, params: Params, batch: Batch) -> tuple:
         """One device's whole iteration."""

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from ..pipeline.mesh import DATA
 from ..pipeline.nccl import keep_launch_order
 from ..pipeline.pipeline import Batch
 
+_GPU_NODES = ("nvidia[0-9]*", "dxg", "kfd")  # in /dev: NVIDIA's, Windows' for Linux guests, AMD's
 _PER_MICROBATCH = PartitionSpec(None, DATA)
 
 
@@ -123,3 +125,13 @@ def quiet_libraries() -> None:
     """Keep the tracebacks that libraries log to themselves: whoever runs training gets the sentence instead."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def quiet_plugins() -> None:
+    """Silence jax's report, with a traceback, that its packages for GPUs find none, on a machine that has none."""
+    if not any(found for node in _GPU_NODES for found in Path("/dev").glob(node)):
+        logging.getLogger("jax._src.xla_bridge").addFilter(_is_no_plugin_report)
+
+
+def _is_no_plugin_report(record: logging.LogRecord) -> bool:
+    return "Jax plugin configuration error: Exception when calling" not in record.getMessage()

@@ -1,6 +1,7 @@
 """The vocabulary layers, sharded by rows over a mesh axis: pure functions over one device's arrays."""
 
 from .input_layer import lookup, scatter
+from .labels import IGNORED_LABEL, counted, refuse_outside
 from .loss import Loss
 from .output_layer import (
     Coefficients,
@@ -23,6 +24,7 @@ from .sums import from_units, in_units, summed_dtype, unit
 from .unsharded_head import whole_layer, whole_loss
 
 __all__ = [
+    "IGNORED_LABEL",
     "Coefficients",
     "Kept",
     "Loss",
@@ -31,6 +33,7 @@ __all__ = [
     "Target",
     "coefficients",
     "combine",
+    "counted",
     "exponentials",
     "from_units",
     "in_units",
@@ -39,6 +42,7 @@ __all__ = [
     "lookup",
     "losses",
     "partial_input_gradient",
+    "refuse_outside",
     "scatter",
     "summed_dtype",
     "uniform_input_gradient",
