@@ -22,6 +22,7 @@ from .simulator import Durations
 from .timeline import Timeline
 
 GPUS = Path(__file__).parent / "gpus"
+_MAY_BE_NONE = ("launch", "overhead", "contention", "half_size", "weight_traffic")  # fields of a GPU that may be 0
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def load_gpu(name: str) -> GPU:
     for f in fields(GPU):
         value, least = (
             values.get(f.name),
-            0 if f.name in ("launch", "contention") or f.name.endswith("latency") else 1e-30,
+            0 if f.name in _MAY_BE_NONE or f.name.endswith("latency") else 1e-30,
         )
         if f.type == "float" and not (type(value) in (int, float) and least <= value < math.inf):
             raise ValueError(
