@@ -18,7 +18,7 @@ Action = Callable[[], None]
 PROGRESS = ("reading ", "note: ", "left out: ", "step ")
 """How lines on standard output begin that are no answer but say how it goes."""
 _OUT, _ERR = ".stdout", ".stderr"
-_MEMORY = 2**35  # address space of a case: an allocation that no machine has fails, and others need not wait
+_MEMORY = 2**33  # address space of a case: an allocation that no machine has fails, and others need not wait
 _CRASHED = 70
 
 
