@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from ..vocab import Loss
 
@@ -84,4 +83,4 @@ class Model:
 
     def param_shapes(self) -> Params:
         """The canonical tree as :class:`jax.ShapeDtypeStruct` leaves; computes nothing."""
-        return jax.eval_shape(self.init, jax.ShapeDtypeStruct((2,), jnp.uint32))
+        return jax.eval_shape(lambda: self.init(jax.random.key(0)))
