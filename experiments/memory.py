@@ -1,9 +1,12 @@
-"""Compile the full train step for GPUs that are not there, and report what it will take: memory, copies, overlap.
+"""Compile a run's programs for GPUs that are not there, and report what they will take: memory, copies, overlap.
 
     python experiments/memory.py --gpu a100-80g --model 4B --stages 8 --vocab-size 256000 --plot memory.png
+    python experiments/memory.py --model 21B --stages 32 --program init save --json -
 
-The step is what train.py runs: float32 parameters, gradients and Adam moments, donated; passes in the model's dtype,
-flash attention where cuDNN takes the heads; what is kept for the backward as --residuals says. Needs jax's GPU packages
+The programs are initialising, the train step, evaluating, saving, restoring and importing weights; of each the memory
+and the time to compile are reported, of the step also its copies and its overlap. The step is what train.py runs:
+float32 parameters, gradients and Adam moments, donated; passes in the model's dtype, flash attention where cuDNN takes
+the heads; what is kept for the backward as --residuals says. Needs jax's GPU packages
 (pip install 'vocabpp-jax[cuda12]'), but no GPU.
 """
 
@@ -14,7 +17,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the plug-in that compiles would else look for its GPU
 
@@ -22,16 +25,7 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
-from command_line.options import (
-    ModelOptions,
-    OptionalStr,
-    PipelineOptions,
-    fail,
-    or_fail,
-    parse,
-    write_json,
-    write_text,
-)
+from command_line.options import ModelOptions, OptionalStr, PipelineOptions, or_fail, parse, write_json, write_text
 from vocabpp_jax import Pipeline, compiled, make_mesh, models
 from vocabpp_jax.models.config import attention_implementation
 from vocabpp_jax.schedules.simulation.cost import GPU, load_gpu
@@ -52,15 +46,25 @@ class MemoryOptions:
     json: OptionalStr = None
     """File for the report as JSON, - for standard output."""
     plot: OptionalStr = None
-    """File for a picture of the memory (.png, .svg, .pdf)."""
+    """File for a picture of the step's memory (.png, .svg, .pdf)."""
     hlo: OptionalStr = None
-    """File for the compiled program's text."""
+    """File for the compiled step's text."""
+    program: tuple[Literal["init", "step", "evaluate", "save", "restore", "import"], ...] = tuple(compiled.PROGRAMS)
+    """What is compiled: init (drawing the parameters), step, evaluate, save (the copy that a checkpoint makes),
+    restore, import (after Hugging Face weights were read)."""
     without: tuple[str, ...] = ()
     """XLA flags of those that train.py sets on GPUs to leave out, to see what they do."""
     model: ModelOptions = field(default_factory=lambda: ModelOptions(model="4B"))
     pipeline: PipelineOptions = field(
         default_factory=lambda: PipelineOptions(stages=8, microbatches=128, microbatch_size=1, data_parallel=1)
     )
+
+    def __post_init__(self) -> None:
+        if self.plot and Path(self.plot).suffix not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"plot is {self.plot}; its name must end in .png, .svg or .pdf")
+        for name in ("plot", "hlo"):
+            if getattr(self, name) and "step" not in self.program:
+                raise ValueError(f"{name} is of the step, and program is {' '.join(self.program)}; add step to it")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class Report:
     gpu: str
     memory_bytes: int
     peak_bytes: int
+    temp_bytes: int
+    output_bytes: int
     parts: dict[str, int]
     used_bytes: tuple[int, ...]
     loop_copy_bytes: int
@@ -84,6 +90,11 @@ class Report:
     def imbalance(self) -> float:
         """How much more the fullest device uses than the emptiest, as a part of the peak."""
         return (max(self.used_bytes) - min(self.used_bytes)) / self.peak_bytes
+
+    @property
+    def program(self) -> compiled.ProgramReport:
+        """What all programs have in common."""
+        return compiled.ProgramReport("step", self.peak_bytes, self.temp_bytes, self.output_bytes, self.compile_seconds)
 
     def as_json(self) -> dict[str, Any]:
         """The report with its tuples as objects."""
@@ -102,7 +113,7 @@ def on_gpu(options: ModelOptions) -> models.Config:
 def prepare(model: ModelOptions, pipeline: PipelineOptions, gpu: GPU) -> Pipeline:
     """The pipeline on GPUs that are not there. Raises ValueError for what cannot be built."""
     config = on_gpu(model)
-    schedule = pipeline.build(config)
+    schedule = pipeline.build(config, gpu)
     data = 1 if pipeline.data_parallel is None else pipeline.data_parallel
     if pipeline.tensor_parallel > 1:
         raise ValueError(
@@ -112,15 +123,20 @@ def prepare(model: ModelOptions, pipeline: PipelineOptions, gpu: GPU) -> Pipelin
     return Pipeline(model.build(config), schedule, mesh, compute_dtype=config.dtype)
 
 
-def report(options: MemoryOptions) -> tuple[Report, str]:
-    """Compiles and reads the result; also the compiled program's text."""
-    gpu, model, pipeline = load_gpu(options.gpu), options.model, options.pipeline
-    pipe = prepare(model, pipeline, gpu)
+def programs(options: MemoryOptions) -> compiled.Programs:
+    """The programs of the run that is described."""
+    pipe = prepare(options.model, options.pipeline, load_gpu(options.gpu))
     optimizer = adamw(1e-4, 1000, 100, decay_mask=lambda _: pipe.layout.matrices())
-    length, size = model.config().seq, pipeline.microbatch_size
-    program, seconds = compiled.compile_step(
-        pipe, optimizer, microbatch_size=size, length=length, without=options.without
+    return compiled.Programs(
+        pipe, optimizer, options.pipeline.microbatch_size, options.model.config().seq, options.without
     )
+
+
+def report(options: MemoryOptions) -> tuple[Report, str]:
+    """Compiles the step and reads the result; also the compiled program's text."""
+    gpu, model, pipeline, run = load_gpu(options.gpu), options.model, options.pipeline, programs(options)
+    pipe, optimizer, length, size = run.pipe, run.optimizer, run.length, run.microbatch_size
+    program, seconds = run.compile_step()
     text = program.as_text()
     loops = compiled.loops(text)
     if not loops:
@@ -139,7 +155,8 @@ def report(options: MemoryOptions) -> tuple[Report, str]:
         "activations in flight": sum(buffers.get(ring, 0) for ring in RINGS),
         "other buffers": sum(n for name, n in buffers.items() if name not in RINGS and not name.startswith("grads.")),
     }
-    peak = program.memory_analysis().peak_memory_in_bytes
+    memory = program.memory_analysis()
+    peak = memory.peak_memory_in_bytes
     parts["everything else"] = peak - sum(parts.values())
     a_parameter = sum(state) / (state.parameters / 4)
     return (
@@ -147,6 +164,8 @@ def report(options: MemoryOptions) -> tuple[Report, str]:
             gpu=gpu.name,
             memory_bytes=int(gpu.memory_bytes),
             peak_bytes=peak,
+            temp_bytes=memory.temp_size_in_bytes,
+            output_bytes=memory.output_size_in_bytes,
             parts=parts,
             used_bytes=compiled.used_bytes(pipe, size, length, a_parameter),
             loop_copy_bytes=sum(copy.bytes for copy in copies),
@@ -172,6 +191,15 @@ def report(options: MemoryOptions) -> tuple[Report, str]:
 
 
 # --- for people ------------------------------------------------------------------------------------------------------
+
+
+def show_programs(found: list[compiled.ProgramReport], gpu: GPU, console: Console) -> None:
+    """A table of all programs."""
+    table = Table("program", "peak, GiB a device", "scratch", "output", "compiled in, s", title=f"for {gpu.name}")
+    for program in found:
+        sizes = (program.peak_bytes, program.temp_bytes, program.output_bytes)
+        table.add_row(program.name, *(f"{n / GIB:.2f}" for n in sizes), f"{program.compile_seconds:.0f}")
+    console.print(table)
 
 
 def show(found: Report, console: Console) -> None:
@@ -223,17 +251,23 @@ def draw(reports: dict[str, Report], path: Path, published: dict[str, float] | N
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse(MemoryOptions, __doc__, arguments)
-    if options.plot and Path(options.plot).suffix not in (".png", ".svg", ".pdf"):
-        fail(f"plot is {options.plot}; its name must end in .png, .svg or .pdf")
-    found, text = or_fail(lambda: report(options))
-    show(found, Console(stderr=options.json == "-"))
-    write_json(options.json, found.as_json(), indent=2)
+    options = or_fail(lambda: parse(MemoryOptions, __doc__, arguments))
+    console = Console(stderr=options.json == "-")
+    step, text = or_fail(lambda: report(options)) if "step" in options.program else (None, "")
+    run, gpu = or_fail(lambda: programs(options)), load_gpu(options.gpu)
+    found = [
+        step.program if name == "step" else or_fail(lambda name=name: run.report(name)) for name in options.program
+    ]
+    if step:
+        show(step, console)
+    show_programs(found, gpu, console)
+    record = step.as_json() if step else {"gpu": gpu.name, "memory_bytes": int(gpu.memory_bytes)}
+    write_json(options.json, record | {"programs": [program._asdict() for program in found]}, indent=2)
     if options.hlo:
         write_text("hlo", options.hlo, text)
     if options.plot:
         title = f"{options.model.model}\n{options.pipeline.schedule}\n{options.pipeline.method}"
-        draw({title: found}, Path(options.plot))
+        draw({title: step}, Path(options.plot))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from vocabpp_jax.models.config import Config, attention_implementation
+from vocabpp_jax.models.document_attention import attend_in_documents
 from vocabpp_jax.pipeline.model_interface import Side
+from vocabpp_jax.pipeline.precision import exact_products
 
 F32 = jnp.float32
 _QUERIES, _MOST_BLOCKS = 128, 4  # fewest queries of a block of written-out attention, and most blocks
@@ -20,8 +22,12 @@ _QUERIES, _MOST_BLOCKS = 128, 4  # fewest queries of a block of written-out atte
 def attend(config: Config, q: jax.Array, k: jax.Array, v: jax.Array, side: Side) -> jax.Array:
     """Causal attention inside documents: ``q [B, L, H, K]``, ``k`` and ``v [B, L, G, K]``, ``-> [B, L, H, K]``."""
     if attention_implementation(config) == "cudnn":
-        mask = _same_document(side)
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+        if "segment_ids" in side:
+            return attend_in_documents(q, k, v, side["segment_ids"], "cudnn")
+        length = q.shape[1]
+        if length % 2:  # cuDNN's kernels are for even lengths; no query sees a key behind the end
+            q, k, v = (jnp.pad(a, ((0, 0), (0, 1), (0, 0), (0, 0))) for a in (q, k, v))
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")[:, :length]
     return written_out(q, k, v, reach(q.shape[1], side), scale=config.head_width**-0.5)
 
 
@@ -89,7 +95,13 @@ def _attended_forward(
 
 
 def _attended_backward(scale: float, cap: float | None, residual: tuple, g: jax.Array) -> tuple:
-    q, k, v, kept = residual
+    with exact_products(g.dtype):  # a backward is traced behind the forward's context
+        return _gradients(scale, cap, *residual, g)
+
+
+def _gradients(
+    scale: float, cap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, kept: tuple, g: jax.Array
+) -> tuple:
     dq, dk, dv = [], jnp.zeros(k.shape, F32), jnp.zeros(v.shape, F32)
     for block, (weights, lse) in zip(_blocks(q.shape[3]), kept, strict=True):
         upto, wide = slice(block.stop), weights.astype(F32)

@@ -9,6 +9,7 @@ from typing import ClassVar
 import jax
 from flax import nnx
 
+from vocabpp_jax.pipeline.mesh import GPU_PLATFORMS
 from vocabpp_jax.pipeline.model_interface import Side
 from vocabpp_jax.vocab import Loss
 
@@ -35,7 +36,8 @@ class Config:
     dtype: str = "float32"
     """What the forward and backward compute in; master parameters are float32 either way."""
     attention: str = "auto"
-    """``auto`` is ``cudnn`` for bfloat16 heads that it takes when the default backend is a GPU, else ``xla``."""
+    """``auto`` is ``cudnn`` on GPUs for bfloat16 heads that it takes, else ``xla``. A pipeline asks its mesh where it
+    runs; without one the default backend counts."""
     residuals: str = "selective"
     """What the backward keeps of a block: ``selective`` recomputes norms, activation functions and no matrix product,
     ``everything`` recomputes nothing, ``full`` keeps the block's input and recomputes all of it."""
@@ -140,12 +142,20 @@ class Config:
         return self.init_std / (2 * self.layers) ** 0.5
 
 
-def attention_implementation(config: Config, backend: str | None = None) -> str:
-    """``xla`` or ``cudnn``: what ``config.attention`` means for a backend, or for the default one, which this
-    initialises."""
+def attention_implementation(config: Config, platform: str | None = None) -> str:
+    """``xla`` or ``cudnn``: what ``config.attention`` means on devices of a platform, or of the default backend, which
+    this initialises.
+
+    Raises:
+        ValueError: cuDNN was chosen for a ``platform`` that is no GPU.
+    """
+    if config.attention == "cudnn" and platform and platform not in GPU_PLATFORMS:
+        raise ValueError(
+            f"attention is 'cudnn', and the devices are of the platform {platform!r}; choose 'auto' or 'xla'"
+        )
     if config.attention != "auto":
         return config.attention
-    return "cudnn" if config.fits_cudnn and (backend or jax.default_backend()) == "gpu" else "xla"
+    return "cudnn" if config.fits_cudnn and (platform or jax.default_backend()) in GPU_PLATFORMS else "xla"
 
 
 @dataclass(frozen=True)

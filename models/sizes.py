@@ -16,8 +16,8 @@ from flax import nnx
 
 from vocabpp_jax.models import gemma, gpt, llama, qwen
 from vocabpp_jax.models.config import Config
-from vocabpp_jax.names import as_spelt
 from vocabpp_jax.schedules.simulation.cost import Sizes
+from vocabpp_jax.schedules.spelling import as_spelt
 
 SIZES: dict[str, Config] = gpt.SIZES | llama.SIZES | qwen.SIZES | gemma.SIZES
 """Every named size."""

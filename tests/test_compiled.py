@@ -7,6 +7,7 @@ import pytest
 from vocabpp_jax import Pipeline, compiled, make_mesh, models, schedules, train
 from vocabpp_jax.compiled.hlo import shape_bytes
 from vocabpp_jax.compiled.usage import used_parameters
+from vocabpp_jax.pipeline import flags
 from vocabpp_jax.pipeline.flags import FLAGS, compiler_options
 from vocabpp_jax.schedules.simulation.cost import GPUS, load_gpu
 from vocabpp_jax.training.optimizer import adamw
@@ -79,7 +80,7 @@ def small():
 
 def test_state_and_tokens_are_the_compiled_steps_arguments(small):
     optimizer = adamw(1e-3, 10, 1)
-    program, seconds = compiled.compile_step(small, optimizer, microbatch_size=2, length=16)
+    program, seconds = compiled.Programs(small, optimizer, microbatch_size=2, length=16).compile_step()
     state = compiled.state_bytes(small, optimizer)
     tokens = 2 * 4 * 2 * 16 * 4
     counters = 2 * 4  # steps done, steps skipped
@@ -123,6 +124,43 @@ def test_flags_are_given_to_gpus_alone(small):
         compiler_options(small.mesh, ("xla_gpu_fast",))
 
 
+@pytest.mark.newest
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda pipe: train.make_step(pipe, adamw(1e-3, 10, 1)),
+        train.make_evaluation,
+        lambda pipe: pipe.jit(pipe.value_and_grad),
+    ],
+    ids=["step", "evaluation", "pipe.jit"],
+)
+def test_a_flag_that_the_compiler_does_not_know_is_refused_before_anything_is_traced(small, make, monkeypatch):
+    monkeypatch.setattr(flags, "GPU_PLATFORMS", ("cpu",))
+    monkeypatch.setitem(FLAGS, "xla_gpu_fast", flags.Flag(True, "it is not slow"))
+    with pytest.raises(ValueError, match="XLA flag xla_gpu_fast=True is not one that jaxlib .* takes.*without_flags"):
+        make(small)
+    assert compiler_options(small.mesh, ("xla_gpu_fast",)).keys() == FLAGS.keys() - {"xla_gpu_fast"}
+
+
+@pytest.mark.parametrize("name", compiled.PROGRAMS)
+def test_every_program_of_a_run_is_compiled_and_counted(small, name):
+    run = compiled.Programs(small, adamw(1e-3, 10, 1), microbatch_size=2, length=16)
+    found, state = run.report(name), compiled.state_bytes(small, run.optimizer)
+    whole = state.parameters + state.optimizer
+    assert found.name == name and found.compile_seconds > 0
+    if name == "evaluate":
+        assert found.output_bytes == 4 and found.peak_bytes > whole
+    elif name == "save":  # padding is not saved, and small arrays are whole on every device
+        assert whole / 2 < found.output_bytes < 2 * whole and found.peak_bytes >= whole + found.output_bytes
+    else:  # beside the state: two counters, in the step three metrics, and a pointer to each array
+        assert whole < found.output_bytes < 1.01 * whole and found.peak_bytes >= whole
+
+
+def test_an_unknown_program_is_refused(small):
+    with pytest.raises(ValueError, match="program is 'fit'; the programs are init, step, evaluate, save"):
+        compiled.Programs(small, adamw(1e-3, 10, 1), microbatch_size=2, length=16).report("fit")
+
+
 @pytest.mark.parametrize("path", sorted(GPUS.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_gpu_is_described_to_the_compiler(path):
     target = load_gpu(path.stem).target
@@ -134,8 +172,8 @@ def test_gradients_are_the_same_with_the_state_donated(small):
     optimizer = adamw(1e-3, 10, 1)
     state = train.init_state(small, optimizer, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (4, 2, 16), 0, 97)
-    loss, grads = jax.jit(small.value_and_grad)(state.params, {"tokens": tokens, "labels": tokens})
-    program, _ = compiled.compile_step(small, optimizer, microbatch_size=2, length=16)
+    loss, grads = small.jit(small.value_and_grad)(state.params, {"tokens": tokens, "labels": tokens})
+    program, _ = compiled.Programs(small, optimizer, microbatch_size=2, length=16).compile_step()
     placed = jax.device_put(tokens, program.input_shardings[0][1]["tokens"])
     _, metrics = program(state, {"tokens": placed, "labels": placed})
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)

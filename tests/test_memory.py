@@ -1,24 +1,51 @@
-"""The report on a train step for A100s that are not there. All but the refusals need jax's GPU packages."""
+"""The report on a run for A100s and H100s that are not there. All but the refusals need jax's GPU packages."""
 
 import dataclasses
 import importlib.util
 import json
 
+import jax
 import pytest
 
 import memory
 from command_line.options import ModelOptions, PipelineOptions
 from memory import MemoryOptions
+from vocabpp_jax import compiled
 
 HERE = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
-a100 = [pytest.mark.a100, pytest.mark.skipif(not HERE, reason="jax's GPU packages are not installed")]
+needed = pytest.mark.skipif(not HERE, reason="jax's GPU packages are not installed")
+a100, h100 = [pytest.mark.a100, needed], [pytest.mark.h100, needed]
 SMALL = ModelOptions(model="4B", layers=4, hidden=512, heads=4, seq=1024, vocab_size=8192)
 
 
-def compile_for(schedule, method, m=16, model=SMALL, p=4):
+def options_for(schedule, method, m=16, model=SMALL, p=4, gpu="a100-80g", **options):
     pipeline = PipelineOptions(schedule, method, stages=p, microbatches=m, microbatch_size=1, data_parallel=1)
     layers = 2 * p if schedule.startswith("v-") and model is SMALL else model.layers
-    return memory.report(MemoryOptions(model=dataclasses.replace(model, layers=layers), pipeline=pipeline))[0]
+    return MemoryOptions(gpu=gpu, model=dataclasses.replace(model, layers=layers), pipeline=pipeline, **options)
+
+
+def compile_for(*arguments, **options):
+    return memory.report(options_for(*arguments, **options))[0]
+
+
+def assert_hidden_and_not_copied(found):
+    """Every large collective has a transformer pass between its start and its end; nothing is copied."""
+    assert found.loop_copy_bytes == 0, found.copies
+    large = [c for c in found.collectives if c.bytes >= 2**20 and c.step != "transfer"]
+    assert {c.step for c in large} == {"C0", "big", "CI", "CB"}
+    for collective in large:
+        assert any(name[0] in "FBW" for name in collective.passes_between), collective
+
+
+def assert_drawn_in_place(model, stages, method="vocab-2", gpu="a100-80g"):
+    """Initialising takes the memory of what it leaves and of one matrix, and compiles in seconds."""
+    pipeline = PipelineOptions(method=method, stages=stages, microbatches=128, microbatch_size=1, data_parallel=1)
+    run = memory.programs(MemoryOptions(gpu=gpu, model=model, pipeline=pipeline))
+    found = run.report("init")
+    largest = max(x.size for x in jax.tree.leaves(run.pipe.model.param_shapes()["blocks"][0])) * 4
+    assert found.temp_bytes <= 0.1 * found.output_bytes + largest
+    assert found.peak_bytes <= 1.1 * found.output_bytes + largest
+    return found
 
 
 @pytest.mark.skipif(HERE, reason="jax's GPU packages are installed")
@@ -34,6 +61,8 @@ def test_without_the_gpu_packages_one_sentence_names_the_extra(capsys):
     [
         (["--gpu", "tpu"], "gpu is 'tpu'"),
         (["--plot", "memory.doc"], "plot is memory.doc"),
+        (["--plot", "memory.png", "--program", "init"], "plot is of the step, and program is init"),
+        (["--program", "fit"], "--program"),
         (["--schedule", "v-half", "--method", "redis"], "method is 'redis'"),
         (["--model", "5B"], "5B"),
         (["--data-parallel", "0"], "data_parallel is 0"),
@@ -61,12 +90,32 @@ class TestA100:
         ],
     )
     def test_collectives_hide_behind_transformer_passes_and_nothing_is_copied(self, schedule, method, p):
-        found = compile_for(schedule, method, p=p)
+        assert_hidden_and_not_copied(compile_for(schedule, method, p=p))
+
+    @pytest.mark.parametrize(
+        ("schedule", "method", "sizes"),
+        [
+            ("1f1b", "vocab-2", dict(seq=512, hidden=512)),
+            ("zb-h1", "vocab-1", dict(seq=512, hidden=512)),
+            ("1f1b", "vocab-1", dict(seq=2048, hidden=512)),
+            ("zb-h1", "vocab-2", dict(seq=512, hidden=512, vocab_size=1024)),
+        ],
+        ids=["s = h", "s = h, split", "s = 4h", "V/p = h = s, split"],
+    )
+    def test_nothing_is_copied_where_sizes_coincide(self, schedule, method, sizes):
+        # Two layers a stage: one's activations are read when the other's gradients are there.
+        found = compile_for(schedule, method, m=8, model=dataclasses.replace(SMALL, **sizes), p=2)
         assert found.loop_copy_bytes == 0, found.copies
-        large = [c for c in found.collectives if c.bytes >= 2**20 and c.step != "transfer"]
-        assert {c.step for c in large} == {"C0", "big", "CI", "CB"}
-        for collective in large:
-            assert any(name[0] in "FBW" for name in collective.passes_between), collective
+
+    @pytest.mark.parametrize(("model", "stages"), [("4B", 8), ("21B", 32), ("30B", 32)])
+    def test_initialising_takes_no_more_memory_than_it_leaves_and_a_matrix(self, model, stages):
+        assert_drawn_in_place(ModelOptions(model=model, vocab_size=256_000), stages)
+
+    @pytest.mark.parametrize("method", ["baseline", "vocab-2"])
+    def test_initialising_is_as_large_for_many_layers_as_for_few(self, method):
+        few, many = (dataclasses.replace(SMALL, layers=layers) for layers in (4, 64))
+        few, many = (assert_drawn_in_place(model, 2, method) for model in (few, many))
+        assert many.temp_bytes <= few.temp_bytes + 2**20
 
     def test_more_microbatches_make_no_more_code(self):
         assert len({compile_for("1f1b", "vocab-2", m).instructions for m in (128, 512)}) == 1
@@ -79,9 +128,40 @@ class TestA100:
 
     def test_a_published_run_takes_a_tenth_less_memory_than_was_published(self, tmp_path, capsys):
         out, picture = tmp_path / "report.json", tmp_path / "memory.png"
-        memory.main(["--json", str(out), "--plot", str(picture)])  # 4B on 8 GPUs, s=2048, V=32k, m=128
+        memory.main(["--program", "step", "--json", str(out), "--plot", str(picture)])  # 4B on 8, s=2048, V=32k, m=128
         found = json.loads(out.read_text())
         assert found["peak_bytes"] <= 0.9 * 14.83 * 2**30
         assert sum(found["parts"].values()) == found["peak_bytes"]
         assert found["loop_copy_bytes"] == 0 and picture.stat().st_size > 10_000
         assert "assumed" in capsys.readouterr().out
+
+    def test_every_program_is_reported(self, tmp_path, capsys):
+        out = tmp_path / "report.json"
+        arguments = "--layers 4 --hidden 512 --heads 4 --seq 1024 --vocab-size 8192 --stages 2 --microbatches 8"
+        memory.main([*arguments.split(), "--json", str(out)])
+        found = json.loads(out.read_text())
+        assert [program["name"] for program in found["programs"]] == list(compiled.PROGRAMS)
+        by_name = {program["name"]: program for program in found["programs"]}
+        assert by_name["step"]["peak_bytes"] == found["peak_bytes"]
+        state = by_name["init"]["output_bytes"]
+        for program in found["programs"]:
+            assert program.keys() == set(compiled.ProgramReport._fields) and program["compile_seconds"] > 0
+            assert program["peak_bytes"] >= 0.99 * state
+        assert by_name["save"]["peak_bytes"] >= state + by_name["save"]["output_bytes"]
+        assert "restore" in capsys.readouterr().out
+
+
+class TestH100:
+    pytestmark = h100
+
+    @pytest.mark.parametrize(("schedule", "method"), [("1f1b", "vocab-2"), ("v-half", "vocab-1")])
+    def test_collectives_hide_behind_transformer_passes_and_nothing_is_copied(self, schedule, method):
+        assert_hidden_and_not_copied(compile_for(schedule, method, p=2, gpu="h100-80g"))
+
+    def test_nothing_is_copied_where_sizes_coincide(self):
+        model = dataclasses.replace(SMALL, seq=512)
+        found = compile_for("zb-h1", "vocab-2", m=8, model=model, p=2, gpu="h100-80g")
+        assert found.loop_copy_bytes == 0, found.copies
+
+    def test_initialising_takes_no_more_memory_than_it_leaves_and_a_matrix(self):
+        assert_drawn_in_place(ModelOptions(model="21B", vocab_size=256_000), 32, gpu="h100-80g")

@@ -15,8 +15,8 @@ from simulate import SimulateOptions
 from speed import SpeedOptions
 from training_run.train_options import TrainOptions
 from vocabpp_jax import models, schedules
-from vocabpp_jax.names import as_spelt
 from vocabpp_jax.schedules.simulation.cost import load_gpu
+from vocabpp_jax.schedules.spelling import as_spelt
 
 cases = st.lists(st.booleans(), min_size=20, max_size=20)
 

@@ -20,20 +20,21 @@ def plain_model(layers: int = 4, tied: bool = False) -> Model:
     def block(w, x, side):
         return x + jnp.tanh(x @ w["up"] + side.get("shift", 0)) @ w["down"]
 
-    def init(key):
-        def normal(n, *shape):
-            return 0.3 * jax.random.normal(jax.random.fold_in(key, n), shape)
+    def normal(key, *shape):
+        return 0.3 * jax.random.normal(key, shape)
 
-        blocks = tuple({"up": normal(2 * n, D, 2 * D), "down": normal(2 * n + 1, 2 * D, D)} for n in range(layers))
-        tree = {"embed": {"tokens": normal(90, V, D)}, "blocks": blocks, "final": {"scale": normal(91, D)}}
-        return tree if tied else tree | {"head": normal(92, V, D)}
+    def init_block(key, layer):
+        up, down = jax.random.split(key)
+        return {"up": normal(up, D, 2 * D), "down": normal(down, 2 * D, D)}
 
     return Model(
         layers=layers,
         vocab_size=V,
         width=D,
         block=block,
-        init=init,
+        init_block=init_block,
+        init_row=lambda key, table: normal(key, D),
+        init_final=lambda key: {"scale": normal(key, D)},
         tied=tied,
         final=lambda w, x: x * (1 + w["scale"]),
         embed_scale=1.5,
@@ -58,7 +59,7 @@ def pipeline(schedule, model=None, data: int = 1) -> Pipeline:
 
 def assert_parity(pipe: Pipeline, batch) -> None:
     canonical = pipe.model.init(jax.random.key(0))
-    loss, grads = jax.jit(pipe.value_and_grad)(pipe.shard(canonical), batch)
+    loss, grads = pipe.jit(pipe.value_and_grad)(pipe.shard(canonical), batch)
     want_loss, want = jax.value_and_grad(lambda c: reference_loss(pipe.model, c, **batch))(canonical)
     np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
     for got, value in zip(
@@ -70,7 +71,7 @@ def assert_parity(pipe: Pipeline, batch) -> None:
 def instructions(pipe: Pipeline) -> int:
     tokens = jax.ShapeDtypeStruct((pipe.schedule.m, B, L), jnp.int32)
     batch = {"tokens": tokens, "labels": tokens}
-    return jax.jit(pipe.value_and_grad).lower(pipe.layout.shapes(), batch).compile().as_text().count(" = ")
+    return pipe.jit(pipe.value_and_grad).lower(pipe.layout.shapes(), batch).compile().as_text().count(" = ")
 
 
 @pytest.mark.parametrize("method", ["baseline", "vocab-2"])
@@ -88,9 +89,10 @@ def test_a_schedule_that_a_user_writes_as_data_runs_unchanged(method):
 
 def test_a_block_without_matrices_runs_under_a_split_backward():
     plain = plain_model(2)
-    blocks = tuple({"gain": jnp.full((D,), 1.5 + n)} for n in range(2))
     model = dataclasses.replace(
-        plain, init=lambda key: plain.init(key) | {"blocks": blocks}, block=lambda w, x, side: jnp.tanh(x * w["gain"])
+        plain,
+        init_block=lambda key, layer: {"gain": jnp.full((D,), 1.5 + layer)},
+        block=lambda w, x, side: jnp.tanh(x * w["gain"]),
     )
     assert_parity(pipeline(schedules.build("zb-h1", "vocab-2", p=2, m=3), model), batch_of(3))
 
@@ -98,7 +100,7 @@ def test_a_block_without_matrices_runs_under_a_split_backward():
 @pytest.mark.parametrize("method", ["baseline", "vocab-1"])
 def test_masked_labels_may_be_anything(method):
     pipe, batch = pipeline(schedules.build("1f1b", method, p=2, m=2)), batch_of(2)
-    params, run = pipe.shard(pipe.model.init(jax.random.key(0))), jax.jit(pipe.value_and_grad)
+    params, run = pipe.shard(pipe.model.init(jax.random.key(0))), pipe.jit(pipe.value_and_grad)
     want = run(params, batch)
     for other in (V, -100, 10**6):
         labels = np.where(batch["mask"] > 0, batch["labels"], other).astype(np.int32)
@@ -128,7 +130,7 @@ def test_gradients_are_summed_over_the_data_axis(schedule, method):
 def test_evaluation_gives_the_training_loss_and_keeps_no_activations(schedule, method, p, m):
     pipe = pipeline(schedules.build(schedule, method, p=p, m=m))
     canonical, batch = pipe.model.init(jax.random.key(0)), batch_of(m)
-    loss = jax.jit(pipe.evaluate)(pipe.shard(canonical), batch)
+    loss = pipe.jit(pipe.evaluate)(pipe.shard(canonical), batch)
     np.testing.assert_allclose(loss, reference_loss(pipe.model, canonical, **batch), rtol=1e-6)
     assert not {"residual", "kept", "carried"} & set(pipe._evaluation.rings)
 
@@ -149,7 +151,7 @@ def test_the_bytes_of_an_activation_are_those_of_its_ring_cells():
 def test_a_batch_without_a_valid_token_has_loss_zero_and_no_gradient():
     pipe = pipeline(schedules.build("1f1b", "vocab-2", p=2, m=2))
     batch = batch_of(2)
-    loss, grads = jax.jit(pipe.value_and_grad)(
+    loss, grads = pipe.jit(pipe.value_and_grad)(
         pipe.shard(pipe.model.init(jax.random.key(0))), batch | {"mask": np.zeros_like(batch["mask"])}
     )
     assert float(loss) == 0 and all(not np.any(g) for g in jax.tree.leaves(grads))

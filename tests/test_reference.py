@@ -18,13 +18,15 @@ VALUE_AND_GRAD = jax.jit(jax.value_and_grad(reference_loss, argnums=1), static_a
 def linear_model(**kwargs):
     """The smallest model: one block that adds a matrix product, and no norm."""
 
-    def init(key):
-        params = {"embed": {"tokens": jnp.zeros((V, 5))}, "blocks": (jnp.zeros((5, 5)),), "final": {}}
-        if "positions" in kwargs:
-            params["embed"]["positions"] = jnp.zeros((L, 5))
-        return params if kwargs.get("tied") else {**params, "head": jnp.zeros((V, 5))}
-
-    return Model(layers=1, vocab_size=V, width=5, init=init, block=lambda w, x, side: x + x @ w, **kwargs)
+    return Model(
+        layers=1,
+        vocab_size=V,
+        width=5,
+        init_block=lambda key, layer: jnp.zeros((5, 5)),
+        init_row=lambda key, table: jnp.zeros(5),
+        block=lambda w, x, side: x + x @ w,
+        **kwargs,
+    )
 
 
 LINEAR = linear_model()  # one object for all tests, so that it is compiled once

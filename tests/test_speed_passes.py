@@ -45,7 +45,7 @@ def test_the_compiler_leaves_a_pass_whole_that_nothing_reads(kind, products):
     body = (again(pipe, found, 1, None),)
     excerpt = Excerpt(pipe.model, pipe.schedule, pipe.mesh, whole=pipe.program, body=body, intervals=1)
     shapes = jax.eval_shape(batch)
-    compiled = jax.jit(excerpt.value_and_grad).lower(pipe.layout.shapes(), shapes).compile()
+    compiled = excerpt.jit(excerpt.value_and_grad).lower(pipe.layout.shapes(), shapes).compile()
     assert compiled.as_text().count(" dot(") >= products
 
 

@@ -134,7 +134,7 @@ def test_evaluation_is_the_cross_entropy_whatever_training_adds_to_it():
     pipe = dataclasses.replace(pipeline(CONFIGS["gemma2"]), model=model)
     tokens, labels = np.random.default_rng(0).integers(0, 37, (2, 3, 2, 6)).astype(np.int32)
     params = model.init(jax.random.key(0))
-    got = jax.jit(pipe.evaluate)(pipe.shard(params), {"tokens": tokens, "labels": labels})
+    got = pipe.jit(pipe.evaluate)(pipe.shard(params), {"tokens": tokens, "labels": labels})
     want, trained = (float(models.reference_loss(m, params, tokens, labels)) for m in (plain, model))
     assert float(got) == pytest.approx(want, rel=1e-6) and abs(want - trained) > 0.1
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import tyro
 
 from vocabpp_jax import models, schedules
-from vocabpp_jax.names import as_spelt
+from vocabpp_jax.schedules.spelling import as_spelt
 
 _NAMES: dict[str, Iterable[str]] = {
     "model": models.SIZES,

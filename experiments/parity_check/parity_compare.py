@@ -102,7 +102,7 @@ def compare(options: Case) -> Parity:
     pipe = prepare(options)
     canonical, batch = data_of(options, pipe)
 
-    loss, grads, seen = jax.jit(pipe.observed_value_and_grad)(pipe.shard(canonical), batch)
+    loss, grads, seen = pipe.jit(pipe.observed_value_and_grad)(pipe.shard(canonical), batch)
     grads, (want_loss, want) = (
         pipe.layout.unpack(jax.device_get(grads)),
         reference(options, canonical, batch, "float32"),

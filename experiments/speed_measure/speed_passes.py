@@ -118,7 +118,7 @@ class PassTimes:
         of_none.append(replace(of_none[0], intervals=0, between=""))
         for key, excerpt in ({_nothing(pipe, of.between): of for of in of_none} | excerpts).items():
             if key not in self._timed:
-                step = jax.jit(excerpt.value_and_grad).lower(params, batch).compile()
+                step = excerpt.jit(excerpt.value_and_grad).lower(params, batch).compile()
                 run = partial(step, params, batch)
                 jax.block_until_ready(run())
                 self._timed[key] = _Timed(run, excerpt.intervals, _nothing(pipe, excerpt.between))

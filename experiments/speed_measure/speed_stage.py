@@ -25,6 +25,7 @@ from comparators import COMPARATORS, Contender, Ours
 from speed_measure import exchange, processes
 from speed_measure.speed_passes import PassTimes
 from vocabpp_jax import Pipeline, models, train
+from vocabpp_jax.pipeline.flags import compiler_options
 from vocabpp_jax.pipeline.model_interface import Params
 
 STAGE_SCRIPT = Path(__file__)
@@ -85,7 +86,8 @@ class Stage:
         shape = (options.microbatches, options.microbatch_size, config.seq)
         params, batch = self._data(contender, shape, config.vocab_size)
         at = time.monotonic()
-        lowered = jax.jit(contender.value_and_grad).lower(params, batch)
+        flags = compiler_options(contender.mesh)  # the same for all, so that they differ by what they compute alone
+        lowered = jax.jit(contender.value_and_grad, compiler_options=flags).lower(params, batch)
         traced = time.monotonic()
         compiled = lowered.compile()
         done = time.monotonic()
@@ -103,8 +105,9 @@ class Stage:
         where = layout and (layout.layer_of, layout.sharded, layout.schedule.placement)
         key = (where, str(jax.tree.flatten(specs)), str(jax.eval_shape(contender.pack, model.param_shapes())))
         if key not in self.params:
-            make = jax.jit(lambda k: contender.pack(model.init(k)), out_shardings=specs)
-            self.params[key] = make(jax.random.key(0))
+            whole = jax.jit(lambda k: contender.pack(model.init(k)), out_shardings=specs)
+            draw = contender.pipe.init if isinstance(contender, Ours) else whole
+            self.params[key] = draw(jax.random.key(0))
 
         def tokens(k: jax.Array) -> dict[str, jax.Array]:
             first, second = jax.random.split(k)

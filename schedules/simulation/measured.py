@@ -22,7 +22,8 @@ PUBLISHED_MICROBATCHES = 128
 class MeasuredRun:
     """One run under 1F1B: the mean time of every pass, one number a device, and of an iteration; milliseconds.
 
-    F and B of the first and the last device include an unsharded vocabulary layer.
+    F and B of the first and the last device include an unsharded vocabulary layer. ``iteration_ms`` is None where
+    passes were measured and no iteration.
     """
 
     method: str
@@ -33,7 +34,7 @@ class MeasuredRun:
     S_and_T: tuple[float, ...]
     IF: tuple[float, ...]
     IB: tuple[float, ...]
-    iteration_ms: float
+    iteration_ms: float | None
     microbatches: int = PUBLISHED_MICROBATCHES
 
     @property
@@ -77,7 +78,7 @@ _COLUMNS = {"F": "f_us", "B": "b_us", "S_and_T": "s_plus_t_us", "IF": "input_f_u
 def read_pass_times(text: str) -> tuple[MeasuredRun, ...]:
     """The runs in a CSV with the columns of ``docs/paper/pass_times_8xA100.csv``, times in microseconds.
 
-    A column ``microbatches`` may be added; without it they are the published 128.
+    A column ``microbatches`` may be added; without it they are the published 128. ``iteration_ms`` may be empty.
 
     Raises:
         ValueError: no rows, a column missing, a cell that is no time, or cells of different numbers of devices.
@@ -96,7 +97,7 @@ def read_pass_times(text: str) -> tuple[MeasuredRun, ...]:
                 int(row["seq_length"]),
                 int(row["vocab_size"]),
                 **times,
-                iteration_ms=float(row["iteration_ms"]),
+                iteration_ms=float(row["iteration_ms"]) if row["iteration_ms"] else None,
                 microbatches=m,
             )
         except KeyError as missing:
@@ -116,7 +117,9 @@ def read_pass_times(text: str) -> tuple[MeasuredRun, ...]:
     return tuple(runs)
 
 
-def errors(runs: Sequence[MeasuredRun], predicted: Sequence[float]) -> tuple[float, float]:
-    """The mean and the largest relative error of predicted iteration times, both positive."""
-    found = [abs(ms / run.iteration_ms - 1) for run, ms in zip(runs, predicted, strict=True)]
-    return sum(found) / len(found), max(found)
+def errors(runs: Sequence[MeasuredRun], predicted: Sequence[float]) -> tuple[float, float] | None:
+    """The mean and the largest relative error of predicted iteration times, both positive; None where none was
+    measured."""
+    timed = [(run.iteration_ms, ms) for run, ms in zip(runs, predicted, strict=True) if run.iteration_ms is not None]
+    found = [abs(ms / measured - 1) for measured, ms in timed]
+    return (sum(found) / len(found), max(found)) if found else None

@@ -57,23 +57,18 @@ class Canonical:
             for path, x in jax.tree_util.tree_leaves_with_path(self._canonical)
         }
 
-    def flatten(self, state: training.State) -> Flat:
-        """The canonical arrays of a state: copies, so that the state may be donated afterwards."""
-        return self._flatten(state)
-
-    def unflatten(self, flat: Flat) -> training.State:
-        """The state that canonical arrays stand for, in this pipeline's layout."""
-        return self._unflatten(flat)
-
     @cached_property
-    def _flatten(self) -> Callable[[training.State], Flat]:
+    def flatten(self) -> Callable[[training.State], Flat]:
+        """``state -> arrays``, compiled: copies of a state in the canonical form; it may be donated afterwards."""
+
         def flatten(state: training.State) -> Flat:
             return {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(self._unpacked(state))}
 
         return jax.jit(flatten, out_shardings={name: x.sharding for name, x in self.shapes.items()})
 
     @cached_property
-    def _unflatten(self) -> Callable[[Flat], training.State]:
+    def unflatten(self) -> Callable[[Flat], training.State]:
+        """``arrays -> state``, compiled: the state that canonical arrays stand for, in this pipeline's layout."""
         pack, structure = self.pipe.layout.pack, jax.tree.structure(self._canonical.params)
 
         def is_params(tree: Any) -> bool:
@@ -112,9 +107,14 @@ def fingerprints(flat: Flat) -> list[int]:
 
     It is ``Σ (2i + 1) · bits_i mod 2³²`` over the entries i, a sum of integers, which no order of adding changes.
     """
+    return np.asarray(make_fingerprints(flat)(flat)).tolist()
+
+
+def make_fingerprints(flat: Flat) -> Callable[[Flat], jax.Array]:
+    """What computes :func:`fingerprints`, compiled for arrays that are sharded as these."""
     sharding = next(iter(flat.values())).sharding
     everywhere = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
-    return np.asarray(jax.jit(_fingerprints, out_shardings=everywhere)(flat)).tolist()
+    return jax.jit(_fingerprints, out_shardings=everywhere)
 
 
 def _fingerprints(flat: Flat) -> jax.Array:

@@ -1,8 +1,9 @@
-"""What a compiler makes of a train step for GPUs that need not be there: memory, copies, overlap."""
+"""What a compiler makes of a run's programs for GPUs that need not be there: memory, copies, overlap."""
 
 from ..pipeline.flags import FLAGS
 from .hlo import Collective, Copy, Loop, instruction_count, loops
-from .target import UnsupportedTarget, compile_step, devices
+from .programs import PROGRAMS, ProgramReport, Programs
+from .target import UnsupportedTarget, devices
 from .usage import StateBytes, state_bytes, used_bytes
 
 __all__ = [
@@ -10,9 +11,11 @@ __all__ = [
     "Collective",
     "Copy",
     "Loop",
+    "PROGRAMS",
+    "ProgramReport",
+    "Programs",
     "StateBytes",
     "UnsupportedTarget",
-    "compile_step",
     "devices",
     "instruction_count",
     "loops",

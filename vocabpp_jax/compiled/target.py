@@ -1,21 +1,14 @@
-"""Compiling a train step for GPUs that are not there."""
+"""GPUs that are not there, described for a compiler."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
 
-from ..pipeline.mesh import DATA
-from ..pipeline.pipeline import Pipeline
 from ..schedules.simulation.cost import GPU
-from ..training import make_step, shapes, shardings
 
 
 class UnsupportedTarget(ValueError):
@@ -52,35 +45,6 @@ def devices(gpu: GPU, count: int) -> list[jax.Device]:
             f"({str(problem).splitlines()[0]})"
         ) from None
     return list(found)
-
-
-def compile_step(
-    pipe: Pipeline,
-    optimizer: optax.GradientTransformation,
-    *,
-    microbatch_size: int,
-    length: int,
-    without: tuple[str, ...] = (),
-) -> tuple[jax.stages.Compiled, float]:
-    """The whole train step, compiled for the pipeline's mesh, and the seconds that tracing and compiling took.
-
-    State donated, float32 parameters, gradients and moments; ``microbatch_size`` sequences of ``length`` a device.
-    ``without`` names flags of :data:`~vocabpp_jax.pipeline.flags.FLAGS` to leave out.
-    """
-    started = time.monotonic()
-    state = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes(pipe, optimizer),
-        shardings(pipe, optimizer),
-    )
-    tokens = jax.ShapeDtypeStruct(
-        (pipe.schedule.m, microbatch_size * pipe.mesh.shape[DATA], length),
-        jnp.int32,
-        sharding=NamedSharding(pipe.mesh, PartitionSpec(None, DATA)),
-    )
-    step = make_step(pipe, optimizer, without_flags=without)
-    compiled = step.lower(state, {"tokens": tokens, "labels": tokens}).compile()
-    return compiled, time.monotonic() - started
 
 
 def _text(table: Mapping[str, Any]) -> str:

@@ -57,8 +57,12 @@ def after(cell: jax.Array, values: Any) -> jax.Array:
 
     It keeps the compiler from fetching early what would then lie about. Where a value is NaN another cell may be read,
     into what is NaN already.
+
+    The barrier keeps XLA from fusing the read with what makes ``values``, which it does where both have as many
+    elements. Every thread of such a kernel would need the first element of a matrix that the kernel replaces, so it
+    could not replace it in place: gradients that are added to were copied first.
     """
-    firsts = [v.reshape(-1)[0] for v in jax.tree.leaves(values) if v.ndim > 1]
+    firsts = [v.reshape(-1)[0] for v in lax.optimization_barrier([v for v in jax.tree.leaves(values) if v.ndim > 1])]
     if not firsts:
         return cell
     there = jnp.all(jnp.stack([first == first for first in firsts]))

@@ -7,7 +7,7 @@ library, stays behind it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -20,6 +20,10 @@ Side = dict[str, jax.Array]  # per-microbatch arrays that no gradient flows into
 
 def _identity(params: Params, x: jax.Array) -> jax.Array:
     return x
+
+
+def _nothing(key: jax.Array) -> Params:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class TensorSplit:
 class Model:
     """A decoder as a pipeline sees it: embedding, ``layers`` equal blocks, a final function, an LM head.
 
-    Canonical parameters, which :attr:`init` makes and checkpoints hold, are the tree::
+    Canonical parameters, which :meth:`init` draws and checkpoints hold, are the tree::
 
         {"embed":  {"tokens": [V, D], "positions": [L, D]},   # "positions" only where `positions` is set
          "blocks": (block_0, ..., block_{layers-1}),           # equal structures and shapes, in depth order
@@ -52,9 +56,16 @@ class Model:
     vocab_size: int
     width: int
     block: Callable[[Params, jax.Array, Side], jax.Array]
-    """One layer: ``(block_params, x [B, L, D], side) -> x [B, L, D]``, pure, same dtype out as in."""
-    init: Callable[[jax.Array], Params]
-    """``(key) -> canonical parameters`` in float32."""
+    """One layer: ``(block_params, x [B, L, D], side) -> x [B, L, D]``, pure, same dtype out as in. One that chooses
+    kernels by the devices has a method ``on(platform)``, which returns the block for them; a platform is what
+    :attr:`jax.Device.platform` says."""
+    init_block: Callable[[jax.Array, jax.Array], Params]
+    """``(key, layer) -> block_params`` in float32: one layer's initial parameters. ``layer`` is an int32 scalar and may
+    be traced, so that every device can draw a layer of its own with the same program."""
+    init_row: Callable[[jax.Array, str], jax.Array]
+    """``(key, table) -> [D]`` in float32: one initial row of ``"tokens"``, ``"positions"`` or ``"head"``."""
+    init_final: Callable[[jax.Array], Params] = _nothing
+    """``(key) -> final_params`` in float32."""
     final: Callable[[Params, jax.Array], jax.Array] = _identity
     """What stands between the last block and the head, usually a norm: ``(final_params, x) -> x``."""
     positions: int | None = None
@@ -81,6 +92,46 @@ class Model:
                 f"layer_side has {len(self.layer_side)} entries; it takes one for each of {self.layers} layers"
             )
 
+    def init(self, key: jax.Array) -> Params:
+        """Canonical parameters in float32, all of them on one device: what :meth:`.Pipeline.init` draws for ``key``."""
+        tables = {"tokens": self.vocab_size} | ({} if self.positions is None else {"positions": self.positions})
+        params = {
+            "embed": {name: self.draw_rows(key, name, jnp.arange(rows)) for name, rows in tables.items()},
+            "blocks": tuple(self.draw_block(key, jnp.int32(layer)) for layer in range(self.layers)),
+            "final": self.draw_final(key),
+        }
+        return params if self.tied else params | {"head": self.draw_rows(key, "head", jnp.arange(self.vocab_size))}
+
+    def draw_block(self, key: jax.Array, layer: jax.Array) -> Params:
+        """The initial parameters of one layer of the model that ``key`` stands for."""
+        return self.init_block(jax.random.fold_in(_key_of("blocks", key), layer), layer)
+
+    def draw_rows(self, key: jax.Array, table: str, rows: jax.Array) -> jax.Array:
+        """Initial rows ``[len(rows), D]`` of a table. Each depends only on its own number, so shards draw their own."""
+        key = _key_of(table, key)
+        return jax.vmap(lambda row: self.init_row(jax.random.fold_in(key, row), table))(rows)
+
+    def draw_final(self, key: jax.Array) -> Params:
+        """The initial parameters of the final function."""
+        return self.init_final(_key_of("final", key))
+
     def param_shapes(self) -> Params:
         """The canonical tree as :class:`jax.ShapeDtypeStruct` leaves; computes nothing."""
-        return jax.eval_shape(lambda: self.init(jax.random.key(0)))
+        one = replace(self, layers=1, layer_side=self.layer_side[:1])
+        shapes = jax.eval_shape(lambda: one.init(jax.random.key(0, impl=_KEYS)))
+        return shapes | {"blocks": shapes["blocks"] * self.layers}
+
+
+_PARTS = ("blocks", "final", "tokens", "positions", "head")
+_KEYS = "threefry2x32"  # of jax's generators the only one whose numbers are the same drawn alone, in a batch or sharded
+
+
+def _key_of(part: str, key: jax.Array) -> jax.Array:
+    """The key of a part of the model. Raises ValueError for a key of another implementation than threefry."""
+    kind = str(jax.random.key_impl(key))
+    if kind != _KEYS:
+        raise ValueError(
+            f"key is of the implementation {kind}, which gives every layout another model; "
+            f"give jax.random.key(seed, impl={_KEYS!r})"
+        )
+    return jax.random.fold_in(key, _PARTS.index(part))

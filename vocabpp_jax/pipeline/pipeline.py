@@ -16,10 +16,14 @@ from ..vocab import Loss, counted, refuse_outside
 from ..vocab.instructions import VocabularySteps
 from .collectives import collectives
 from .executor import Executor
+from .flags import compiler_options
+from .initialization import draw
 from .layout import Layout
 from .linearize import Linearized, linearize
 from .mesh import DATA, PIPE
 from .model_interface import Model
+from .nccl import keep_launch_order
+from .precision import exact_products
 from .tensor import TENSOR
 
 Params = Any
@@ -39,7 +43,7 @@ class Pipeline:
 
     Raises:
         ValueError: the schedule is not sound, the mesh has no axis ``data`` or its axis ``pipe`` is not the schedule's
-            p, or layers do not fill its stages.
+            p, layers do not fill its stages, or the model's kernels are not for the mesh's devices.
     """
 
     model: Model
@@ -47,6 +51,8 @@ class Pipeline:
     mesh: Mesh
     compute_dtype: str = "float32"
     layout: Layout = field(init=False, repr=False)
+    _block: Callable = field(init=False, repr=False, compare=False)
+    """A layer, or one device's part of it, for the devices of the mesh."""
 
     def __post_init__(self) -> None:
         if self.compute_dtype not in ("float32", "bfloat16"):
@@ -60,7 +66,11 @@ class Pipeline:
                 f"the mesh's axis {PIPE!r} is {self.mesh.shape.get(PIPE)}; the schedule's p is {self.schedule.p}"
             )
         check(self.schedule)
+        keep_launch_order()
         object.__setattr__(self, "layout", Layout(self.model, self.schedule, self.mesh.shape.get(TENSOR, 1)))
+        block = self.model.block if self.layout.tensor == 1 else self.model.tensor.block
+        platform = self.mesh.devices.flat[0].platform
+        object.__setattr__(self, "_block", block.on(platform) if hasattr(block, "on") else block)
 
     @cached_property
     def program(self) -> Program:
@@ -74,12 +84,32 @@ class Pipeline:
             partial(NamedSharding, self.mesh), self.layout.specs(), is_leaf=lambda s: isinstance(s, PartitionSpec)
         )
 
+    def init(self, key: jax.Array) -> Params:
+        """The parameters that ``model.init(key)`` stands for, to the bit, each drawn where it lives.
+
+        Takes the memory of the parameters and of one layer. Raises ValueError for a key that is not threefry's.
+        """
+        return draw(self.layout, self.mesh, key)
+
     def shard(self, canonical: Params) -> Params:
         """Canonical parameters, placed on the mesh in the pipeline's layout."""
         return jax.jit(self.layout.pack, out_shardings=self.shardings)(canonical)
 
+    def jit(self, function: Callable, *, without_flags: tuple[str, ...] = (), **options: Any) -> Callable:
+        """``jax.jit`` for a function that runs this pipeline: on GPUs with the XLA flags that overlap needs.
+
+        Args:
+            function: anything that calls :meth:`value_and_grad` or :meth:`evaluate`, or one of them.
+            without_flags: names of :data:`~vocabpp_jax.flags.FLAGS` to leave out.
+            options: what ``jax.jit`` takes.
+
+        Raises:
+            ValueError: an unknown name in ``without_flags``, or a flag that this jaxlib does not take.
+        """
+        return jax.jit(function, compiler_options=compiler_options(self.mesh, without_flags), **options)
+
     def value_and_grad(self, params: Params, batch: Batch) -> tuple[jax.Array, Params]:
-        """The loss, and its float32 gradients sharded as the parameters are. Pure: put it under ``jax.jit``."""
+        """The loss, and its float32 gradients sharded as the parameters are. Pure: put it under :meth:`jit`."""
         loss, grads, _ = self._run(self.program, params, batch, observe=False)
         return loss, grads
 
@@ -192,7 +222,8 @@ class Pipeline:
 
     def _on_device(self, program: Program, observe: bool, params: Params, batch: Batch) -> tuple:
         """One device's whole iteration."""
-        state = self._executor(program, observe, params, batch)()
+        with exact_products(self.compute_dtype):
+            state = self._executor(program, observe, params, batch)()
         loss = state["loss"] if self.layout.sharded else jax.lax.psum(state["loss"], PIPE)
         counters = {k: state[k].reshape(1, 1) for k in ("in_flight", "clobbered")} if observe else {}
         grads = self._gradients(state, params) if program.schedule.trains else {}
@@ -238,11 +269,6 @@ class Pipeline:
         if not program.schedule.trains:
             return Linearized(lambda p, s, x: (self._block(p, x, s), (), ()), None, None, (), (), ())
         return linearize(self._block, block, x, one_side, split=program.schedule.splits_backward)
-
-    @property
-    def _block(self) -> Callable:
-        """A layer, or one device's part of it."""
-        return self.model.block if self.layout.tensor == 1 else self.model.tensor.block
 
     @property
     def _a_layer_s_side(self) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ..pipeline.flags import compiler_options
 from ..pipeline.pipeline import Batch, Pipeline
 
 Metrics = dict[str, jax.Array]
@@ -52,19 +51,23 @@ def shardings(pipe: Pipeline, optimizer: optax.GradientTransformation) -> State:
 
 
 def init_state(pipe: Pipeline, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
-    """A state at step 0, made where it will live. The same key gives the same model whatever the layout."""
-    draw = jax.jit(lambda key: pipe.layout.pack(pipe.model.init(key)), out_shardings=pipe.shardings)
-    return start_from(pipe, optimizer, draw(key))
+    """A state at step 0, made where it will live. A key gives the same model, to the bit, whatever the layout."""
+    return start_from(pipe, optimizer, pipe.init(key))
 
 
 def start_from(pipe: Pipeline, optimizer: optax.GradientTransformation, params: Any) -> State:
     """A state at step 0 with parameters that are there, float32 in the pipeline's layout, whose buffers it takes."""
+    return make_start(pipe, optimizer)(params)
+
+
+def make_start(pipe: Pipeline, optimizer: optax.GradientTransformation) -> Callable[[Any], State]:
+    """``params -> state`` at step 0, compiled, the parameters' buffers donated to the state."""
 
     def begin(params: Any) -> State:
         none = jnp.zeros((), jnp.int32)
         return State(none, params, optimizer.init(params), none)
 
-    return jax.jit(begin, donate_argnums=0, out_shardings=shardings(pipe, optimizer))(params)
+    return jax.jit(begin, donate_argnums=0, out_shardings=shardings(pipe, optimizer))
 
 
 def make_step(
@@ -101,14 +104,14 @@ def make_step(
         return new, {"loss": loss, "grad_norm": norm, "skipped": new.skipped}
 
     everywhere = NamedSharding(pipe.mesh, PartitionSpec())
-    return jax.jit(
+    return pipe.jit(
         step,
+        without_flags=without_flags,
         donate_argnums=0,
         out_shardings=(shardings(pipe, optimizer), everywhere),
-        compiler_options=compiler_options(pipe.mesh, without_flags),
     )
 
 
-def make_evaluation(pipe: Pipeline) -> Callable[[Any, Batch], jax.Array]:
-    """``(params, batch) -> loss``, compiled: the forward-only program."""
-    return jax.jit(pipe.evaluate)
+def make_evaluation(pipe: Pipeline, without_flags: tuple[str, ...] = ()) -> Callable[[Any, Batch], jax.Array]:
+    """``(params, batch) -> loss``, compiled: the forward-only program. ``without_flags`` as in :func:`make_step`."""
+    return pipe.jit(pipe.evaluate, without_flags=without_flags)
