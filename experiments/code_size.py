@@ -16,6 +16,7 @@ from rich.console import Console
 
 from command_line.options import ClusterOptions, OptionalStr, parse
 from vocabpp_jax import Pipeline, make_mesh, models, schedules
+from vocabpp_jax.pipeline.mesh import all_devices
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def measure(schedule: str, method: str, p: int, m: int) -> tuple[int, int, float
     """Scans, compiled instructions, and the seconds that tracing, lowering and compiling took."""
     built = schedules.build(schedule, method, p=p, m=m)
     config = models.named("gpt-tiny", layers=built.stages, hidden=16, heads=2, seq=8, vocab_size=64)
-    pipe = Pipeline(models.build(config), built, make_mesh(p, devices=jax.devices()[:p]))
+    pipe = Pipeline(models.build(config), built, make_mesh(p, devices=all_devices()[:p]))
     tokens = jax.ShapeDtypeStruct((m, 1, 8), jnp.int32)
     started = time.monotonic()
     compiled = pipe.jit(pipe.value_and_grad).lower(pipe.layout.shapes(), {"tokens": tokens, "labels": tokens}).compile()

@@ -113,7 +113,7 @@ def on_gpu(options: ModelOptions) -> models.Config:
 def prepare(model: ModelOptions, pipeline: PipelineOptions, gpu: GPU) -> Pipeline:
     """The pipeline on GPUs that are not there. Raises ValueError for what cannot be built."""
     config = on_gpu(model)
-    schedule = pipeline.build(config)
+    schedule = pipeline.build(config, gpu)
     data = 1 if pipeline.data_parallel is None else pipeline.data_parallel
     if pipeline.tensor_parallel > 1:
         raise ValueError(

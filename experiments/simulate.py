@@ -10,7 +10,7 @@ Pass times come from a model's sizes and a GPU's roofline, or from a file of mea
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,18 +18,19 @@ import tyro
 
 from command_line.options import OptionalInt, OptionalStr, fail, or_fail, parse, write_json
 from vocabpp_jax import models
-from vocabpp_jax.schedules import METHODS, SCHEDULES, build, lower, methods_of
+from vocabpp_jax.schedules import METHODS, SCHEDULES, Schedule, build, lower, methods_of
 from vocabpp_jax.schedules.layers import redistributed
-from vocabpp_jax.schedules.place import INSERTED, place
 from vocabpp_jax.schedules.simulation import formats
 from vocabpp_jax.schedules.simulation.cost import Cost, load_gpu
 from vocabpp_jax.schedules.simulation.measured import MeasuredRun, errors, read_pass_times
 from vocabpp_jax.schedules.simulation.pictures import draw, save, title_of
-from vocabpp_jax.schedules.simulation.simulator import COMPILED, FREE, ON_CPUS, Rules, simulate
+from vocabpp_jax.schedules.simulation.simulator import COMPILED, FREE, GPU, ON_CPUS, Durations, Rules, simulate
 from vocabpp_jax.schedules.simulation.timeline import Timeline
 
-RULES = {"compiled": COMPILED, "asynchronous": Rules("asynchronous"), "on-cpus": ON_CPUS, "free": FREE}
-OptionalRules = Annotated[Literal["compiled", "asynchronous", "on-cpus", "free"] | None, tyro.conf.arg(metavar="RULES")]
+RULES = {"gpu": GPU, "asynchronous": Rules("asynchronous"), "blocking": COMPILED, "on-cpus": ON_CPUS, "free": FREE}
+OptionalRules = Annotated[
+    Literal["gpu", "asynchronous", "blocking", "on-cpus", "free"] | None, tyro.conf.arg(metavar="RULES")
+]
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,15 @@ class SimulateOptions:
     row against what was measured; the network is --gpu's."""
     no_overlap: bool = False
     """Wait for every collective of the vocabulary layers where it stands, as suits CPUs."""
-    place: bool = False
-    """Search where vocabulary passes stand best for these pass times; for 1f1b with vocab-1, vocab-2 or interlaced."""
+    durations: OptionalStr = None
+    """How long passes take, in milliseconds, instead of what the model and the GPU say: F=466,B=549,W=405,transfer=4,
+    or any other field of schedules.Durations. H=0 is a pipeline without a head."""
+    plain: bool = False
+    """Repeat the schedule's building block as it is, instead of fitting the order of passes to their durations."""
     rules: OptionalRules = None
-    """What waits for what: compiled, one program for all devices, its transfers blocking; asynchronous, the same with
-    transfers in flight until they are needed; on-cpus, compiled with collectives that block too; free, a process a
-    device. compiled if not given, free with --times."""
+    """What waits for what: gpu, one program for all devices whose transfers and collectives share a stream on each;
+    asynchronous, with a stream for every transfer; blocking, with transfers that block both ends; on-cpus, with
+    collectives that block too; free, a process a device. gpu if not given, free with --times."""
     compare: bool = False
     """Print every schedule with every method, sorted by time."""
     json: OptionalStr = None
@@ -84,7 +88,9 @@ class SimulateOptions:
     trace: OptionalStr = None
     """Write the timeline as a trace for ui.perfetto.dev to this file."""
     csv: OptionalStr = None
-    """Write what each device runs, in the CSV of torch.distributed.pipelining, to this file."""
+    """Write what each device runs to this file, in the CSV of torch.distributed.pipelining, which torch can run."""
+    csv_vocabulary: bool = False
+    """Write the passes of the vocabulary layers to the CSV too; torch refuses it then."""
 
     def cost(self, seq: int | None = None, vocab_size: int | None = None) -> Cost:
         """What passes cost."""
@@ -105,6 +111,8 @@ class Result:
 
     timeline: Timeline
     cost: Cost
+    of_model: bool = True
+    """Whether the durations are the model's; others have no MFU."""
 
     @property
     def ms(self) -> float:
@@ -134,18 +142,35 @@ class Result:
             "iteration_ms": self.ms,
             "bubble_ratio": timeline.bubble_ratio,
             "steady_bubble_ratio": timeline.steady_bubble,
-            "mfu": self.mfu,
+            "longest_wait_ratio": timeline.longest_wait_ratio,
+            "mfu": self.mfu if self.of_model else None,
             "busy_ms": timeline.busy.tolist(),
             "peak_in_flight": list(timeline.peak_in_flight),
             "peak_bytes": list(self.peak_bytes),
         }
 
 
-def run(options: SimulateOptions, schedule: str, method: str, placed: bool) -> Result:
+def given_durations(text: str) -> Durations:
+    """Durations from ``F=466,B=549``. Raises ValueError for an unknown field or what is no time."""
+    names, found = [f.name for f in fields(Durations)], {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name.strip() not in names:
+            raise ValueError(f"durations has {part.strip()!r}; give NAME=NUMBER, with the names {', '.join(names)}")
+        try:
+            found[name.strip()] = float(value)
+        except ValueError:
+            found[name.strip()] = -1.0
+        if not 0 <= found[name.strip()] < float("inf"):
+            raise ValueError(f"durations has {part.strip()!r}; a duration is a number that is not negative")
+    if not any(found.get(name, default) for name, default in (("F", 1.0), ("B", 2.0), ("W", 0.0))):
+        raise ValueError(f"durations is {text!r}; F, B or W must take some time")
+    return Durations(**found)
+
+
+def run(options: SimulateOptions, schedule: str, method: str) -> Result:
     """Simulate one schedule with one method."""
-    cost, m, rules = options.cost(), options.microbatches or 32, RULES[options.rules or "compiled"]
-    if placed and schedule != "1f1b":
-        raise ValueError(f"schedule is {schedule!r}; placement is for 1f1b")
+    cost, m, rules = options.cost(), options.microbatches or 32, RULES[options.rules or "gpu"]
     counts, z = None, cost.sizes
     if method == "redis":
         counts = redistributed(
@@ -154,6 +179,11 @@ def run(options: SimulateOptions, schedule: str, method: str, placed: bool) -> R
             stages=options.stages,
             rho=z.head_flops / z.layer_flops,
         )
+    given = given_durations(options.durations) if options.durations else None
+
+    def durations(built: Schedule) -> Durations:
+        return given or cost.durations(built).scaled(1e3)
+
     built = build(
         schedule,
         method,
@@ -161,23 +191,20 @@ def run(options: SimulateOptions, schedule: str, method: str, placed: bool) -> R
         m=m,
         chunks=options.chunks,
         layer_counts=counts,
+        durations=None if options.plain else durations,
+        rules=rules,
         overlap=not options.no_overlap,
     )
-    if placed:
-        halves = cost.sizes.layers >= 2 * options.stages
-        built, _ = place(method, options.stages, m, cost.durations, rules=rules, halves=halves)
-    timeline = simulate(lower(built), cost.durations(built).scaled(1e3), rules)
-    return Result(timeline, cost)
+    return Result(simulate(lower(built), durations(built), rules), cost, given is None)
 
 
 def compare(options: SimulateOptions) -> list[Result]:
     """The whole family, fastest first; what cannot be built is said on standard error."""
     options.cost()  # a wrong model or GPU is wrong for all of them
     results = []
-    family = [(schedule, method, False) for schedule in SCHEDULES for method in methods_of(schedule)]
-    for schedule, method, placed in family + [("1f1b", method, True) for method in INSERTED]:
+    for schedule, method in [(name, method) for name in SCHEDULES for method in methods_of(name)]:
         try:
-            results.append(run(options, schedule, method, placed))
+            results.append(run(options, schedule, method))
         except ValueError as problem:
             print(f"left out: {schedule} with {method}: {problem}", file=sys.stderr)
     if not results:
@@ -194,8 +221,9 @@ def print_table(results: list[Result]) -> None:
         # A chunk is a part of what a device holds: in flight is counted in what all chunks of one microbatch are.
         held = max(r.timeline.peak_in_flight) / schedule.chunks
         full = "  more than the GPU has" if max(peaks) > r.cost.gpu.memory_bytes else ""
+        mfu = f"{r.mfu:.1%}" if r.of_model else "-"
         print(
-            f"{schedule.name:<18}{schedule.method:<13}{r.ms:>9.1f}{r.timeline.bubble_ratio:>8.1%}{r.mfu:>8.1%}"
+            f"{schedule.name:<18}{schedule.method:<13}{r.ms:>9.1f}{r.timeline.bubble_ratio:>8.1%}{mfu:>8}"
             f"{held:>11.4g}{max(peaks) / 2**30:>10.1f}{min(peaks) / 2**30:>7.1f}{full}"
         )
 
@@ -205,7 +233,11 @@ def against_measured(options: SimulateOptions) -> tuple[Result, list[dict]]:
     path = Path(options.times)
     if not path.is_file():
         raise ValueError(f"times is {options.times!r}; there is no such file")
-    runs = read_pass_times(path.read_text())
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise ValueError(f"times is {options.times!r}, which cannot be read: {problem}") from None
+    runs = read_pass_times(text)
     chosen = [
         r
         for r in runs
@@ -245,14 +277,11 @@ def print_rows(runs, rows: list[dict], file) -> None:
     """A line a measured run, and the errors."""
     print(f"{'method':<13}{'seq':>6}{'vocabulary':>12}{'predicted ms':>14}{'measured ms':>13}{'error':>8}", file=file)
     for row in rows:
-        error = row["predicted_ms"] / row["measured_ms"] - 1
-        print(
-            f"{row['method']:<13}{row['seq_length']:>6}{row['vocab_size']:>12}{row['predicted_ms']:>14.1f}"
-            f"{row['measured_ms']:>13.1f}{error:>8.2%}",
-            file=file,
-        )
-    mean, largest = errors(runs, [row["predicted_ms"] for row in rows])
-    print(f"error: {mean:.2%} on average, {largest:.2%} at most", file=file)
+        measured, predicted = row["measured_ms"], row["predicted_ms"]
+        beside = "" if measured is None else f"{measured:>13.1f}{predicted / measured - 1:>8.2%}"
+        print(f"{row['method']:<13}{row['seq_length']:>6}{row['vocab_size']:>12}{predicted:>14.1f}{beside}", file=file)
+    if found := errors(runs, [row["predicted_ms"] for row in rows]):
+        print(f"error: {found[0]:.2%} on average, {found[1]:.2%} at most", file=file)
 
 
 def write(options: SimulateOptions, result: Result, data: dict) -> None:
@@ -262,7 +291,7 @@ def write(options: SimulateOptions, result: Result, data: dict) -> None:
     if options.trace:
         Path(options.trace).write_text(formats.to_trace(result.timeline, microseconds=1e3))
     if options.csv:
-        Path(options.csv).write_text(formats.to_csv(result.timeline.schedule))
+        Path(options.csv).write_text(formats.to_csv(result.timeline.schedule, options.csv_vocabulary))
     write_json(options.json, data)
 
 
@@ -282,7 +311,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.json != "-":
             print_table(results)
     else:
-        result = or_fail(lambda: run(options, options.schedule, options.method, options.place))
+        result = or_fail(lambda: run(options, options.schedule, options.method))
         data = result.json()
         if options.json != "-":
             print_table([result])

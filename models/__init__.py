@@ -1,6 +1,13 @@
-"""Models for the pipeline in Flax NNX, their named sizes and weights, and the single-device reference."""
+"""Models for the pipeline in Flax NNX, their named sizes and weights, and the single-device reference.
 
-from vocabpp_jax.models import huggingface
+:mod:`.huggingface` is imported on first use: it alone needs safetensors.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
 from vocabpp_jax.models.config import Config
 from vocabpp_jax.models.decoder import Decoder, build
 from vocabpp_jax.models.gemma import GemmaConfig
@@ -47,3 +54,9 @@ __all__ = [
     "reference_loss",
     "vocabulary_parameters",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "huggingface":
+        return import_module("vocabpp_jax.models.huggingface")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

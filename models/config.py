@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import jax
 from flax import nnx
 
+from vocabpp_jax.pipeline.mesh import GPU_PLATFORMS
 from vocabpp_jax.pipeline.model_interface import Side
 from vocabpp_jax.vocab import Loss
 
@@ -33,7 +35,8 @@ class Config:
     dtype: str = "float32"
     """What the forward and backward compute in; master parameters are float32 either way."""
     attention: str = "auto"
-    """``auto`` is ``cudnn`` for bfloat16 heads that it takes when the default backend is a GPU, else ``xla``."""
+    """``auto`` is ``cudnn`` on GPUs for bfloat16 heads that it takes, else ``xla``. A pipeline asks its mesh where it
+    runs; without one the default backend counts."""
     residuals: str = "selective"
     """What the backward keeps of a block: ``selective`` recomputes norms, activation functions and no matrix product,
     ``everything`` recomputes nothing, ``full`` keeps the block's input and recomputes all of it."""
@@ -46,11 +49,13 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and (type(value) is not int or value < 1):
+            value, (kind, _, none) = getattr(self, field.name), field.type.partition(" | ")
+            if none and value is None:
+                continue
+            if kind == "int" and (type(value) is not int or value < 1):
                 raise ValueError(f"{field.name} is {value!r}; it must be a positive integer")
-            if field.type == "float" and not value > 0:
-                raise ValueError(f"{field.name} is {value!r}; it must be above 0")
+            if kind == "float" and not 0 < value < math.inf:
+                raise ValueError(f"{field.name} is {value!r}; it must be above 0 and finite")
             if field.name in self.CHOICES and value not in self.CHOICES[field.name]:
                 choices = ", ".join(map(str, self.CHOICES[field.name]))
                 raise ValueError(f"{field.name} is {value!r}; it must be one of {choices}")
@@ -134,12 +139,20 @@ class Config:
         return self.init_std / (2 * self.layers) ** 0.5
 
 
-def attention_implementation(config: Config, backend: str | None = None) -> str:
-    """``xla`` or ``cudnn``: what ``config.attention`` means for a backend, or for the default one, which this
-    initialises."""
+def attention_implementation(config: Config, platform: str | None = None) -> str:
+    """``xla`` or ``cudnn``: what ``config.attention`` means on devices of a platform, or of the default backend, which
+    this initialises.
+
+    Raises:
+        ValueError: cuDNN was chosen for a ``platform`` that is no GPU.
+    """
+    if config.attention == "cudnn" and platform and platform not in GPU_PLATFORMS:
+        raise ValueError(
+            f"attention is 'cudnn', and the devices are of the platform {platform!r}; choose 'auto' or 'xla'"
+        )
     if config.attention != "auto":
         return config.attention
-    return "cudnn" if config.fits_cudnn and (backend or jax.default_backend()) == "gpu" else "xla"
+    return "cudnn" if config.fits_cudnn and (platform or jax.default_backend()) in GPU_PLATFORMS else "xla"
 
 
 @dataclass(frozen=True)
@@ -150,6 +163,12 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_seq: int
+
+    def __post_init__(self) -> None:
+        if not (self.factor > 0 and 0 < self.low_freq_factor < self.high_freq_factor and self.original_seq > 0):
+            raise ValueError(
+                f"rope_scaling is {self}; its numbers must be above 0, and high_freq_factor above low_freq_factor"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

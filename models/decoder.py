@@ -6,6 +6,7 @@ Shapes: B batch, L length, D model width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -13,8 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from vocabpp_jax.models.config import Config
+from vocabpp_jax.models.config import Config, attention_implementation
 from vocabpp_jax.pipeline.model_interface import Model, Params, Side, TensorSplit
+from vocabpp_jax.pipeline.precision import exact_products
 from vocabpp_jax.pipeline.tensor import TENSOR
 
 _COLUMNS = {"qkv", "q", "k", "v", "gate", "up"}  # linear layers that every device computes some outputs of
@@ -36,7 +38,7 @@ def build(config: Config) -> Model:
         return nnx.to_pure_dict(nnx.state(config.block(nnx.Rngs(key))))
 
     def init_row(key: jax.Array, table: str) -> jax.Array:
-        return nnx.initializers.normal(config.init_std)(key, (config.hidden,))
+        return nnx.initializers.normal(config.init_std)(key, (config.hidden,), jnp.float32)
 
     def init_final(key: jax.Array) -> Params:
         return nnx.to_pure_dict(nnx.state(config.norm(nnx.Rngs(key))))
@@ -46,7 +48,7 @@ def build(config: Config) -> Model:
         layers=config.layers,
         vocab_size=config.vocab_size,
         width=config.hidden,
-        block=_pure(config.block),
+        block=PureBlock(config),
         init_block=init_block,
         init_row=init_row,
         init_final=init_final,
@@ -57,7 +59,7 @@ def build(config: Config) -> Model:
         loss=config.loss,
         layer_side=config.layer_side,
         tensor=TensorSplit(
-            block=_pure(lambda rngs: config.block(rngs, TENSOR)),
+            block=PureBlock(config, TENSOR),
             specs=jax.tree_util.tree_map_with_path(_spec, shapes),
             parts=config.shared_heads,
         ),
@@ -81,14 +83,25 @@ def _graphdef(make: Callable[[nnx.Rngs], nnx.Module]) -> Any:
     return nnx.graphdef(_abstract(make))
 
 
-def _pure(make: Callable[[nnx.Rngs], nnx.Module]) -> Callable[[Params, jax.Array, Side], jax.Array]:
-    """A module's call as a function of its parameters."""
-    graphdef = _graphdef(make)
+@dataclass(frozen=True)
+class PureBlock:
+    """One layer as a function of its parameters, ``(params, x [B, L, D], side) -> [B, L, D]``; with ``axis``, one
+    device's part of it."""
 
-    def block(params: Params, x_BLD: jax.Array, side: Side) -> jax.Array:
-        return nnx.merge(graphdef, params)(x_BLD, side)
+    config: Config
+    axis: str | None = None
+    _graphdef: Any = field(init=False, repr=False, compare=False)
 
-    return block
+    def __post_init__(self) -> None:
+        graphdef = _graphdef(lambda rngs: self.config.block(rngs, self.axis))
+        object.__setattr__(self, "_graphdef", graphdef)
+
+    def __call__(self, params: Params, x_BLD: jax.Array, side: Side) -> jax.Array:
+        return nnx.merge(self._graphdef, params)(x_BLD, side)
+
+    def on(self, platform: str) -> PureBlock:
+        """The layer with the attention that the devices of a platform have."""
+        return replace(self, config=replace(self.config, attention=attention_implementation(self.config, platform)))
 
 
 class Decoder(nnx.Module):
@@ -119,10 +132,11 @@ class Decoder(nnx.Module):
         if config.positions is not None:
             x_BLD = x_BLD + cast.positions[:L]
         side = {} if segment_ids is None else {"segment_ids": segment_ids}
-        for block, own in zip(cast.blocks, config.layer_side or ({},) * config.layers, strict=True):
-            x_BLD = block(x_BLD, side | own)
         head_VD = cast.tokens[...] if config.tie_embeddings else cast.head[...]
-        logits_BLV = jnp.einsum("BLD,VD->BLV", cast.final(x_BLD), head_VD, preferred_element_type=jnp.float32)
+        with exact_products(config.dtype):
+            for block, own in zip(cast.blocks, config.layer_side or ({},) * config.layers, strict=True):
+                x_BLD = block(x_BLD, side | own)
+            logits_BLV = jnp.einsum("BLD,VD->BLV", cast.final(x_BLD), head_VD, preferred_element_type=jnp.float32)
         cap = config.loss.soft_cap
         return logits_BLV if cap is None else cap * jnp.tanh(logits_BLV / cap)
 

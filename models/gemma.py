@@ -27,12 +27,12 @@ class GemmaConfig(RotaryConfig):
     norm_epsilon: float = 1e-6
     query_scalar: int = 256
     """Scores are divided by its square root; not always the width of a head."""
-    attention_cap: float = 50.0
-    """Attention scores are squashed into plus and minus this."""
-    logit_cap: float = 30.0
+    attention_cap: float | None = 50.0
+    """Attention scores are squashed into plus and minus this; None leaves them as they are."""
+    logit_cap: float | None = 30.0
     """So are the logits."""
-    window: int = 4096
-    """Tokens that a query of a local layer sees, itself included. Even layers, from 0, are local."""
+    window: int | None = 4096
+    """Tokens that a query of a local layer sees, itself included; None is all. Even layers, from 0, are local."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,7 +62,7 @@ class GemmaConfig(RotaryConfig):
         return tuple({"window": np.int32(self.span(layer))} for layer in range(self.layers))
 
     def span(self, layer: int) -> int:
-        return self.seq if layer % 2 else min(self.window, self.seq)
+        return self.seq if layer % 2 or self.window is None else min(self.window, self.seq)
 
     @property
     def kept_width(self) -> int:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import struct
 from collections.abc import Iterable
 from pathlib import Path as File
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from vocabpp_jax.models.hf_fields import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F32", "F16", "BF16")
 
 
 class Entry(NamedTuple):
-    """Where a tensor is, and of which shape."""
+    """Where a tensor is, of which shape and dtype."""
 
     file: File
     shape: tuple[int, ...]
+    dtype: str
 
 
 class Tensors:
@@ -28,7 +33,7 @@ class Tensors:
 
     Raises:
         ValueError: no such files, a header that is none, a file that ends too soon, a tensor that the index promises
-            and its file lacks, a dtype that is no float.
+            and its file lacks.
     """
 
     def __init__(self, folder: File):
@@ -39,12 +44,15 @@ class Tensors:
             for name in promised or header:
                 if name not in header:
                     raise ValueError(f"{INDEX} says that tensor {name!r} is in {file.name}, which does not have it")
-                if header[name]["dtype"] not in DTYPES:
-                    raise ValueError(
-                        f"tensor {name!r} in {file.name} is {header[name]['dtype']}; it must be one of "
-                        f"{', '.join(DTYPES)}"
-                    )
-                self.entries[name] = Entry(file, tuple(header[name]["shape"]))
+                self.entries[name] = Entry(file, tuple(header[name]["shape"]), header[name]["dtype"])
+
+    def check_dtype(self, name: str) -> None:
+        """Raises ValueError where a tensor is of a dtype that no weights have."""
+        entry = self.entries[name]
+        if entry.dtype not in DTYPES:
+            raise ValueError(
+                f"tensor {name!r} in {entry.file.name} is {entry.dtype}; it must be one of {', '.join(DTYPES)}"
+            )
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A part of a tensor in float32; reads no more than it."""
@@ -58,16 +66,14 @@ def _files(folder: File) -> list[tuple[File, set[str]]]:
     """Every file, with the tensors that the index says are in it."""
     index, single = folder / INDEX, folder / SINGLE
     if index.is_file():
-        try:
-            where = json.loads(index.read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(f"{index} has no weight_map") from None
-        for name in sorted(set(where.values())):
-            if not (folder / name).is_file():
+        where = read_json(index).get("weight_map")
+        if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
+            raise ValueError(f"{index} has no weight_map from names of tensors to names of files")
+        names = sorted(set(where.values()))
+        for name in names:
+            if File(name).name != name or "\0" in name or not (folder / name).is_file():
                 raise ValueError(f"{INDEX} names the file {name}, which is not in {folder}")
-        return [
-            (folder / name, {t for t, file in where.items() if file == name}) for name in sorted(set(where.values()))
-        ]
+        return [(folder / name, {t for t, file in where.items() if file == name}) for name in names]
     if single.is_file():
         return [(single, set())]
     raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}")
@@ -83,10 +89,14 @@ def _header(file: File) -> dict[str, dict]:
             raise ValueError(f"{file} is {size} bytes long, which ends within its header")
         try:
             header = json.loads(f.read(length))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(f"{file} is not a safetensors file: its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{file} is not a safetensors file: its header is not a JSON object")
     header.pop("__metadata__", None)
     for name, tensor in header.items():
+        if not _describes_a_tensor(tensor):
+            raise ValueError(f"{file} is not a safetensors file: its header says {tensor!r} of tensor {name!r}")
         end = 8 + length + tensor["data_offsets"][1]
         if end > size:
             raise ValueError(
@@ -95,15 +105,25 @@ def _header(file: File) -> dict[str, dict]:
             )
     try:
         safe_open(file, "numpy")
-    except SafetensorError as problem:
+    except (SafetensorError, OSError) as problem:
         raise ValueError(f"{file} is not a safetensors file: {problem}") from None
     return header
+
+
+def _describes_a_tensor(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    lists = [entry.get("shape"), entry.get("data_offsets")]
+    return all(isinstance(x, list) and all(type(n) is int and n >= 0 for n in x) for x in lists) and len(lists[1]) == 2
 
 
 def write(
     folder: File, tensors: Iterable[tuple[str, np.ndarray]], sizes: dict[str, int], at_most: int, *, writes: bool
 ) -> None:
     """Writes tensors as they come, in files of at most so many bytes each (a larger tensor has one for itself).
+
+    Raises:
+        OSError: a file cannot be written.
 
     Args:
         sizes: bytes of every tensor, in the order in which they come: it decides which file a tensor is in.
@@ -123,7 +143,12 @@ def write(
     for file, within in zip(names, files, strict=True):
         held = dict(next(tensors) for _ in within)
         if writes:
-            save_file({k: np.ascontiguousarray(held[k]) for k in within}, folder / file, metadata={"format": "pt"})
+            try:
+                save_file({k: np.ascontiguousarray(held[k]) for k in within}, folder / file, metadata={"format": "pt"})
+            except SafetensorError as problem:  # for example a full disk
+                number = re.search(r"os error (\d+)", str(problem))
+                said = os.strerror(int(number[1])) if number else str(problem)
+                raise OSError(number and int(number[1]), said, str(folder / file)) from None
     if total > 1 and writes:
         where = {name: file for file, within in zip(names, files, strict=True) for name in within}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}

@@ -22,7 +22,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, width: int, epsilon: float, *, offset: float = 0.0):
         self.epsilon, self.offset = epsilon, offset
-        self.scale = nnx.Param(jnp.full((width,), 1.0 - offset))
+        self.scale = nnx.Param(jnp.full((width,), 1.0 - offset, jnp.float32))
 
     def __call__(self, x: jax.Array, axis: str | None = None) -> jax.Array:
         return _scaled(x, self.offset + enter(self.scale[...], axis).astype(F32), None, self.epsilon)
@@ -33,7 +33,7 @@ class LayerNorm(nnx.Module):
 
     def __init__(self, width: int, epsilon: float):
         self.epsilon = epsilon
-        self.scale, self.bias = nnx.Param(jnp.ones((width,))), nnx.Param(jnp.zeros((width,)))
+        self.scale, self.bias = nnx.Param(jnp.ones((width,), jnp.float32)), nnx.Param(jnp.zeros((width,), jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return _scaled(x, self.scale[...], self.bias[...], self.epsilon)

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from vocabpp_jax.pipeline.model_interface import Model, Params, Side
+from vocabpp_jax.pipeline.precision import exact_products
+from vocabpp_jax.vocab import IGNORED_LABEL
 
 
 def reference_loss(
@@ -24,13 +26,17 @@ def reference_loss(
     """Mean of ``model.loss`` in nats over the valid tokens of the global batch, a float32 scalar; 0 where none is.
 
     ``tokens`` and ``labels`` are ``[m, B, L]``, labels already shifted; ``mask`` of the same shape is true (nonzero)
-    where a label counts, everywhere if None, and its labels may be anything elsewhere. ``side`` arrays are
+    where a label counts, everywhere if None, and its labels may be anything elsewhere; a label of -100 never counts.
+    ``side`` arrays are
     ``[m, B, ...]``. ``params`` are canonical and computed with as they are, or cast to ``dtype`` first; logits and
     loss are float32 either way.
     """
     if dtype is not None:
         params = jax.tree.map(lambda array: array.astype(dtype), params)
-    valid = jnp.ones(labels.shape, bool) if mask is None else mask.astype(bool)
+    valid = labels != IGNORED_LABEL
+    if mask is not None:
+        valid &= mask.astype(bool)
+    labels = jnp.where(valid, labels, 0)
 
     def microbatch(total: jax.Array, batch: tuple) -> tuple[jax.Array, None]:
         tokens_BL, labels_BL, valid_BL, side_B = batch
@@ -44,12 +50,13 @@ def reference_loss(
 def reference_logits(model: Model, params: Params, tokens_BL: jax.Array, side: Side) -> jax.Array:
     """Float32 logits ``[B, L, V]`` of one microbatch, capped where the loss says so, computed in the dtype of
     ``params`` up to the last norm."""
-    x_BLD = params["embed"]["tokens"][tokens_BL] * model.embed_scale
-    if model.positions is not None:
-        x_BLD = x_BLD + params["embed"]["positions"][: tokens_BL.shape[1]]
-    for n, block_params in enumerate(params["blocks"]):
-        x_BLD = model.block(block_params, x_BLD, side | (model.layer_side[n] if model.layer_side else {}))
-    x_BLD = model.final(params["final"], x_BLD)
+    with exact_products(params["embed"]["tokens"].dtype):
+        x_BLD = params["embed"]["tokens"][tokens_BL] * model.embed_scale
+        if model.positions is not None:
+            x_BLD = x_BLD + params["embed"]["positions"][: tokens_BL.shape[1]]
+        for n, block_params in enumerate(params["blocks"]):
+            x_BLD = model.block(block_params, x_BLD, side | (model.layer_side[n] if model.layer_side else {}))
+        x_BLD = model.final(params["final"], x_BLD)
     head_VD = params["embed"]["tokens"] if model.tied else params["head"]
     logits_BLV = jnp.matmul(x_BLD.astype(jnp.float32), head_VD.astype(jnp.float32).T, precision="highest")
     cap = model.loss.soft_cap

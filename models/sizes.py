@@ -17,17 +17,19 @@ from flax import nnx
 from vocabpp_jax.models import gemma, gpt, llama, qwen
 from vocabpp_jax.models.config import Config
 from vocabpp_jax.schedules.simulation.cost import Sizes
+from vocabpp_jax.schedules.spelling import as_spelt
 
 SIZES: dict[str, Config] = gpt.SIZES | llama.SIZES | qwen.SIZES | gemma.SIZES
 """Every named size."""
 
 
 def named(name: str, **overrides: Any) -> Config:
-    """The configuration of a named size with some fields replaced.
+    """The configuration of a named size, whatever the case of its letters, with some fields replaced.
 
     Raises:
         ValueError: an unknown name, a field that the architecture does not have, a value that makes no model.
     """
+    name = as_spelt(name, SIZES)
     if name not in SIZES:
         raise ValueError(f"size is {name!r}; it must be one of {', '.join(SIZES)}")
     for field in overrides:

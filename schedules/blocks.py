@@ -23,6 +23,7 @@ class Block:
         W: start slot of each stage's weight gradient, or () where B computes it too.
         backward_slots: slots that a B takes; a forward takes 1, and a B that computes both gradients usually 2.
         group, group_interval: where microbatches come in groups, how many, and the slots from one group to the next.
+        pass_slots: slots in which every device comes to the end of a pass, where they are finer than passes.
     """
 
     interval: int
@@ -33,6 +34,7 @@ class Block:
     backward_slots: int = 1
     group: int = 1
     group_interval: int = 0
+    pass_slots: int = 1
 
     def __post_init__(self) -> None:
         if self.interval < 1:
@@ -59,7 +61,7 @@ class Block:
     @property
     def longest(self) -> int:
         """Slots of the longest pass."""
-        return self.backward_slots if self.B else 1
+        return max(self.pass_slots, self.backward_slots if self.B else 1)
 
     def shift(self, i: int) -> int:
         """Slots from microbatch 0's passes to those of microbatch ``i``."""

@@ -7,9 +7,13 @@ from dataclasses import replace
 
 from . import blocks
 from .blocks import Block
+from .fit import Times, fit
 from .reorder import can_reorder, reorder
+from .repeat import repeat
 from .schedule import Schedule
-from .vocabulary import METHODS, SHARDED, insert
+from .simulation.simulator import GPU, Rules
+from .spelling import as_spelt
+from .vocabulary import METHODS, SHARDED
 
 _BLOCKS: dict[str, Callable[[int, int, int], Block]] = {
     "gpipe": lambda p, m, chunks: blocks.gpipe(p, m),
@@ -38,7 +42,9 @@ def build(
     m: int,
     chunks: int | None = None,
     layer_counts: Sequence[int] | None = None,
-    reordered: bool = True,
+    durations: Times | None = None,
+    rules: Rules = GPU,
+    reordered: bool = False,
     inserted: int | None = None,
     overlap: bool = True,
 ) -> Schedule:
@@ -49,18 +55,21 @@ def build(
         p, m: devices, microbatches.
         chunks: stages a device, for interleaved-1f1b; 2 where not given.
         layer_counts: layers of every stage, which method redis needs (see :mod:`.layers`) and the others may have.
-        reordered: whether warm-up and cool-down may differ from the steady state where that saves time, in schedules
-            with W passes; see :mod:`.reorder`.
+        durations, rules: how long passes and transfers take, and what waits for what, for which :mod:`.fit` finds the
+            best order; without durations, the building block is repeated as it is.
+        reordered: without durations, whether warm-up and cool-down may differ from the steady state where that saves
+            time with F, B and W of the same length; see :mod:`.reorder`.
         inserted: intervals between the last stage's F and its B, for the vocabulary passes; as published where not
             given. Fewer hold fewer microbatches in flight: vocab-1 can do with 1 in schedules with W passes, v-half
             with none.
         overlap: whether collectives of the vocabulary layers may be under way beside passes. Without, as suits CPUs,
             all steps of an interval follow each other, and 1f1b keeps its devices in step; then it holds
-            2(p - d) - 1 microbatches in flight on device d, and nothing is reordered.
+            2(p - d) - 1 microbatches in flight on device d, and durations change nothing.
 
     Raises:
         ValueError: an unknown name, or a combination that makes no sense, with those that do.
     """
+    schedule, method = as_spelt(schedule, SCHEDULES), as_spelt(method, METHODS)
     _refuse_nonsense(schedule, method, p, m, chunks, layer_counts)
     waits = not overlap and method in SHARDED
     block = _block(schedule, method, p, m, chunks, waits)
@@ -68,10 +77,13 @@ def build(
         raise ValueError(
             f"layer_counts has {len(layer_counts)} entries; {schedule} on {p} devices has {len(block.placement)} stages"
         )
-    built = None
-    if reordered and can_reorder(block) and not waits:
-        built = reorder(block, method, m, schedule, inserted)
-    built = built or repeat(block, method, m, schedule, inserted, overlap)
+    if durations is None or waits:
+        built = None
+        if reordered and can_reorder(block) and not waits:
+            built = reorder(block, method, m, schedule, inserted)
+        built = built or repeat(block, method, m, schedule, inserted, overlap)
+    else:
+        built = fit(block, method, m, durations, schedule, rules=rules, inserted=inserted, layer_counts=layer_counts)
     return built if layer_counts is None else replace(built, layer_counts=tuple(layer_counts))
 
 
@@ -100,25 +112,6 @@ def _refuse_nonsense(schedule, method, p, m, chunks, layer_counts) -> None:
         raise ValueError(f"chunks is {chunks}; interleaved-1f1b has 2 or more a device, and 1f1b has 1")
     if layer_counts is not None and any(n < 0 for n in layer_counts):
         raise ValueError(f"layer_counts is {tuple(layer_counts)}; a stage has 0 layers or more")
-
-
-def repeat(
-    block: Block, method: str, m: int, name: str = "custom", inserted: int | None = None, overlap: bool = True
-) -> Schedule:
-    """A schedule from a building block: room for the vocabulary passes, then ``m`` copies an interval apart.
-
-    Raises:
-        ValueError: an unknown method, or fewer ``inserted`` intervals than its passes need.
-    """
-    block, vocabulary = insert(block, method, m, inserted, overlap)
-    if inserted is not None and vocabulary.inserted_intervals != inserted:
-        raise ValueError(
-            f"inserted is {inserted}; {method} on this block takes {vocabulary.inserted_intervals} intervals or more"
-        )
-    passes = tuple(
-        tuple(sorted((x for i in range(m) for x in block.passes(d, i)), key=lambda x: x.start)) for d in range(block.p)
-    )
-    return Schedule(name, block.p, m, block.interval, block.placement, passes, vocabulary)
 
 
 def evaluation(schedule: Schedule) -> Schedule:

@@ -1,7 +1,8 @@
 """A schedule from free-form orders: for every device the passes it runs, one after the other.
 
-The grammar is that of torch's pipelines: stage, kind, microbatch, as in ``0F0 1F0 1B0 0B0``. Every pass starts as soon
-as the device is free and its input is there.
+The grammar is that of torch's pipelines: stage, kind, microbatch, as in ``0F0 1F0 1B0 0B0``. Where W passes follow,
+torch writes I for the backward that makes the input gradient alone, and B for one that makes both. Every pass starts as
+soon as the device is free and its input is there.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from .check import ScheduleError, check
 from .schedule import Pass, Schedule, Vocabulary
 from .vocabulary import METHODS, SHARDED, unsharded
 
-_PASS = re.compile(r"(\d+)([FBW])(\d+)")
+_PASS = re.compile(r"([0-9]{1,9})([FBIW])([0-9]{1,9})")
 
 
 def from_orders(
@@ -43,6 +44,7 @@ def from_orders(
             f"method is {method!r}; free-form orders take baseline or redis, building blocks take all methods"
         )
     words = [[_parsed(word, d, placement) for word in order.split()] for d, order in enumerate(orders)]
+    words = [_with_own_backward(order) for order in words]
     kinds = {kind for order in words for kind, _, _ in order}
     slots = {"F": 1, "B": backward_slots or (1 if "W" in kinds else 2), "W": 1}
     passes = _as_soon_as_possible(words, slots, len(placement))
@@ -72,7 +74,9 @@ def from_orders(
 def _parsed(word: str, device: int, placement: Sequence[int]) -> tuple[str, int, int]:
     match = _PASS.fullmatch(word)
     if match is None:
-        raise ValueError(f"device {device} runs {word!r}; a pass is a stage, F, B or W, and a microbatch, such as 3F0")
+        raise ValueError(
+            f"device {device} runs {word!r}; a pass is a stage, F, B, I or W, and a microbatch, such as 3F0"
+        )
     stage = int(match[1])
     if stage >= len(placement) or placement[stage] != device:
         where = (
@@ -82,6 +86,19 @@ def _parsed(word: str, device: int, placement: Sequence[int]) -> tuple[str, int,
         )
         raise ScheduleError(f"device {device} runs {word}; {where}")
     return match[2], stage, int(match[3])
+
+
+def _with_own_backward(order: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+    """Torch's I is our B; where weight gradients are passes of their own, its B is our B and W."""
+    split = {(stage, i) for kind, stage, i in order if kind in "IW"}
+    if not split:
+        return order
+    made = []
+    for kind, stage, i in order:
+        made.append(("B" if kind == "I" else kind, stage, i))
+        if kind == "B" and (stage, i) not in split:
+            made.append(("W", stage, i))
+    return made
 
 
 def _as_soon_as_possible(

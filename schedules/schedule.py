@@ -8,8 +8,11 @@ a whole number of them, and what it produces can be used from the slot after its
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
+
+import numpy as np
 
 Op = Literal["run", "start", "done"]
 
@@ -34,7 +37,7 @@ class Pass(NamedTuple):
 
 # Where in its slot an event stands. What a collective brings lands before the slot's transfers leave: one thing is
 # under way between two devices at a time.
-BEFORE, PASSES, LANDINGS, TRANSFERS, AFTER = range(5)
+DEFERRED, BEFORE, PASSES, LANDINGS, TRANSFERS, AFTER = range(6)
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,43 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
+class Order:
+    """The program order inside a slot, which the schedule itself leaves open.
+
+    Attributes:
+        passes: some slots of the interval, each with the order of its passes, a kind and a chunk such as ("B", 1);
+            those that are not named follow, in alphabetical order.
+        transfers: a transfer leaves "behind passes", each behind the one that made it, or "behind slots", all of a
+            slot together, which takes fewer instructions.
+        deferred: whose transfers leave at the beginning of the next interval instead, each a slot, a kind and a chunk.
+        ends_apart: whether warm-up, up to the first stage's first B, and cool-down, from after its last F, are scans of
+            their own, whose transfers land where they are needed there; otherwise as few scans as cost least.
+    """
+
+    passes: tuple[tuple[int, tuple[tuple[str, int], ...]], ...] = ()
+    transfers: Literal["behind passes", "behind slots"] = "behind slots"
+    deferred: frozenset[tuple[int, str, int]] = frozenset()
+    ends_apart: bool = False
+
+    def ranks(self, interval: int, words: Sequence[str], chunks: int) -> np.ndarray:
+        """The rank of every (slot, word, chunk) among the passes of its slot, ``[interval, words, chunks]``."""
+        usual = np.arange(len(words) * chunks).reshape(len(words), chunks)
+        ranks = np.broadcast_to(usual + usual.size, (interval, *usual.shape)).copy()
+        for slot, kinds in self.passes:
+            for n, (kind, chunk) in enumerate(kinds):
+                if kind in words:
+                    ranks[slot, words.index(kind), chunk] = n
+        return ranks
+
+    def defers(self, interval: int, words: Sequence[str], chunks: int) -> np.ndarray:
+        """Whether the transfers of every (slot, word, chunk) are deferred, ``[interval, words, chunks]``."""
+        found = np.zeros((interval, len(words), chunks), bool)
+        for slot, kind, chunk in self.deferred:
+            found[slot, words.index(kind), chunk] = True
+        return found
+
+
+@dataclass(frozen=True)
 class Schedule:
     """Every pass of one training (or evaluation) iteration, and when the vocabulary layers run between them.
 
@@ -83,6 +123,7 @@ class Schedule:
         passes: for every device, its passes in order of start.
         vocabulary: when the sharded (or unsharded) vocabulary layers run.
         layer_counts: layers a stage, or None for an even split.
+        order: the program order inside slots.
     """
 
     name: str
@@ -93,6 +134,7 @@ class Schedule:
     passes: tuple[tuple[Pass, ...], ...]
     vocabulary: Vocabulary
     layer_counts: tuple[int, ...] | None = None
+    order: Order = Order()
     _chunks: tuple[int, ...] = field(init=False, repr=False, compare=False, default=())
 
     def __post_init__(self) -> None:
@@ -127,6 +169,10 @@ class Schedule:
     def chunks(self) -> int:
         """Stages a device."""
         return self.stages // self.p
+
+    def chunks_of(self, stages: np.ndarray) -> np.ndarray:
+        """Which of their devices' chunks stages are; 0 for -1, which is no stage."""
+        return np.array((*self._chunks, 0))[stages]
 
     def chunk(self, stage: int) -> int:
         """Which of its device's chunks a stage is."""

@@ -19,7 +19,7 @@ REPEATING = [name for name in BLOCKS if name not in ("gpipe", "interleaved")]
 
 
 def in_flight(schedule, method, p, m, **options):
-    return lower(build(schedule, method, p=p, m=m, reordered=False, **options)).in_flight
+    return lower(build(schedule, method, p=p, m=m, **options)).in_flight
 
 
 @pytest.mark.parametrize("name", REPEATING)

@@ -186,13 +186,13 @@ def test_a_program_that_runs_a_pass_for_another_microbatch_is_refused(schedule, 
 
 
 def test_a_block_whose_passes_collide_is_refused():
-    good = build("zb-h1", "baseline", p=2, m=4, reordered=False)
+    good = build("zb-h1", "baseline", p=2, m=4)
     passes = [x._replace(start=x.start + 1) if x.kind == "W" else x for x in good.passes[0]]
     with pytest.raises(ScheduleError, match="one pass at a time"):
         check(with_passes(good, 0, passes))
 
 
-def test_repeat_is_the_same_as_build_without_reordering():
+def test_repeat_is_the_same_as_build_without_durations():
     from vocabpp_jax.schedules import blocks
 
-    assert repeat(blocks.v_half(3), "vocab-2", 5, "v-half") == build("v-half", "vocab-2", p=3, m=5, reordered=False)
+    assert repeat(blocks.v_half(3), "vocab-2", 5, "v-half") == build("v-half", "vocab-2", p=3, m=5)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vocabpp_jax import data
-from vocabpp_jax.data import corpus as corpus_module
+from vocabpp_jax.data import files
+from vocabpp_jax.data.batches import Windows
 
 WORDS = "the cat sat on the mat and looked at another cat which sat on another mat\n"
 
@@ -85,8 +86,8 @@ def test_the_fingerprint_follows_the_text_and_not_the_place(tmp_path):
 
 
 def test_the_standard_library_is_a_corpus():
-    files = corpus_module._standard_library()
-    assert len(files) > 500 and not any("site-packages" in path.parts for path in files)
+    found = files._standard_library()
+    assert len(found) > 500 and not any("site-packages" in path.parts for path in found)
 
 
 @pytest.mark.parametrize(
@@ -149,16 +150,18 @@ def test_training_the_tokenizer_twice_gives_the_same_one(folder):
 def test_the_cache_is_used_and_leaves_no_partial_files(folder, cache, monkeypatch):
     first = data.load_tokens(str(folder), vocab_size=300)
     monkeypatch.setattr("vocabpp_jax.data.tokenizer.train_tokenizer", None)
-    monkeypatch.setattr("vocabpp_jax.data.tokens.encode", None)
+    monkeypatch.setattr("vocabpp_jax.data.tokens._encoded", None)
     again = data.load_tokens(str(folder), vocab_size=300)
-    assert np.array_equal(first.train, again.train) and len(list(cache.iterdir())) == 3
+    assert np.array_equal(first.train, again.train)
+    assert {path.name.split("-")[0] for path in cache.iterdir()} == {"tokenizer", "tokens", "facts"}
+    assert not [path for path in cache.iterdir() if ".partial" in path.name]
 
 
 def test_a_failed_write_leaves_nothing_behind(folder, cache, monkeypatch):
     def fails(*_):
         raise RuntimeError("full")
 
-    monkeypatch.setattr("vocabpp_jax.data.tokens.encode", fails)
+    monkeypatch.setattr("vocabpp_jax.data.tokens._encoded", fails)
     with pytest.raises(RuntimeError):
         data.load_tokens(str(folder), vocab_size=300)
     assert [path.suffix for path in cache.iterdir()] == [".json"]
@@ -311,10 +314,10 @@ def test_document_masks_number_documents_and_leave_out_labels_of_the_next(length
     document = np.repeat(np.arange(len(lengths)), lengths)
     if len(document) <= seq:
         return
-    batch = data.training_batches(document, microbatches=1, batch=1, seq=seq, seed=0, ends=np.cumsum(lengths))[0]
-    tokens, labels, mask = (batch[name][0, 0] for name in ("tokens", "labels", "mask"))  # a token tells its document
-    assert np.array_equal(batch["side"]["segment_ids"][0, 0], tokens - tokens[0])
-    assert np.array_equal(mask, tokens == labels)
+    row = Windows(document, seq, np.cumsum(lengths))[0]
+    tokens, labels = row["tokens"], row["labels"]  # a token is the number of its document
+    assert np.array_equal(row["side"]["segment_ids"], tokens - tokens[0])
+    assert np.array_equal(row["mask"], tokens == labels)
 
 
 def test_documents_of_text_end_where_the_end_of_text_stands(folder):
@@ -352,7 +355,7 @@ def test_parquet_without_text_or_cut_off_is_named(tmp_path):
 
 
 def test_parquet_without_its_package_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(files, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'vocabpp-jax\[parquet\]'"):
         data.open_corpus(write(tmp_path / "a.parquet", b"PAR1"))
 

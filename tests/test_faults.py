@@ -88,6 +88,51 @@ def test_an_error_of_ones_own_is_no_lost_peer():
     assert faults.lost_peer(RuntimeError("Connection reset by peer")) is None  # there is one process
 
 
+def test_a_lost_peer_is_recognised_by_what_caused_the_error(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+    def caused_by(cause):
+        try:
+            raise faults.Stop("a checkpoint cannot be written to /data/gloo") from cause
+        except faults.Stop as problem:
+            return faults.lost_peer(problem)
+
+    said = caused_by(ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer\nmore"))
+    assert said == "process 0 of 2: another process is gone (UNKNOWN: Gloo AllGather failed: Connection reset by peer)"
+    assert caused_by(ConnectionResetError(104, "Connection reset by peer")) is not None
+    assert caused_by(OSError(28, "No space left on device", "/data/gloo/1")) is None
+    assert caused_by(KeyError("n")) is None
+
+
+NCCL = "INTERNAL: NCCL operation ncclCommInitRankConfig(&comm, nranks, comm_id, rank, &config) failed: {} (run with "
+NCCL += "NCCL_DEBUG=WARN for details). Last NCCL warning(error) log entry (may be unrelated) '{}'."
+
+
+@pytest.mark.parametrize(
+    ("problem", "kind"),
+    [
+        (NCCL.format("unhandled cuda error", "Cuda failure 2 'out of memory'"), "memory of NCCL"),
+        (NCCL.format("unhandled cuda error", "Failed to CUDA calloc 536870912 bytes"), "memory of NCCL"),
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes.", "memory"),
+        ("INTERNAL: CUDA error: Failed to allocate 4 GiB: CUDA_ERROR_OUT_OF_MEMORY: out of memory", "memory"),
+        (NCCL.format("unhandled cuda error", "Cuda failure 700 'an illegal memory access'"), None),
+        (NCCL.format("invalid usage", "Duplicate GPU detected"), None),
+        (NCCL.format("remote process exited or there was a network error", "socketProgress: closed"), "peer"),
+        (NCCL.format("unhandled system error", "socketPollConnect: connect returned"), "peer"),
+        ("UNKNOWN: Gloo all-reduce failed: Connection closed by peer [10.0.0.2]:4321", "peer"),
+        ("UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats)", "peer"),
+        ("INVALID_ARGUMENT: shapes do not match", None),
+    ],
+)
+def test_an_error_says_whether_memory_another_process_or_neither_is_gone(monkeypatch, problem, kind):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    memory, peer = faults.out_of_memory(RuntimeError(problem)), faults.lost_peer(RuntimeError(problem))
+    assert bool(memory) == (kind or "").startswith("memory") and bool(peer) == (kind == "peer")
+    if memory:
+        assert memory.startswith("process 0 of 2: a device is out of memory (") and "\n" not in memory
+        assert ("XLA_PYTHON_CLIENT_MEM_FRACTION" in memory) == kind.endswith("NCCL")
+
+
 def test_a_watchdog_without_a_limit_watches_nothing_and_a_wrong_limit_is_refused():
     with faults.Watchdog(None):
         pass

@@ -1,6 +1,8 @@
 """Megatron's indexed datasets are read as they are; what is cut off or contradicts itself is named."""
 
+import dataclasses
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,8 @@ from hypothesis import strategies as st
 
 from vocabpp_jax import data
 from vocabpp_jax.data.megatron import HEADER, MAGIC, TYPES, is_megatron, read_indexed
+
+CASES = Path(__file__).parent / "cases"
 
 
 def write(folder, documents, code=8, sequences=None):
@@ -52,6 +56,59 @@ def test_the_splits_are_whole_documents(tmp_path, documents):
     assert train[-1] == len(tokens.train) and validation[-1] == len(tokens.validation)
     whole = data.load_tokens(write(tmp_path, documents[:1]), vocab_size=100)
     assert len(whole.train) + len(whole.validation) == len(documents[0])
+
+
+@pytest.mark.parametrize("sizes", [[1000, 40], [40, 1000], [500, 500], [900, 60, 40], [10] * 100, [1, 99], [2000]])
+def test_about_a_twentieth_of_the_tokens_is_held_out(tmp_path, sizes):
+    tokens = data.load_tokens(write(tmp_path, [np.arange(n) % 90 for n in sizes]), vocab_size=100)
+    assert 0.025 <= len(tokens.validation) / sum(sizes) <= 0.1
+    train, validation = tokens.ends
+    expected = np.cumsum(sizes)
+    at = len(tokens.train)
+    assert np.array_equal(train, [*expected[expected < at], at])
+    assert np.array_equal(validation, expected[expected > at] - at)
+
+
+def test_each_split_has_its_own_ends(tmp_path):
+    """Also where both splits are equally long, as in four documents of which the last is half of the tokens."""
+    tokens = data.load_tokens(str(CASES / "half.idx"), vocab_size=100)
+    train, validation = tokens.ends
+    assert train.tolist() == [2, 4, 7] and validation.tolist() == [1]
+    two = data.load_tokens(write(tmp_path, [np.array([5]), np.array([6])]), vocab_size=100)
+    assert len(two.train) == len(two.validation) == 1
+    halves = dataclasses.replace(two, find_ends=lambda: (np.array([1, 4]), np.array([3, 4])))
+    assert [ends.tolist() for ends in halves.ends] == [[1, 4], [3, 4]]
+
+
+def test_documents_of_one_token_leave_no_label_with_document_masks_and_that_is_said():
+    tokens = data.load_tokens(str(CASES / "ones.idx"), vocab_size=100)
+    shape = {"microbatches": 1, "batch": 2, "seq": 4}
+    train, validation = tokens.ends
+    with pytest.raises(ValueError, match="the train split has no label that counts: with document masks"):
+        data.training_batches(tokens.train, **shape, seed=0, ends=train)
+    with pytest.raises(ValueError, match="the validation sample has no label that counts: with document masks"):
+        data.validation_batches(tokens.validation, **shape, ends=validation)
+    some = data.training_batches(tokens.train, **shape, seed=0, ends=train[train != 1])
+    assert sum(some[k]["mask"].sum() for k in range(len(tokens.train) // 8)) <= 1
+    data.training_batches(tokens.train, **shape, seed=0)
+
+
+def test_a_bin_that_is_longer_than_its_index_says_does_not_belong_to_it(tmp_path, documents):
+    source = write(tmp_path, documents)
+    with (tmp_path / "set.bin").open("ab") as file:
+        file.write(b"\0" * 8)
+    with pytest.raises(ValueError, match=r"set\.bin is \d+ bytes long; the \d+ tokens of its index take \d+"):
+        read_indexed(source)
+    assert np.array_equal(read_indexed(source, "skip").tokens, np.concatenate(documents))
+
+
+def test_suffixes_may_be_in_capitals(tmp_path, documents):
+    write(tmp_path, documents)
+    for suffix in ("idx", "bin"):
+        (tmp_path / f"set.{suffix}").rename(tmp_path / f"SET.{suffix.upper()}")
+    for name in ("SET", "SET.IDX", "SET.BIN"):
+        assert is_megatron(str(tmp_path / name))
+        assert np.array_equal(read_indexed(str(tmp_path / name)).tokens, np.concatenate(documents))
 
 
 def test_a_cut_off_bin_is_refused_or_its_last_documents_left_out(tmp_path, documents):

@@ -8,6 +8,7 @@ import pytest
 import reproduce
 from paper import beyond, calibration, claims, convergence, layer_balance, memory_section, page, scaling, tables
 from paper.settings import TABLES, published
+from reports import least_squares
 from vocabpp_jax.schedules.simulation.cost import Sizes
 
 
@@ -64,7 +65,7 @@ def test_the_frozen_constants_are_those_of_least_squares(number):
         for name in (calibration.FITTED if number == 5 else calibration.V_HALF)
     }
     r = calibration.residuals(number, constants)
-    J = calibration.jacobian(lambda c: calibration.residuals(number, c), constants, r)
+    J = least_squares.jacobian(lambda c: calibration.residuals(number, c), constants, r)
     left = r + J @ np.linalg.lstsq(J, -r)[0]
     assert left @ left > 0.99 * (r @ r)
 
@@ -76,7 +77,7 @@ def test_least_squares_finds_the_constants_that_made_the_data():
     def residuals(c):
         return np.log((c["a"] + c["b"] * x**2) / (true["a"] + true["b"] * x**2))
 
-    at, error = calibration.gauss_newton(residuals, {"a": 1.0, "b": 1.0}, iterations=30)
+    at, error = least_squares.gauss_newton(residuals, {"a": 1.0, "b": 1.0}, iterations=30)
     assert at == pytest.approx(true, rel=1e-3) and (error < 1e-2).all()
 
 

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vocabpp_jax.schedules import build, lower
-from vocabpp_jax.schedules.place import place
 from vocabpp_jax.schedules.simulation.measured import errors, read_pass_times
 from vocabpp_jax.schedules.simulation.simulator import COMPILED, FREE, ON_CPUS, Durations, Rules, simulate
 
@@ -17,7 +16,7 @@ ASYNCHRONOUS = Rules("asynchronous")
 
 
 @cache
-def program(schedule="1f1b", method="baseline", p=4, m=8, reordered=True):
+def program(schedule="1f1b", method="baseline", p=4, m=8, reordered=False):
     return lower(build(schedule, method, p=p, m=m, reordered=reordered))
 
 
@@ -51,10 +50,10 @@ def test_zero_bubble_schedules_wait_as_long_as_their_formulas_say(p, F, B, W):
 
 def test_v_half_with_vocabulary_passes_waits_no_longer_than_v_half():
     units = Durations(F=1, B=1, W=1)
-    plain = simulate(program("v-half", p=8, m=32), units).bubble_ratio
-    assert plain < simulate(program("v-half", p=8, m=32, reordered=False), units).bubble_ratio
+    plain = simulate(program("v-half", p=8, m=32, reordered=True), units).bubble_ratio
+    assert plain < simulate(program("v-half", p=8, m=32), units).bubble_ratio
     for method in ("vocab-1", "vocab-2"):
-        assert simulate(program("v-half", method, p=8, m=32), units).bubble_ratio < plain + 0.01
+        assert simulate(program("v-half", method, p=8, m=32, reordered=True), units).bubble_ratio < plain + 0.01
 
 
 @pytest.mark.parametrize("method", ["vocab-1", "vocab-2", "vocab-naive", "interlaced"])
@@ -147,6 +146,8 @@ def test_passes_of_a_device_never_overlap_and_inputs_are_there(method, p, m, rul
 def test_the_overhead_of_a_loop_counts_in_every_slot_and_not_as_work():
     plain, slow = (simulate(program(p=2, m=20), Durations(overhead=x)) for x in (0, 0.01))
     assert slow.makespan > plain.makespan and np.array_equal(slow.busy, plain.busy)
+    free = [simulate(program(p=2, m=20), Durations(overhead=x), FREE).makespan for x in (0, 0.01)]
+    assert free[0] == free[1]  # a process a device has no such loops
 
 
 @pytest.mark.parametrize(
@@ -167,40 +168,6 @@ def test_vocabulary_passes_keep_the_steady_state_of_1f1b(method, p):
     one = program(method=method, p=p, m=3 * p + 12)
     for both in (0.1, 0.3, 0.5, 1.0, 1.5, 2.0):
         assert simulate(one, Durations(F=1, B=2, S=both / 3, T=both * 2 / 3)).steady_bubble < 0.01
-
-
-GRIDS = [("vocab-2", 1, B) for B in (1.7, 2.0, 2.3)] + [("vocab-1", 2, B) for B in (1.7, 2.0, 2.3)]
-
-
-# Synchronous passes need the grid of thirds.
-@pytest.mark.parametrize(("method", "more", "B"), [*GRIDS, ("interlaced", 0, 2.0)])
-@pytest.mark.parametrize("p", [1, 2, 4, 7, 16])
-def test_placement_keeps_the_steady_state_where_a_backward_is_not_twice_a_forward(method, more, B, p):
-    for both in (0.1, 0.5, 2.0):
-
-        def durations(schedule, both=both):
-            n = schedule.chunks
-            return Durations(F=1 / n, B=B / n, S=both / 2, T=both / 2, C0=0.02, stats=0.002, big=0.02, CI=0.02, CB=0.02)
-
-        schedule, bubble = place(method, p, 3 * p + 12, durations)
-        timeline = simulate(lower(schedule), durations(schedule))
-        assert timeline.steady_bubble == pytest.approx(bubble, abs=1e-9)
-        assert bubble < (0.01 if B == 2 else 0.03) + (0.02 if method == "interlaced" else 0)
-        # Counted in half stages where a device holds two.
-        assert timeline.peak_in_flight == tuple((p - r + more) * schedule.chunks for r in range(p))
-
-
-@pytest.mark.parametrize("p", [32, 64])
-def test_placement_for_many_devices(p):
-    def durations(schedule):
-        return Durations(F=1 / schedule.chunks, B=1.8 / schedule.chunks, S=0.2, T=0.2)
-
-    assert place("vocab-2", p, 3 * p + 12, durations)[1] < 0.01
-
-
-def test_placement_is_refused_for_a_method_that_has_no_passes_to_place():
-    with pytest.raises(ValueError, match="vocab-1"):
-        place("baseline", 4, 8, lambda schedule: Durations())
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -238,6 +205,12 @@ def test_measured_pass_times_predict_measured_iterations():
     network = Durations(transfer=0.07, C0=0.08, big=0.15, CI=0.15, CB=0.08, stats=0.05)
     mean, largest = errors(runs, [run.predict(network).makespan for run in runs])
     assert mean < 0.03 and largest < 0.05
+
+
+def test_pass_times_without_an_iteration_have_no_error():
+    head, row, *_ = (PUBLISHED / "pass_times_8xA100.csv").read_text().splitlines()
+    (run,) = read_pass_times(f"{head}\n{row.replace('11722.8', '')}\n")
+    assert run.iteration_ms is None and errors([run], [run.predict().makespan]) is None
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vocabpp_jax import vocab
-from vocabpp_jax.vocab import Loss, Shard, Slopes, Stats, Target, unsharded_head
+from vocabpp_jax.vocab import Coefficients, Kept, Loss, Shard, Stats, Target, unsharded_head
 
 N, D = 7, 5
 PLAIN = Loss()
@@ -41,26 +41,25 @@ def reference(w, x, labels, weight, loss=PLAIN):
 def algorithm(number: int, w, x, labels, weight, p, loss=PLAIN):
     """Loss, weight gradient and input gradient by Algorithm 1 or 2 over p shards."""
     parts = shards(w, p)
-    logits = [vocab.logits(wk, x, s, loss) for wk, s in parts]
-    slopes = [vocab.slopes(y, labels, s, jnp.float32, loss) for y, (_, s) in zip(logits, parts, strict=True)]
-    local = [vocab.exponentials(y, labels, s, jnp.float32, loss) for y, (_, s) in zip(logits, parts, strict=True)]
-    whole = vocab.combine(jax.tree.map(lambda *xs: jnp.stack(xs), *(stats for _, stats in local)))
+    local = [vocab.exponentials(vocab.logits(wk, x, s, loss), labels, s, w.dtype, loss) for wk, s in parts]
+    of_shards = jax.tree.map(lambda *xs: jnp.stack(xs), *(stats for _, stats in local))
     dw, dx = [], 0
-    for (wk, s), (soft, stats), slope in zip(parts, local, slopes, strict=True):
-        scale = vocab.factor(stats, whole, weight, loss)
-        target = Target(weight, labels, s, loss, slope)
-        dw.append(vocab.weight_gradient(jnp.zeros(wk.shape), soft, x, scale, target))
+    for k, ((wk, s), (kept, _)) in enumerate(zip(parts, local, strict=True)):
+        target = Target(weight, labels, s, loss)
+        at = vocab.coefficients(of_shards, k, kept, target, len(wk))
+        dw.append(vocab.weight_gradient(jnp.zeros(wk.shape), kept, x, at, target))
         if number == 1:
             evenly = loss.label_smoothing and loss.soft_cap is None
-            uniform = vocab.uniform_input_gradient(wk, s, loss) if evenly else None
-            dx += vocab.input_gradient(soft, wk, scale, target, uniform)
+            uniform = vocab.uniform_input_gradient(wk, s) if evenly else None
+            dx += vocab.input_gradient(kept, wk, at, target, uniform)
         else:
-            a = vocab.unscaled_input_gradient(soft, wk)
-            uniform = vocab.uniform_input_gradient(wk, s, loss, slope) if loss.label_smoothing else None
-            dx += vocab.partial_input_gradient(a, wk, scale, target, uniform)
+            a = vocab.unscaled_input_gradient(kept, wk)
+            uniform = vocab.uniform_input_gradient(wk, s, kept.slopes) if loss.label_smoothing else None
+            dx += vocab.partial_input_gradient(a, wk, at, target, uniform)
     padding = jnp.concatenate(dw)[w.shape[0] :]
     np.testing.assert_array_equal(padding, np.zeros_like(padding))
-    return jnp.sum(weight * vocab.losses(whole, loss)), jnp.concatenate(dw)[: w.shape[0]], dx
+    value = jnp.sum(weight * vocab.losses(vocab.combine(of_shards), loss))
+    return value, jnp.concatenate(dw)[: w.shape[0]], dx
 
 
 @pytest.mark.newest
@@ -134,10 +133,10 @@ def test_shards_of_the_input_layer_add_up_to_the_lookup_and_its_transpose(V, p, 
 
 def test_statistics_and_losses_are_float32_in_bfloat16_compute():
     w, x, labels, _ = problem(11)
-    soft, stats = vocab.exponentials(
-        vocab.logits(w.astype(jnp.bfloat16), x.astype(jnp.bfloat16), Shard(0, 11)), labels, Shard(0, 11), jnp.bfloat16
-    )
-    assert soft.dtype == jnp.bfloat16 and all(s.dtype == jnp.float32 for s in stats)
+    shard = Shard(0, 11)
+    y = vocab.logits(w.astype(jnp.bfloat16), x.astype(jnp.bfloat16), shard)
+    kept, stats = vocab.exponentials(y, labels, shard, jnp.bfloat16)
+    assert kept.p.dtype == jnp.bfloat16 and all(s.dtype == jnp.float32 for s in (*stats, kept.rest))
 
 
 @pytest.mark.parametrize("loss", [PLAIN, Loss(z_loss=0.01, label_smoothing=0.1), Loss(soft_cap=1.5)])
@@ -147,10 +146,11 @@ def test_products_add_up_in_float32_and_no_matrix_of_logits_is_made_beside_the_e
     row, labels = jax.ShapeDtypeStruct((N,), jnp.float32), jax.ShapeDtypeStruct((N,), jnp.int32)
 
     def passes(w, x, p, total, row, labels):
-        slopes = Slopes(row, None) if loss.soft_cap else None
-        target = Target(row, labels, Shard(0, R), loss, slopes)
-        total = vocab.weight_gradient(total, p, x, row, target)
-        return total, vocab.input_gradient(p, w, row, target), vocab.unscaled_input_gradient(p, w)
+        target = Target(row, labels, Shard(0, R), loss)
+        kept = Kept(p, row, None, row, None)
+        at = Coefficients(row, row, row if loss.label_smoothing else None)
+        total = vocab.weight_gradient(total, kept, x, at, target)
+        return total, vocab.input_gradient(kept, w, at, target), vocab.unscaled_input_gradient(kept, w)
 
     total = jax.ShapeDtypeStruct((R, D), jnp.float32)
     made = [

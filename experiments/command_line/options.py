@@ -8,20 +8,26 @@ import io
 import json
 import os
 import re
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar, get_type_hints
 
 import jax
 import tyro
 
+from command_line.names import with_names
+from command_line.refusals import sentence_of
 from vocabpp_jax import Model, make_mesh, models, schedules
 from vocabpp_jax.models import Config
+from vocabpp_jax.pipeline.mesh import all_devices
 from vocabpp_jax.runtime import hosts
-from vocabpp_jax.schedules import Schedule
+from vocabpp_jax.runtime.faults import LastWords
+from vocabpp_jax.schedules import Rules, Schedule
 from vocabpp_jax.schedules.layers import redistributed
+from vocabpp_jax.schedules.simulation.cost import GPU, Cost, load_gpu
 from vocabpp_jax.vocab import Loss
 
 Options = TypeVar("Options")
@@ -31,6 +37,9 @@ Result = TypeVar("Result")
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(optional)")]
 OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(optional)")]
 OptionalStr = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="(optional)")]
+_BUCKET = "can be in a bucket"
+BucketPath = Annotated[str, _BUCKET]
+OptionalBucketPath = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="(optional)"), _BUCKET]
 
 
 @dataclass(frozen=True)
@@ -131,12 +140,20 @@ class PipelineOptions:
     """Wait for every collective of the vocabulary layers where it stands, all of them in one place of an interval: for
     CPUs, whose collectives let no pass run beside them."""
 
+    fit: OptionalStr = None
+    """The GPU, such as h100-80g, to whose pass times the order of passes is fitted; the one at hand if not given, or
+    none to repeat the schedule's building block as it is, as on CPUs."""
+
     def on(self, platform: str) -> PipelineOptions:
         """The same for what it is to be timed on: a CPU that waits for a collective does nothing else meanwhile."""
         return dataclasses.replace(self, no_overlap=self.no_overlap or platform == "cpu")
 
-    def build(self, config: Config) -> Schedule:
-        """The schedule for a model. Raises ValueError for an unknown name or what cannot be scheduled."""
+    def build(self, config: Config, at_hand: GPU | None = None, rules: Rules = schedules.GPU) -> Schedule:
+        """The schedule for a model, fitted to the GPU that the options name or that is at hand.
+
+        Raises:
+            ValueError: an unknown name, or what cannot be scheduled.
+        """
         for name in ("stages", "microbatches", "microbatch_size", "tensor_parallel", "data_parallel"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -149,6 +166,8 @@ class PipelineOptions:
                 stages=self.stages,
                 rho=models.head_flops(config) / models.layer_flops(config),
             )
+        gpu = at_hand if self.fit is None else None if self.fit == "none" else load_gpu(self.fit)
+        cost = gpu and Cost(models.cost_sizes(config, self.microbatch_size), gpu)
         return schedules.build(
             schedule=self.schedule,
             method=self.method,
@@ -156,12 +175,14 @@ class PipelineOptions:
             m=self.microbatches,
             chunks=self.chunks,
             layer_counts=counts,
+            durations=cost and cost.durations,
+            rules=rules,
             overlap=not self.no_overlap,
         )
 
     def mesh(self) -> jax.sharding.Mesh:
         """The mesh of devices. Raises ValueError where the devices there are cannot be laid out so."""
-        devices, one = jax.device_count(), self.stages * self.tensor_parallel
+        devices, one = len(all_devices()), self.stages * self.tensor_parallel
         if devices % one:
             times = f" times tensor_parallel {self.tensor_parallel} is {one}" if self.tensor_parallel > 1 else ""
             raise ValueError(
@@ -197,39 +218,97 @@ class ClusterOptions:
 
     heartbeat_timeout: int = 60
     """Seconds without a sign of life after which a process counts as gone, and all the others end."""
+    join_timeout: OptionalInt = None
+    """Seconds in which all processes must have started; 300 if not given."""
+
+    @property
+    def several(self) -> bool:
+        """Whether this is meant to be one of several processes."""
+        return self.distributed or any(v is not None for v in (self.coordinator, self.processes, self.process_id))
+
+    def tell_and_fail(self, problem: ValueError) -> NoReturn:
+        """End because of a problem that the other processes may not have, and let them know if there are any."""
+        if self.several:
+            print(f"error: {problem}", file=sys.stderr, flush=True)  # joining may take long
+
+            def refuse() -> NoReturn:
+                raise problem
+
+            with contextlib.suppress(ValueError):
+                self.join(simulated_devices=1)
+                hosts.agree(refuse)
+            raise SystemExit(2)
+        fail(str(problem))
 
     def join(self, simulated_devices: int) -> None:
         """Find the other processes, if there are any; where there are only CPUs, have them simulate devices.
 
-        To be called before anything asks JAX for a device.
+        To be called before anything asks JAX for a device. Raises ValueError where there is none, or not all come.
         """
-        explicit = (self.coordinator, self.processes, self.process_id)
         processes = 1
-        if self.distributed or any(value is not None for value in explicit):
-            processes = hosts.join(*explicit, heartbeat_timeout=self.heartbeat_timeout)
+        if self.several:
+            timeouts = {"heartbeat_timeout": self.heartbeat_timeout, "join_timeout": self.join_timeout}
+            processes = hosts.join(self.coordinator, self.processes, self.process_id, **timeouts)
         # Whoever sets the number of CPU devices in XLA_FLAGS means it.
         if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
             jax.config.update("jax_num_cpu_devices", max(1, simulated_devices // processes))
+        # Here the processes learn of each other's devices, and wait for each other.
+        words = "ended while it looked for the devices of all processes; another process may be gone"
+        with LastWords(words, wanted=self.several, who=f"{socket.gethostname()}: "):
+            all_devices()
 
 
 def parse(options: type[Options], description: str, arguments: Sequence[str] | None = None) -> Options:
-    """Read the command line into a dataclass; what it cannot mean ends the process as :func:`fail` does."""
+    """Read the command line into a dataclass; what it cannot mean ends the process as :func:`fail` does.
+
+    ``~`` at the beginning of a path is expanded, also where a shell would not. Only options that are a
+    :data:`BucketPath` can name a bucket.
+    """
+    hosts.quiet_plugins()
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(
+            parsed = tyro.cli(
                 options,
-                args=arguments,
+                args=with_names(options, sys.argv[1:] if arguments is None else arguments),
                 description=description,
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
             )
     except SystemExit as stop:
         if not stop.code:
             raise
-        # tyro draws a box: a sentence, then hints below a rule or an empty line.
-        lines = [line.strip("│ ") for line in said.getvalue().splitlines() if not line.startswith(("╭", "╰"))]
-        sentence = re.split(r"\n(?:─|\n)", "\n".join(lines))[0]
-        fail(" ".join(sentence.split()))
+        fail(sentence_of(said.getvalue()))
+    return or_fail(lambda: _with_paths(parsed))
+
+
+def _with_paths(options: Options) -> Options:
+    """The options with every path as it is meant."""
+    hints, changed = get_type_hints(type(options), include_extras=True), {}
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            changed[field.name] = _with_paths(value)
+        elif isinstance(value, str):
+            bucket = _BUCKET in getattr(hints[field.name], "__metadata__", ())
+            changed[field.name] = _checkpoints(value) if bucket else _local(field.name, value)
+        elif isinstance(value, tuple):
+            changed[field.name] = tuple(_local(field.name, x) if isinstance(x, str) else x for x in value)
+    return dataclasses.replace(options, **changed)
+
+
+def _checkpoints(value: str) -> str:
+    from vocabpp_jax.checkpoints import folder_path  # takes seconds to import, which most scripts need not wait for
+
+    return os.fspath(folder_path(value))
+
+
+def _local(name: str, value: str) -> str:
+    if re.match("[A-Za-z][A-Za-z0-9+.-]+://", value):
+        raise ValueError(f"{name} is {value!r}; it must be on this machine's file system")
+    expanded = os.path.expanduser(value)
+    if expanded.startswith("~"):
+        raise ValueError(f"{name} is {value!r}, which names a user that does not exist; write it in full")
+    return expanded
 
 
 def write_json(path: str | None, value: Any, indent: int = 1) -> None:
@@ -257,6 +336,7 @@ def or_fail(prepare: Callable[[], Result]) -> Result:
 
 
 def fail(sentence: str, status: int = 2) -> NoReturn:
-    """Say what is wrong and what would do, and exit: with status 2 where the input is wrong."""
-    print(f"error: {sentence}", file=sys.stderr)
+    """Say what is wrong and what would do, on one line, and exit: with status 2 where the input is wrong."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(sentence.split()))
+    print(f"error: {line if len(line) <= 1500 else line[:1500] + '...'}", file=sys.stderr)
     raise SystemExit(status)

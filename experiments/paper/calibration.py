@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
 from paper.page import Files, Say
 from paper.settings import MICROBATCHES, PUBLISHED, Setting, published
+from reports.least_squares import Constants, gauss_newton
 from reports.markdown import table
 from vocabpp_jax import models
 from vocabpp_jax.schedules import Schedule, build, lower
@@ -48,8 +49,6 @@ PEAK_OF_TABLE_5_ON_8 = 320e12
 DENSE_GRADIENT = 8.0
 """Bytes: the published system adds a dense float32 gradient of the embedding for every microbatch."""
 
-Constants = Mapping[str, float]
-
 
 def frozen(table: int) -> GPU:
     """The A100 as a table's software uses it."""
@@ -62,15 +61,15 @@ def _program(schedule: Schedule) -> Program:
 
 
 @functools.cache
-def _schedule(row: Setting) -> Schedule:
-    return row.pipeline.build(row.model.config())
+def _schedule(row: Setting, rules: Rules) -> Schedule:
+    return row.pipeline.build(row.model.config(), frozen(row.table), rules)
 
 
-def program(row: Setting) -> Program:
-    """The row's lowered schedule. Rows that differ in their vocabulary alone share it."""
-    if row.method == "redis":  # its layers depend on the vocabulary
-        return _program(_schedule(row))
-    return _program(_schedule(dataclasses.replace(row, seq=2048, vocab_size=32_000, mfu=None, memory=None)))
+def program(row: Setting, rules: Rules = FREE) -> Program:
+    """The row's lowered schedule, fitted to the smallest vocabulary; rows that differ in theirs alone share it."""
+    smallest = dataclasses.replace(row, vocab_size=32_000, mfu=None, memory=None)
+    # The layers of redis depend on the vocabulary.
+    return _program(_schedule(row if row.method == "redis" else smallest, rules))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +105,7 @@ def predict(
         gpu or frozen(row.table),
         table_bytes=DENSE_GRADIENT if rules is FREE else 0.0,
     )
-    lowered = program(row)
+    lowered = program(row, rules)
     return Prediction(row, cost, simulate(lowered, change(cost.durations(lowered.schedule)), rules))
 
 
@@ -156,43 +155,6 @@ def residuals(table: int, constants: Constants) -> np.ndarray:
     times = compared_pass_times(gpu) if table == 5 else []
     mfu = [MFU_WEIGHT * np.log(predict(row, gpu).mfu / row.mfu) for row in baselines(table)]
     return np.array([*(np.log(model / measured) for _, measured, model in times), *mfu])
-
-
-def jacobian(of: Callable[[Constants], np.ndarray], at: Constants, r: np.ndarray) -> np.ndarray:
-    """What one percent of each constant does to the residuals, by differences, a column a constant."""
-    step = 0.01
-    return np.stack([(of({**at, name: at[name] * np.exp(step)}) - r) / step for name in at], axis=1)
-
-
-def gauss_newton(
-    of: Callable[[Constants], np.ndarray],
-    start: Constants,
-    iterations: int = 12,
-    progress: Callable[[str], None] = lambda line: None,
-) -> tuple[dict[str, float], np.ndarray]:
-    """The constants of least squares, and the standard error of each as a share of it.
-
-    Damped as Levenberg and Marquardt do: a step that does not help is taken again, shorter.
-    """
-    at, r, damping = dict(start), of(start), 1e-3
-    for n in range(iterations):
-        J = jacobian(of, at, r)
-        while damping < 1e3:
-            step = -np.linalg.solve(J.T @ J + damping * np.eye(len(at)), J.T @ r)
-            tried = {name: at[name] * float(np.exp(np.clip(x, -0.5, 0.5))) for name, x in zip(at, step, strict=True)}
-            new = of(tried)
-            if new @ new < r @ r:
-                break
-            damping *= 10
-        else:
-            break
-        gain, at, r, damping = 1 - (new @ new) / (r @ r), tried, new, damping / 10
-        progress(f"least squares, step {n + 1}: {np.sqrt(r @ r / len(r)):.2%} root mean square")
-        if gain < 1e-5:
-            break
-    J = jacobian(of, at, r)
-    variance = r @ r / max(1, len(r) - len(at))
-    return at, np.sqrt(np.diag(np.linalg.pinv(J.T @ J)) * variance)
 
 
 def fit(table: int, progress: Callable[[str], None] = lambda line: None) -> tuple[dict[str, float], np.ndarray]:

@@ -22,6 +22,7 @@ from reports.markdown import table
 from vocabpp_jax import Pipeline, make_mesh, models, schedules, train
 from vocabpp_jax.data import load_tokens, training_batches
 from vocabpp_jax.models import GPTConfig, reference_loss
+from vocabpp_jax.pipeline.mesh import all_devices
 from vocabpp_jax.training.optimizer import adamw
 
 STAGES, MICROBATCHES, BATCH = 4, 8, 2
@@ -39,7 +40,7 @@ def model_config() -> GPTConfig:
 def pipelined(method: str, config: GPTConfig, steps: int) -> tuple[Any, Step]:
     """State and train step of a pipeline."""
     schedule = schedules.build("1f1b", method, p=STAGES, m=MICROBATCHES)
-    pipe = Pipeline(models.build(config), schedule, make_mesh(STAGES, 1, jax.devices()[:STAGES]))
+    pipe = Pipeline(models.build(config), schedule, make_mesh(STAGES, 1, all_devices()[:STAGES]))
     optimizer = adamw(PEAK_LR, steps, steps // 10, decay_mask=lambda _: pipe.layout.matrices())
     step = train.make_step(pipe, optimizer, clip=CLIP)
 

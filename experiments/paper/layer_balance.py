@@ -17,7 +17,7 @@ from vocabpp_jax import models, vocab
 from vocabpp_jax.models import GPTConfig
 from vocabpp_jax.schedules.layers import even_split, head_in_layers, optimal_split, published_split
 from vocabpp_jax.schedules.simulation.cost import Sizes
-from vocabpp_jax.vocab import Shard, Stats, Target
+from vocabpp_jax.vocab import Coefficients, Kept, Shard, Stats, Target
 
 GEMMA2_9B = {"hidden": 3584, "layers": 42}
 """What Figure 2 is about; a layer of it is counted as a GPT's of this width."""
@@ -60,23 +60,27 @@ def output_layer(rows: int, tokens: int, hidden: int) -> dict[str, float]:
         _array(tokens, dtype=jnp.int32),
     )
     p, vector = _array(tokens, rows), _array(tokens)
-    stats = Stats(vector, vector, vector)
+    of_shards, kept = Stats(*(_array(1, tokens),) * 3), Kept(p, vector, None, None, None)
 
     def S(w, x, labels):
         return vocab.exponentials(vocab.logits(w, x, shard), labels, shard, jnp.float32)
 
     def S2(w, x, labels):
-        p, stats = S(w, x, labels)
-        return p, stats, vocab.unscaled_input_gradient(p, w)
+        kept, stats = S(w, x, labels)
+        return kept, stats, vocab.unscaled_input_gradient(kept, w)
 
-    def T(p, labels, local, whole, weight, w, x, grad):
-        scale, target = vocab.factor(local, whole, weight), Target(weight, labels, shard)
-        return vocab.input_gradient(p, w, scale, target), vocab.weight_gradient(grad, p, x, scale, target)
+    def behind_the_barrier(kept, labels, of_shards, weight) -> tuple[Coefficients, Target]:
+        target = Target(weight, labels, shard)
+        return vocab.coefficients(of_shards, 0, kept, target, rows), target
 
-    def T2(p, labels, local, whole, weight, x, grad):
-        return vocab.weight_gradient(grad, p, x, vocab.factor(local, whole, weight), Target(weight, labels, shard))
+    def T(kept, labels, of_shards, weight, w, x, grad):
+        at, target = behind_the_barrier(kept, labels, of_shards, weight)
+        return vocab.input_gradient(kept, w, at, target), vocab.weight_gradient(grad, kept, x, at, target)
 
-    after = (p, labels, stats, stats, vector)
+    def T2(kept, labels, of_shards, weight, x, grad):
+        return vocab.weight_gradient(grad, kept, x, *behind_the_barrier(kept, labels, of_shards, weight))
+
+    after = (kept, labels, of_shards, vector)
     return {
         "vocab-1": flops(S, w, x, labels) + flops(T, *after, w, x, grad),
         "vocab-2": flops(S2, w, x, labels) + flops(T2, *after, x, grad),

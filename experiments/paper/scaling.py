@@ -98,14 +98,14 @@ def output_step(method: str, shard: Shard) -> Callable[..., Any]:
     """S and T of one shard, with the statistics that only it knows standing for the global ones."""
 
     def step(w, x, labels, grad):
-        p, stats = vocab.exponentials(vocab.logits(w, x, shard), labels, shard, jnp.float32)
-        weight = jnp.ones(x.shape[0])
-        scale, target = vocab.factor(stats, stats, weight), Target(weight, labels, shard)
+        kept, stats = vocab.exponentials(vocab.logits(w, x, shard), labels, shard, jnp.float32)
+        target = Target(jnp.ones(x.shape[0]), labels, shard)
+        at = vocab.coefficients(jax.tree.map(lambda vector: vector[None], stats), 0, kept, target, w.shape[0])
         if method == "vocab-1":
-            dx = vocab.input_gradient(p, w, scale, target)
+            dx = vocab.input_gradient(kept, w, at, target)
         else:
-            dx = vocab.partial_input_gradient(vocab.unscaled_input_gradient(p, w), w, scale, target)
-        return dx, vocab.weight_gradient(grad, p, x, scale, target)
+            dx = vocab.partial_input_gradient(vocab.unscaled_input_gradient(kept, w), w, at, target)
+        return dx, vocab.weight_gradient(grad, kept, x, at, target)
 
     return jax.jit(step, donate_argnums=3)
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from command_line.options import ModelOptions, PipelineOptions
 from vocabpp_jax import Pipeline, make_mesh, models
+from vocabpp_jax.pipeline.mesh import all_devices
 
 # Relative error of a gradient, in float32. In bfloat16 a reference in bfloat16 sets the scale; see `allowed`.
 TOLERANCE = 1e-5
@@ -75,7 +76,7 @@ def prepare(options: Case) -> Pipeline:
     config = options.model.config()
     schedule = options.pipeline.build(config)
     x = options.pipeline
-    mesh = make_mesh(x.stages, x.data_parallel or 1, jax.devices()[: x.devices], tensor=x.tensor_parallel)
+    mesh = make_mesh(x.stages, x.data_parallel or 1, all_devices()[: x.devices], tensor=x.tensor_parallel)
     return Pipeline(options.model.build(), schedule, mesh, compute_dtype=config.dtype)
 
 

@@ -2,7 +2,7 @@
 
     inbox     what arrives before its slot: streams and their gradients      X  the last stage's output, on every device
     residual  what F leaves for B        kept  what F leaves for W too       P  what S leaves for the reductions and T
-    carried   what B leaves for W
+    carried   what B leaves for W        outbox  what F and B leave for a transfer of the next interval
 
 A value is alive from the event that writes it to its last reader. Cells are given out first freed, first used, so that
 a ring never has more cells than values alive at once.
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..schedule import Schedule
+from ..schedule import DEFERRED, Schedule
 from ..vocabulary import sums_before_T
 from .events import Events
 
-RINGS = ("inbox", "residual", "kept", "carried", "X", "P")
+RINGS = ("inbox", "outbox", "residual", "kept", "carried", "X", "P")
 FORWARD, BACKWARD = 0, 1
 
 
@@ -29,12 +29,12 @@ class Cells:
     Attributes:
         tables: for every ring (and ``deliver``: cells of the inbox that are written) the cell of each event, or -1.
         peaks: for every ring the cells used on each device.
-        due: for events that write the inbox, the slot of the first reader; elsewhere -1.
+        reader: for events that write the inbox, the event that reads it first; elsewhere -1.
     """
 
     tables: dict[str, np.ndarray]
     peaks: dict[str, tuple[int, ...]]
-    due: np.ndarray
+    reader: np.ndarray
 
 
 def allocate(schedule: Schedule, events: Events) -> Cells:
@@ -45,7 +45,7 @@ def allocate(schedule: Schedule, events: Events) -> Cells:
     """
     tables: dict[str, np.ndarray] = {}
     peaks: dict[str, tuple[int, ...]] = {}
-    due = np.full(len(events), -1)
+    reader = np.full(len(events), -1)
     writes, reads = _written(schedule, events), _read(schedule, events)
     for ring in RINGS:
         if not writes.get(ring) and not reads.get(ring):
@@ -64,8 +64,8 @@ def allocate(schedule: Schedule, events: Events) -> Cells:
         written[rows] = cells
         tables.setdefault(ring, np.full(len(events), -1, np.int32))[users] = cells[source]
         if ring == "inbox":
-            due[rows] = events.slot[first]
-    return Cells(tables, peaks, due)
+            reader[rows] = first
+    return Cells(tables, peaks, reader)
 
 
 # --- what is written and read ----------------------------------------------------------------------------------------
@@ -80,6 +80,8 @@ def _written(schedule: Schedule, events: Events) -> Values:
     makes = _Values(schedule, events)
     for name, way in (("F", FORWARD), ("B", BACKWARD)):
         makes.add("inbox", events.are(("keep", name), ("recv", name)), way)
+    for name, way in (("F", FORWARD), ("B", BACKWARD)):
+        makes.add("outbox", events.are(("run", name)) & _deferred(events, name), way)
     if schedule.trains:
         makes.add("residual", events.are(("run", "F")), FORWARD)
         makes.add("inbox", events.are(("run", "G"), ("run", "H")) & (on == last), BACKWARD, stage=schedule.stages)
@@ -98,6 +100,8 @@ def _read(schedule: Schedule, events: Events) -> Values:
     sharded, on = schedule.sharded, events.device
     reads = _Values(schedule, events)
     F, B, W = (events.are(("run", kind)) for kind in "FBW")
+    for name, way in (("F", FORWARD), ("B", BACKWARD)):
+        reads.add("outbox", events.are(("send", name)) & (events.rank == DEFERRED), way)
     reads.add("inbox", F, FORWARD, offset=-1)
     reads.add("inbox", B, BACKWARD, offset=1)
     reads.add("residual", B, FORWARD)
@@ -115,6 +119,13 @@ def _read(schedule: Schedule, events: Events) -> Values:
     if sums_before_T(schedule):
         reads.add("P", events.are(("start", "big")), FORWARD)
     return reads.values
+
+
+def _deferred(events: Events, name: str) -> np.ndarray:
+    """Which events share stage and microbatch with a deferred transfer of a kind of pass."""
+    width = int(events.microbatch.max()) + 1
+    key = events.stage.astype(np.int64) * width + events.microbatch
+    return np.isin(key, key[events.are(("send", name)) & (events.rank == DEFERRED)])
 
 
 class _Values:

@@ -44,20 +44,20 @@ class _Replay:
         self.touches: dict[str, list[tuple]] = defaultdict(list)
         self.counts: dict[tuple[str, int], np.ndarray] = defaultdict(lambda: np.zeros((s.p, s.m), int))
         self.time = 0
+        self.under_way: dict[int, tuple] = {}
         self.ends: dict[str, list[tuple[int, str, int]]] = defaultdict(list)
 
     def segment(self, segment: Segment) -> None:
-        made = None
-        slot = None
+        made = np.full((segment.intervals, self.schedule.p, 3), -1)
         for n, instruction in enumerate(segment.body):
-            if instruction.slot != slot or made is None:
-                slot, made = instruction.slot, np.full((segment.intervals, self.schedule.p, 3), -1)
             times = self.time + np.arange(segment.intervals) * len(segment.body) + n
             self._instruction(instruction, times, made)
+        if self.under_way:
+            raise ScheduleError(f"transfers {sorted(self.under_way)} of a scan leave and never land")
         self.time += segment.intervals * len(segment.body)
 
     def _instruction(self, x: Instruction, times: np.ndarray, made: np.ndarray) -> None:
-        """One instruction in all intervals; ``made`` is the kind, stage and microbatch that a device's slot made."""
+        """One instruction in all intervals; ``made`` is what a device made last in each: kind, stage, microbatch."""
         s = self.schedule
         rows, devices = np.nonzero(x.tables["microbatch"] >= 0)
         i = x.tables["microbatch"][rows, devices]
@@ -77,6 +77,8 @@ class _Replay:
             if x.name != "W":
                 made[rows, devices] = np.stack([np.full(len(i), x.name == "B"), stage, i], axis=1)
                 touch("inbox", False, x.name, stage + (1 if x.name == "B" else -1))
+                if "outbox" in x.tables:
+                    touch("outbox", True, x.name, stage)
             self._stored(x, stage, touch)
         elif x.op == "keep":
             self._delivered(x, made, rows, devices, devices, i, times)
@@ -87,16 +89,26 @@ class _Replay:
                     f"slot {x.slot}: a permute has pairs {x.pairs}; a device sends to one and receives from one"
                 )
             source = dict(zip(targets, sources, strict=True))
-            self._delivered(
-                x, made, rows, devices, np.array([source.get(d, -1) for d in devices.tolist()], int), i, times
-            )
+            source_of = np.array([source.get(d, -1) for d in devices.tolist()], int)
+            if "outbox" in x.tables:
+                stage = self.stage_of[x.chunk][source_of]
+                made = made.copy()
+                made[rows, source_of] = np.stack([np.full(len(i), x.name == "B"), stage, i], axis=1)
+                keys = ((x.name == "B") * (s.stages + 2) + stage + 1) * s.m + i
+                cell = x.tables["outbox"][rows, source_of]
+                self.touches["outbox"].append((source_of, cell, times[rows], np.zeros(len(i), bool), keys))
+            self._delivered(x, made, rows, devices, source_of, i, times)
+        elif x.op == "land":
+            if x.transfer not in self.under_way:
+                raise ScheduleError(f"slot {x.slot}: transfer {x.transfer} lands and has not left")
+            self._arrived(*self.under_way.pop(x.transfer), times)
         if x.op in ("start", "done"):
             table = x.tables["microbatch"]
             if (table != table[:, :1]).any():
                 raise ScheduleError(f"{x.op} {x.name} is for different microbatches on different devices")
             here = np.flatnonzero(table[:, 0] >= 0)
             self.ends[x.name] += zip(times[here].tolist(), [x.op] * len(here), table[here, 0].tolist(), strict=True)
-        if x.name not in ("", "F", "B", "W"):
+        if x.name not in ("", "F", "B", "W") and x.op not in ("permute", "land"):
             self._vocabulary(x, touch)
 
     def _stored(self, x: Instruction, stage: np.ndarray, touch) -> None:
@@ -116,19 +128,25 @@ class _Replay:
             touch("carried", False, "B", stage)
 
     def _delivered(self, x: Instruction, made, rows, devices, sources, i, times) -> None:
-        """A transfer writes what its source has made in this slot."""
+        """A transfer writes what its source made last in this interval, or left in its outbox in the one before."""
         way, stage, microbatch = made[rows, sources].T
         wrong = np.flatnonzero((microbatch != i) | (sources < 0))
         if len(wrong):
             n = int(wrong[0])
             raise ScheduleError(
                 f"device {devices[n]} receives microbatch {i[n]} in slot {x.slot} from device {sources[n]}, "
-                "which has not made it in that slot"
+                "which has not just made it"
             )
         keys = (way * (self.schedule.stages + 2) + stage + 1) * self.schedule.m + i
-        self.touches["inbox"].append(
-            (devices, x.tables["deliver"][rows, devices], times[rows], np.ones(len(i), bool), keys)
-        )
+        arrival = (devices, x.tables["deliver"][rows, devices], rows, keys)
+        if x.op == "permute":
+            self.under_way[x.transfer] = arrival
+        else:
+            self._arrived(*arrival, times)
+
+    def _arrived(self, devices, cells, rows, keys, times) -> None:
+        """What a transfer brings is in the inbox."""
+        self.touches["inbox"].append((devices, cells, times[rows], np.ones(len(keys), bool), keys))
 
     def _vocabulary(self, x: Instruction, touch) -> None:
         s = self.schedule

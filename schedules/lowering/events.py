@@ -1,9 +1,9 @@
 """Every event of a schedule as columns of numbers, so that the largest schedules lower in seconds.
 
 An event is what one device does at one place for one microbatch: a pass, one end of a transfer, or a step of the
-vocabulary layers. Places are ordered inside a slot: steps that stand before the passes; the passes whose last slot it
-is (a pass of two slots stands in its second, so that no transfer of the first waits for it); landings of collectives;
-transfers of what those passes made; steps that stand after them.
+vocabulary layers. Places are ordered inside a slot: transfers deferred from the interval before; steps before the
+passes; the passes whose last slot it is (a pass of two slots is in its second, so that no transfer of the first waits
+for it); landings of collectives; transfers of what those passes made; steps after them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..schedule import PASSES, TRANSFERS, Schedule
+from ..schedule import BEFORE, DEFERRED, PASSES, TRANSFERS, Order, Schedule
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Events:
         stage, microbatch: for what; the stage is -1 for the vocabulary layers.
         peer: the other end of a "send" or "recv", else -1.
         words: all op names and pass names, sorted, so that indices sort as the words do.
+        base: the slot that opens the first interval.
     """
 
     device: np.ndarray
@@ -37,6 +38,7 @@ class Events:
     microbatch: np.ndarray
     peer: np.ndarray
     words: tuple[str, ...]
+    base: int
 
     def __len__(self) -> int:
         return len(self.device)
@@ -61,8 +63,9 @@ class Events:
         )
 
 
-def events_of(schedule: Schedule) -> Events:
-    """All events of all devices."""
+def events_of(schedule: Schedule, order: Order | None = None) -> Events:
+    """All events of all devices, in the given order or the schedule's own."""
+    order = order or schedule.order
     steps = schedule.vocabulary.steps
     words = tuple(
         sorted(
@@ -71,14 +74,29 @@ def events_of(schedule: Schedule) -> Events:
             | {x.kind for passes in schedule.passes for x in passes}
         )
     )
-    parts = _pass_events(schedule, words) + _step_events(schedule, words)
+    base = _base(schedule)
+    parts = _pass_events(schedule, order, words, base) + _step_events(schedule, words)
     columns = np.concatenate([np.stack(np.broadcast_arrays(*part)).astype(np.int32) for part in parts], axis=1)
-    device, slot, rank, order, op, name, stage, microbatch, peer = columns
-    sort = np.lexsort((microbatch, stage, name, op, order, rank, slot, device))
-    return Events(*(c[sort] for c in (device, slot, rank, order, op, name, stage, microbatch, peer)), words)
+    device, slot, rank, inside, op, name, stage, microbatch, peer = columns
+    sort = np.lexsort((microbatch, stage, name, op, inside, rank, slot, device))
+    return Events(*(c[sort] for c in (device, slot, rank, inside, op, name, stage, microbatch, peer)), words, base)
 
 
-def _pass_events(schedule: Schedule, words: tuple[str, ...]) -> list[tuple]:
+def _base(schedule: Schedule) -> int:
+    """The slot that opens the first interval: one of a C0, so that no broadcast is cut by the end of a scan step."""
+    steps, K = schedule.vocabulary.steps, schedule.interval
+    opens = next((s.at[0] for s in steps if (s.op, s.name, s.place) == ("start", "C0", BEFORE)), 0)
+    first = min(
+        [passes[0].last for passes in schedule.passes if passes]
+        + [
+            min(t for t in s.at if t is not None) + min(schedule.vocabulary.shifts if s.shifts is None else s.shifts)
+            for s in steps
+        ]
+    )
+    return opens + (first - opens) // K * K
+
+
+def _pass_events(schedule: Schedule, order: Order, words: tuple[str, ...], base: int) -> list[tuple]:
     """Passes, and the transfers of what F and B make: to a neighbour, or kept where the same device reads it."""
     device = np.repeat(np.arange(schedule.p), [len(passes) for passes in schedule.passes])
     rows = np.array(
@@ -97,14 +115,19 @@ def _pass_events(schedule: Schedule, words: tuple[str, ...]) -> list[tuple]:
     inside = (to >= 0) & (to < schedule.stages)
     peer = np.where(inside, np.array(schedule.placement)[np.where(inside, to, 0)], device)
 
+    away = moved & (peer != device)
+    K = schedule.interval
+    deferred = away & order.defers(K, words, schedule.chunks)[(last - base) % K, name, schedule.chunks_of(stage)]
+    slot = np.where(deferred, last + K - (last - base) % K, last)
+    rank = np.where(deferred, DEFERRED, TRANSFERS)
+
     def transfer(op: str, rows: np.ndarray, at: np.ndarray, other: np.ndarray | int) -> tuple:
         other = other if isinstance(other, int) else other[rows]
-        return (at[rows], last[rows], TRANSFERS, 0, words.index(op), name[rows], stage[rows], microbatch[rows], other)
+        return (at[rows], slot[rows], rank[rows], 0, words.index(op), name[rows], stage[rows], microbatch[rows], other)
 
-    away = moved & (peer != device)
     return [
         run,
-        transfer("keep", moved & (peer == device), device, -1),
+        transfer("keep", moved & ~away, device, -1),
         transfer("send", away, device, peer),
         transfer("recv", away, peer, device),
     ]

@@ -4,17 +4,19 @@ The program is a few scans over intervals of ``K`` slots. Their bodies are strai
 every device; tables say for which microbatch, if any, a device runs one, and which cell of which ring buffer it uses.
 The executor compiles this list and the simulator times it, so what is simulated is what runs.
 
-Order inside a slot: see :mod:`.events`. Rings: :mod:`.cells`. Where a scan ends and the next begins: :mod:`.segments`.
+Order inside a slot: see :mod:`.events` and :mod:`.program_order`. Rings: :mod:`.cells`. Where a scan ends and the next
+begins: :mod:`.segments`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
-from ..schedule import AFTER, BEFORE, TRANSFERS, Schedule
+from ..schedule import AFTER, DEFERRED, PASSES, TRANSFERS, Order, Schedule
 from .cells import Cells, allocate
 from .events import Events, events_of
 from .segments import cuts
@@ -25,15 +27,14 @@ class Instruction:
     """One line of a scan's body.
 
     Attributes:
-        op: "run" a pass where the table says so, "permute" or "keep" what passes of this slot made, "start" or "done"
-            of a collective.
-        name: the pass kind or the collective's name.
-        chunk: which of a device's stages, for F, B and W.
+        op: "run" a pass where the table says so; "keep" what the passes before it made, where the same device reads it;
+            "permute" starts a transfer of it, "land" waits for that and stores it; "start" or "done" of a collective.
+        name: the pass kind or the collective's name; of a permute behind a pass, that pass's.
+        chunk: which of a device's stages, for F, B and W and their permutes.
         slot: the slot of the interval it stands in.
-        pairs: source and target devices of a permute.
+        pairs: source and target devices of a permute and its landing.
         tables: ``microbatch`` and the ring cells it touches, int32 ``[intervals, p]``, -1 where there is none.
-        due: of a permute, the slot of the interval before whose passes the first of its arrivals must be in the inbox,
-            or the interval's length where all are read in later intervals.
+        transfer: the number, in its body, of the transfer that a permute starts and a landing ends; -1 elsewhere.
     """
 
     op: str
@@ -42,7 +43,7 @@ class Instruction:
     slot: int
     pairs: tuple[tuple[int, int], ...] = ()
     tables: dict[str, np.ndarray] = field(default_factory=dict, compare=False)
-    due: int = -1
+    transfer: int = -1
 
 
 @dataclass(frozen=True)
@@ -73,110 +74,146 @@ class Program:
         return self.peaks.get("kept", self.peaks.get("residual", (0,) * self.schedule.p))
 
 
-def lower(schedule: Schedule) -> Program:
-    """The program of a schedule.
+def lower(schedule: Schedule, order: Order | None = None) -> Program:
+    """The program of a schedule, in the given order or the schedule's own.
 
     Raises:
         ValueError: a value is used before it is there, or never made, or never used.
     """
-    events = events_of(schedule)
+    order = order or schedule.order
+    events = events_of(schedule, order)
     cells = allocate(schedule, events)
-    lines = _Lines(schedule, events)
-    segments = [
-        _segment(schedule, events, cells, lines, a, b)
-        for a, b in cuts(schedule.p, lines.interval, lines.identity, lines.pair)
-    ]
+    lines = _Lines(schedule, events, order)
+    scans = lines.apart() if order.ends_apart else cuts(schedule.p, lines.interval, lines.identity, lines.pair)
+    segments = [_Body(schedule, events, cells, lines, a, b).segment() for a, b in scans]
     return Program(schedule, tuple(s for s in segments if s.body), cells.peaks)
 
 
 class _Lines:
     """For every event: its interval, the instruction it belongs to, and its pair where it is sent."""
 
-    def __init__(self, schedule: Schedule, events: Events):
+    def __init__(self, schedule: Schedule, events: Events, order: Order):
         K, p = schedule.interval, schedule.p
-        # C0 opens the interval, so that no broadcast is cut by the end of a scan step.
-        opens = next(
-            (s.at[0] for s in schedule.vocabulary.steps if (s.op, s.name, s.place) == ("start", "C0", BEFORE)), 0
-        )
-        base = opens + (events.slot.min() - opens) // K * K
-        self.interval, self.slot = np.divmod(events.slot - base, K)
-        self.until = K * (self.interval + 1) + base
-        moved = events.rank == TRANSFERS
+        self.schedule, self.events = schedule, events
+        self.interval, self.slot = np.divmod(events.slot - events.base, K)
+        self.by_pass = order.transfers == "behind passes"
+        moved = (events.rank == TRANSFERS) | (events.rank == DEFERRED)
+        behind_pass = (events.rank == TRANSFERS) & self.by_pass
         kept = events.op == events.code("keep")
-        chunks = np.array([schedule.chunk(s) for s in range(schedule.stages)] + [0])
+        chunk = schedule.chunks_of(events.stage)
+        kinds = order.ranks(K, events.words, schedule.chunks)
+        inside = np.where((events.rank == PASSES) | behind_pass, kinds[self.slot, events.name, chunk], events.order)
+        merged = (events.rank == TRANSFERS) & (not self.by_pass)
         parts = (
             (self.slot, K),
-            (events.rank, AFTER + 1),
-            (events.order, len(schedule.vocabulary.steps) + 1),
-            (np.where(moved, ~kept, events.op), len(events.words)),
-            (np.where(moved, 0, events.name), len(events.words)),
-            (np.where(moved, 0, chunks[events.stage]), schedule.chunks),
+            (np.where(behind_pass, PASSES, events.rank), AFTER + 1),
+            (inside, max(len(schedule.vocabulary.steps) + 1, kinds.max(initial=0) + 1)),
+            (np.where(moved, 1 + ~kept, 0), 3),
+            (np.where(moved, 0, events.op), len(events.words)),
+            (np.where(merged, 0, events.name), len(events.words)),
+            (np.where(merged, 0, chunk), schedule.chunks),
         )
         self.identity = np.ravel_multi_index([x for x, _ in parts], [n for _, n in parts])
         self.pair = np.where(events.op == events.code("send"), (self.slot * p + events.device) * p + events.peer, -1)
 
+    def apart(self) -> list[tuple[int, int]]:
+        """Warm-up, steady state and cool-down: first interval and end of each."""
+        first = self.events.stage == 0
+        warm = self.interval[first & self.events.are(("run", "B"))].min(initial=self.interval.max() + 1)
+        cool = self.interval[first & self.events.are(("run", "F"))].max() + 1
+        bounds = sorted({0, int(min(warm, cool)), int(cool), int(self.interval.max()) + 1})
+        return list(zip(bounds[:-1], bounds[1:], strict=True))
 
-def _segment(schedule: Schedule, events: Events, cells: Cells, lines: _Lines, a: int, b: int) -> Segment:
+
+class _Body:
     """One scan over intervals ``a .. b-1``: the union of what they need, in the order of identities."""
-    inside = np.flatnonzero((lines.interval >= a) & (lines.interval < b))
-    inside = inside[np.argsort(lines.identity[inside], kind="stable")]
-    groups = np.split(inside, np.flatnonzero(np.diff(lines.identity[inside])) + 1) if len(inside) else []
-    body: list[Instruction] = []
-    for rows in groups:
-        slot = int(lines.slot[rows[0]])
-        op, name = (events.words[codes[rows[0]]] for codes in (events.op, events.name))
-        tables = _Tables(schedule.p, events, cells, lines.interval - a, b - a)
+
+    def __init__(self, schedule: Schedule, events: Events, cells: Cells, lines: _Lines, a: int, b: int):
+        self.schedule, self.events, self.cells, self.lines, self.a, self.b = schedule, events, cells, lines, a, b
+        inside = np.flatnonzero((lines.interval >= a) & (lines.interval < b))
+        inside = inside[np.argsort(lines.identity[inside], kind="stable")]
+        cut = np.flatnonzero(np.diff(lines.identity[inside])) + 1
+        self.groups = np.split(inside, cut) if len(inside) else []
+        self.line_of = np.full(len(events), -1)
+        for n, rows in enumerate(self.groups):
+            self.line_of[rows] = n
+
+    def segment(self) -> Segment:
+        """The scan, with the landings of its transfers where the first instruction reads what they bring."""
+        body: list[Instruction] = []
+        landings: list[tuple[int, Instruction]] = []  # the line of groups before which each stands
+        ends: list[int] = []  # for every line of groups, where its instructions end in the body
+        for n, rows in enumerate(self.groups):
+            for instruction, due in self._instructions(n, rows):
+                if instruction.op == "permute":
+                    instruction = replace(instruction, transfer=len(landings))
+                    tables = {name: t for name, t in instruction.tables.items() if name != "outbox"}
+                    landings.append((due, replace(instruction, op="land", tables=tables)))
+                body.append(instruction)
+            ends.append(len(body))
+        starts = [0, *ends]
+        for due, landing in sorted(landings, key=lambda x: (x[0], x[1].transfer), reverse=True):
+            slot = self.schedule.interval - 1 if due == len(self.groups) else int(self.lines.slot[self.groups[due][0]])
+            body.insert(starts[due], replace(landing, slot=slot))
+        return Segment(self.a, self.b - self.a, tuple(body))
+
+    def _instructions(self, n: int, rows: np.ndarray) -> Iterator[tuple[Instruction, int]]:
+        """What a line of groups becomes, and for a permute the line before which it lands."""
+        events, first = self.events, rows[0]
+        slot = int(self.lines.slot[first])
+        op, name = events.words[events.op[first]], events.words[events.name[first]]
         if op in ("send", "recv"):
-            body += _permutes(schedule, events, cells, lines, rows, tables, slot)
+            yield from self._permutes(n, rows, slot)
         elif op == "keep":
-            body.append(Instruction("keep", "", 0, slot, (), tables(rows)))
+            yield Instruction("keep", "", 0, slot, (), self._tables(rows)), -1
         else:
-            chunk = schedule.chunk(events.stage[rows[0]]) if events.stage[rows[0]] >= 0 else 0
-            body.append(Instruction(op, name, chunk, slot, (), tables(rows)))
-    return Segment(a, b - a, tuple(body))
+            chunk = self.schedule.chunk(events.stage[first]) if events.stage[first] >= 0 else 0
+            yield Instruction(op, name, chunk, slot, (), self._tables(rows)), -1
 
+    def _permutes(self, n: int, rows: np.ndarray, slot: int) -> Iterator[tuple[Instruction, int]]:
+        """As few permutes as hold a line's transfers with no device the source, or the target, of two pairs.
 
-@dataclass(frozen=True)
-class _Tables:
-    """Makes an instruction's tables from the rows of its events."""
+        Behind passes, only transfers that land at the same place share one: none waits for another's reader.
+        """
+        p, events = self.schedule.p, self.events
+        arrivals = rows[events.op[rows] == events.code("recv")]
+        pair_of = events.peer[arrivals] * p + events.device[arrivals]
+        due_of = self._due(arrivals)
+        found = {}
+        for pair in np.unique(pair_of).tolist():
+            found[divmod(pair, p)] = int(due_of[pair_of == pair].min())
+        groups: list[tuple[list[tuple[int, int]], int]] = []
+        for pair in sorted(found, key=lambda x: ((x[1] - x[0]) % p, x)):
+            for k, (group, due) in enumerate(groups):
+                free = all(pair[0] != s and pair[1] != t for s, t in group)
+                if free and (not self.lines.by_pass or due == found[pair]):
+                    groups[k] = ([*group, pair], min(due, found[pair]))
+                    break
+            else:
+                groups.append(([pair], found[pair]))
+        for group, due in groups:
+            mine = np.isin(pair_of, [s * p + t for s, t in group])
+            leaving = rows[events.op[rows] == events.code("send")]
+            leaving = leaving[np.isin(events.device[leaving] * p + events.peer[leaving], pair_of[mine])]
+            tables = self._tables(arrivals[mine]) | self._tables(leaving, ("outbox",))
+            name, chunk = "", 0
+            if self.lines.by_pass:
+                name, chunk = events.words[events.name[rows[0]]], self.schedule.chunk(events.stage[rows[0]])
+            yield Instruction("permute", name, chunk, slot, tuple(sorted(group)), tables), due
 
-    p: int
-    events: Events
-    cells: Cells
-    interval: np.ndarray
-    intervals: int
+    def _due(self, arrivals: np.ndarray) -> np.ndarray:
+        """The line before which each arrival must be in the inbox: its reader's, or the end for a later interval."""
+        reader = self.cells.reader[arrivals]
+        here = self.lines.interval[reader] == self.lines.interval[arrivals]
+        return np.where(here, self.line_of[reader], len(self.groups))
 
-    def __call__(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        named = {"microbatch": self.events.microbatch} | self.cells.tables
+    def _tables(self, rows: np.ndarray, names: Collection[str] = ()) -> dict[str, np.ndarray]:
+        """An instruction's tables, all or those named, from the rows of its events."""
         tables = {}
-        for name, values in named.items():
+        for name, values in ({"microbatch": self.events.microbatch} | self.cells.tables).items():
+            if names and name not in names:
+                continue
             if name == "microbatch" or (values[rows] >= 0).any():
-                table = tables[name] = np.full((self.intervals, self.p), -1, np.int32)
-                table[self.interval[rows], self.events.device[rows]] = values[rows]
+                table = tables[name] = np.full((self.b - self.a, self.schedule.p), -1, np.int32)
+                table[self.lines.interval[rows] - self.a, self.events.device[rows]] = values[rows]
         return tables
-
-
-def _permutes(
-    schedule: Schedule, events: Events, cells: Cells, lines: _Lines, rows: np.ndarray, tables: _Tables, slot: int
-) -> list[Instruction]:
-    """As few permutes as hold a slot's transfers with no device the source, or the target, of two pairs."""
-    p = schedule.p
-    arrivals = rows[events.op[rows] == events.code("recv")]
-    pair_of = events.peer[arrivals] * p + events.device[arrivals]
-    pairs = sorted((divmod(x, p) for x in np.unique(pair_of).tolist()), key=lambda x: ((x[1] - x[0]) % p, x))
-    merged: list[list[tuple[int, int]]] = []
-    for pair in pairs:
-        for group in merged:
-            if all(pair[0] != s and pair[1] != t for s, t in group):
-                group.append(pair)
-                break
-        else:
-            merged.append([pair])
-    instructions = []
-    for group in merged:
-        mine = arrivals[np.isin(pair_of, [s * p + t for s, t in group])]
-        wait = np.minimum(cells.due[mine], lines.until[mine]) - events.slot[mine]
-        instructions.append(
-            Instruction("permute", "", 0, slot, tuple(sorted(group)), tables(mine), slot + int(wait.min()))
-        )
-    return instructions

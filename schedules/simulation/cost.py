@@ -7,6 +7,7 @@ section 2); seconds count the causal half. An estimate for planning; for a run's
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -114,7 +115,9 @@ class GPU:
     layer_traffic: float
     logit_traffic: float
     edge_traffic: float
+    weight_traffic: float
     launch: float
+    overhead: float
     contention: float
     intra_bandwidth: float
     inter_bandwidth: float
@@ -161,6 +164,9 @@ def gpu_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in GPUS.glob("*.toml")))
 
 
+_MAY_BE_ZERO = ("half_size", "weight_traffic", "launch", "overhead", "contention", "intra_latency", "inter_latency")
+
+
 def load_gpu(name: str) -> GPU:
     """A GPU by name or the beginning of one, or from a file of one's own like those in ``schedules/simulation/gpus``.
 
@@ -171,7 +177,10 @@ def load_gpu(name: str) -> GPU:
     path = Path(name) if name.endswith(".toml") else GPUS / f"{known[0] if len(known) == 1 else name.lower()}.toml"
     if not path.is_file():
         raise ValueError(f"gpu is {name!r}; it must be one of {', '.join(gpu_names())}, or a .toml file like theirs")
-    values = tomllib.loads(path.read_text())
+    try:
+        values = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as problem:
+        raise ValueError(f"{path} is not TOML: {problem}") from None
     known = {f.name for f in fields(GPU)}
     needed = {f.name for f in fields(GPU) if f.default_factory is MISSING}
     if wrong := sorted((needed - set(values)) | (set(values) - known)):
@@ -179,6 +188,14 @@ def load_gpu(name: str) -> GPU:
             f"{path} {'lacks' if wrong[0] in known else 'has the unknown field'} {wrong[0]!r}; "
             f"the fields are {', '.join(f.name for f in fields(GPU))}"
         )
+    for f in fields(GPU):
+        value, least = values.get(f.name), 0 if f.name in _MAY_BE_ZERO else 1e-30
+        if f.type == "float" and not (type(value) in (int, float) and least <= value < math.inf):
+            raise ValueError(
+                f"{path} has {f.name} {value!r}; it must be a number {'of 0 or more' if least == 0 else 'above 0'}"
+            )
+        if f.type == "int" and not (type(value) is int and value > 0):
+            raise ValueError(f"{path} has {f.name} {value!r}; it must be a whole number above 0")
     return GPU(**values)
 
 
@@ -211,12 +228,31 @@ class Cost:
         attention = 2 * z.scores / (gpu.peak_flops * gpu.attention_efficiency)
         traffic = gpu.traffic(gpu.layer_traffic * z.bsh)
         # A flash attention's backward recomputes the scores: 2.5 times the forward.
-        return products + attention + traffic, products + 2.5 * attention + 1.5 * traffic, products + 0.5 * traffic
+        weights = products + 0.5 * traffic + gpu.traffic(gpu.weight_traffic * z.layer_parameters)
+        return products + attention + traffic, products + 2.5 * attention + 1.5 * traffic, weights
 
     def head(self, rows: float) -> float:
         """Seconds of a third of the products, 2bsh a row, of ``rows`` rows of the LM head."""
         z = self.sizes
         return self.gpu.matmul(2 * z.bsh * rows, min(z.hidden, rows, z.tokens))
+
+    def vocabulary(self, rows: int, *, early: bool) -> dict[str, float]:
+        """Seconds of the vocabulary passes of ``rows`` rows; ``early`` where S makes the input gradient (Algorithm 2),
+        which T does in the others."""
+        z, gpu = self.sizes, self.gpu
+        softmax = gpu.traffic(gpu.logit_traffic * z.tokens * rows / 2)
+        edge = gpu.traffic(gpu.edge_traffic * z.bsh) + gpu.launch
+        product, in_S = self.head(rows), 2 if early else 1
+        return {
+            "S": in_S * product + softmax + edge,
+            "T": (3 - in_S) * product + softmax + edge,
+            "S1": product + softmax / 2 + edge / 2,
+            "S2": softmax / 2 + edge / 2,
+            "H": 3 * product + 2 * softmax + 2 * edge,
+            "G": edge / 2,
+            "IF": edge / 2,
+            "IB": edge + gpu.traffic(self.table_bytes * z.hidden * rows),
+        }
 
     def durations(self, schedule: Schedule) -> Durations:
         """Seconds of every pass, transfer and collective of a schedule."""
@@ -225,26 +261,15 @@ class Cost:
         forward, inputs, weights = self.layer()
         B = inputs if schedule.splits_backward else inputs + weights
         rows = z.vocab_size if not schedule.sharded else -(-z.vocab_size // p)
-        softmax = gpu.traffic(gpu.logit_traffic * z.tokens * rows / 2)
-        edge = gpu.traffic(gpu.edge_traffic * z.bsh) + gpu.launch
-        product = self.head(rows)
         # Collectives that run beside passes take some of the device from them; synchronous ones do not.
         slower = 1 + gpu.contention * (p > 1 and schedule.sharded and schedule.method != "interlaced")
-        half = 2 if schedule.method == "vocab-2" else 1  # Algorithm 2 makes the input gradient in S, the others in T
         stream = 2 * z.bsh
         vector = 4 * z.tokens
         return Durations(
             F=tuple(slower * (counts * forward + gpu.launch)),
             B=tuple(slower * (counts * B + gpu.launch)),
             W=tuple(slower * (counts * weights + gpu.launch)),
-            S=half * product + softmax + edge,
-            T=(3 - half) * product + softmax + edge,
-            S1=product + softmax / 2 + edge / 2,
-            S2=softmax / 2 + edge / 2,
-            H=3 * product + 2 * softmax + 2 * edge,
-            G=edge / 2,
-            IF=edge / 2,
-            IB=edge + gpu.traffic(self.table_bytes * z.hidden * rows),
+            **self.vocabulary(rows, early=schedule.method == "vocab-2"),
             CI=gpu.all_reduce(stream, p),
             C0=gpu.broadcast(stream, p),
             CB=gpu.broadcast(stream, p),
@@ -252,6 +277,7 @@ class Cost:
             max=gpu.all_reduce(vector, p),
             stats=gpu.all_reduce(3 * vector, p),
             transfer=tuple(tuple(gpu.send(stream, a, b) for b in range(p)) for a in range(p)),
+            overhead=gpu.overhead,
         )
 
     def mfu(self, m: int, p: int, seconds: float) -> float:
@@ -271,7 +297,7 @@ class Cost:
         split = {"residual": 0.25 * activations, "kept": 0.75 * activations, "carried": 18.0 * z.bsh * layers}
         stores = split if schedule.splits_backward else {"residual": activations}
         gradient = 2 * z.bsh if schedule.method == "vocab-2" else 0
-        return stores | {"inbox": 2.0 * z.bsh, "X": 2.0 * z.bsh, "P": float(logits + gradient)}
+        return stores | {"inbox": 2.0 * z.bsh, "outbox": 2.0 * z.bsh, "X": 2.0 * z.bsh, "P": float(logits + gradient)}
 
     def state(self, schedule: Schedule) -> tuple[float, ...]:
         """Bytes of parameters, gradients and optimizer state, on every device."""

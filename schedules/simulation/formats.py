@@ -1,15 +1,16 @@
 """Schedules and timelines as files: JSON of a schedule, the CSV of torch.distributed.pipelining, a Perfetto trace.
 
 The CSV is what torch's ``_PipelineScheduleRuntime`` loads as "compute_only": one row a rank, one cell an action,
-``{stage}{action}{microbatch}``. Torch's own actions are F, B (the full backward), I (the input gradient alone) and W.
-The vocabulary layers are written in the same way, with the device in the stage's place:
+``{stage}{action}{microbatch}``. Torch's actions are F, B (the full backward), I (the input gradient alone) and W.
+The vocabulary layers can be written in the same way, with the device in place of the stage:
 
-    IF IB   the sharded input layer, forward and backward    S T   the two halves of the sharded output layer
+    EF EB   the sharded input layer, forward and backward    S T   the two halves of the sharded output layer
     SM SE   S in two, maxima then exponentials (S1, S2)      H     the whole output layer on one device
     G       the backward of the final norm
 
-So ``0F3`` is stage 0's forward of microbatch 3, and ``2IF0`` device 2's part of the input layer for microbatch 0.
-``vocabulary=False`` leaves the vocabulary layers out; then torch reads the file.
+So ``0F3`` is stage 0's forward of microbatch 3, and ``2EF0`` device 2's part of the input layer for microbatch 0.
+``vocabulary=False`` leaves the vocabulary layers out; then torch runs the file. A file that has them it refuses, since
+their names do not begin with one of its own, which it would read instead.
 """
 
 from __future__ import annotations
@@ -18,16 +19,22 @@ import csv
 import io
 import json
 import re
-from dataclasses import asdict, fields
-from typing import NamedTuple
+from dataclasses import MISSING, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from ..lowering.events import events_of
-from ..schedule import Pass, Schedule, Step, Vocabulary
+from ..orders import from_orders
+from ..schedule import Schedule
 from .timeline import Timeline
 
-_ACTION = re.compile(r"(\d+)([A-Z]+)(\d+)")
-_WRITTEN = {"S1": "SM", "S2": "SE"}  # a name that ends in a digit could not be told from the microbatch
+_CELL = re.compile(r"([0-9]{1,9})([A-Z_]+)([0-9]{0,9})|\(.*\)(OVERLAP_F_B)")
+# Torch reads a name by its beginning (IF as I), and one that ends in a digit runs into the microbatch.
+_WRITTEN = {"S1": "SM", "S2": "SE", "IF": "EF", "IB": "EB"}
 _READ = {written: name for name, written in _WRITTEN.items()}
+_OF_STAGES = ("F", "B", "I", "W")
+_OF_DEVICES = ("EF", "EB", "IF", "IB", "S", "SM", "SE", "T", "H", "G")
+_OF_TORCH = ("SEND_F", "RECV_F", "SEND_B", "RECV_B", "UNSHARD", "RESHARD", "REDUCE_GRAD", "OVERLAP_F_B")
 
 
 class Action(NamedTuple):
@@ -66,29 +73,68 @@ def to_csv(schedule: Schedule, vocabulary: bool = True) -> str:
     """The compute-only CSV of a schedule, one row a rank."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(
-        [str(action) for action in row] for row in actions_of(schedule, vocabulary)
+        [str(action) for action in row] or [""] for row in actions_of(schedule, vocabulary)
     )
     return text.getvalue()
 
 
 def from_csv(text: str) -> tuple[tuple[Action, ...], ...]:
-    """The actions of every rank. Empty cells, which torch writes where a rank waits, are skipped.
+    """The actions of every rank. Empty cells, which torch writes where a rank waits, are skipped, and so are blank
+    lines and those that begin with ``#``.
 
     Raises:
-        ValueError: a cell that is no action, with its row and column.
+        ValueError: no rows, or a cell that is no action of the compute-only form, with its row and column.
     """
-    rows = []
-    for rank, cells in enumerate(csv.reader(io.StringIO(text))):
-        row = []
-        for column, cell in enumerate(cells):
-            if not (cell := cell.strip()):
-                continue
-            if not (match := _ACTION.fullmatch(cell)):
-                raise ValueError(f"rank {rank}, column {column} is {cell!r}; an action is written as 0F3 or 1IF0")
-            stage, name, microbatch = match.groups()
-            row.append(Action(int(stage), _READ.get(name, name), int(microbatch)))
-        rows.append(tuple(row))
-    return tuple(rows)
+    lines = [line for line in text.removeprefix("\ufeff").splitlines() if line.strip() and line.lstrip()[0] != "#"]
+    try:
+        rows = list(csv.reader(lines))
+    except csv.Error as problem:
+        raise ValueError(f"the schedule is not CSV: {problem}") from None
+    if not rows:
+        raise ValueError("the schedule has no rows; give one a rank")
+    return tuple(
+        tuple(_action(cell.strip(), rank, column) for column, cell in enumerate(cells) if cell.strip())
+        for rank, cells in enumerate(rows)
+    )
+
+
+def schedule_from_csv(text: str, method: str = "baseline", name: str = "custom") -> Schedule:
+    """A schedule to run, from a CSV that torch or :func:`to_csv` wrote without vocabulary layers.
+
+    Every pass starts as soon as its device is free and its input is there, see
+    :func:`vocabpp_jax.schedules.from_orders`.
+
+    Raises:
+        ValueError: what :func:`from_csv` refuses, vocabulary layers, a stage on two ranks or on none, or orders that
+            are not sound.
+    """
+    rows = from_csv(text)
+    home: dict[int, int] = {}
+    for rank, row in enumerate(rows):
+        for action in row:
+            if action.name not in _OF_STAGES:
+                raise ValueError(
+                    f"rank {rank} runs {action}, a part of the vocabulary layers; write the CSV with vocabulary=False, "
+                    "or the schedule as JSON"
+                )
+            if home.setdefault(action.stage, rank) != rank:
+                raise ValueError(f"stage {action.stage} is on rank {home[action.stage]} and on rank {rank}; it has one")
+    if sorted(home) != list(range(len(home))):
+        raise ValueError(f"the stages are {sorted(home)[:10]}; they must be 0, 1, 2 and so on")
+    orders = [" ".join(map(str, row)) for row in rows]
+    return from_orders(orders, tuple(home[stage] for stage in range(len(home))), method, name=name)
+
+
+def _action(cell: str, rank: int, column: int) -> Action:
+    match, where = _CELL.fullmatch(cell), f"rank {rank}, column {column} is {cell[:40]!r}"
+    stage, action, microbatch, overlap = match.groups() if match else (None, None, None, None)
+    if overlap or action in _OF_TORCH:
+        raise ValueError(
+            f"{where}, an {overlap or action} of torch; give its compute-only form, which has F, B, I and W alone"
+        )
+    if not microbatch or action not in (*_OF_STAGES, *_OF_DEVICES):
+        raise ValueError(f"{where}; an action is written as 0F3, its name one of {', '.join(_OF_STAGES + _OF_DEVICES)}")
+    return Action(int(stage), _READ.get(action, action), int(microbatch))
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
@@ -98,33 +144,66 @@ _FORMAT, _VERSION = "vocabpp_jax schedule", 1
 
 def to_json(schedule: Schedule) -> str:
     """A schedule as JSON, complete: :func:`from_json` gives it back."""
-    data = {f.name: getattr(schedule, f.name) for f in fields(schedule) if f.init}
-    v = schedule.vocabulary
-    data["vocabulary"] = {f.name: getattr(v, f.name) for f in fields(v)} | {"steps": [asdict(s) for s in v.steps]}
-    return json.dumps({"format": _FORMAT, "version": _VERSION} | data)
+    return json.dumps({"format": _FORMAT, "version": _VERSION} | _plain(schedule))
 
 
 def from_json(text: str) -> Schedule:
     """The schedule that :func:`to_json` wrote.
 
     Raises:
-        ValueError: not JSON, another format or version, or a field missing.
+        ValueError: not JSON, another format or version, a field that is missing, unknown or of another type.
     """
-    data = json.loads(text)
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as problem:
+        raise ValueError(f"the schedule is not JSON: {problem}") from None
     if not isinstance(data, dict) or (data.pop("format", 0), data.pop("version", 0)) != (_FORMAT, _VERSION):
         raise ValueError(f"this is not a schedule of version {_VERSION}; write one with formats.to_json")
-    try:
-        v = data.pop("vocabulary")
-        steps = tuple(Step(**_tuples(step)) for step in v.pop("steps"))
-        passes = tuple(tuple(Pass(*x) for x in of_device) for of_device in data.pop("passes"))
-        return Schedule(**_tuples(data), passes=passes, vocabulary=Vocabulary(**_tuples(v), steps=steps))
-    except (KeyError, TypeError) as problem:
-        raise ValueError(f"the schedule lacks a field or has one too many: {problem}") from problem
+    return _typed(Schedule, data, "the schedule")
 
 
-def _tuples(values: dict) -> dict:
-    """JSON's lists as the tuples they were."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+def _plain(value: Any) -> Any:
+    """Frozen dataclasses, tuples and sets as JSON has them."""
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.init}
+    if isinstance(value, frozenset):
+        value = sorted(value)
+    return [_plain(x) for x in value] if isinstance(value, tuple | list) else value
+
+
+def _typed(kind: Any, value: Any, where: str) -> Any:
+    """The inverse of :func:`_plain` for a value of an annotated type. Raises ValueError for what is not one."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if is_dataclass(kind):
+        return _object(kind, value, where)
+    if origin in (Union, UnionType):
+        if value is None and NoneType in parts:
+            return None
+        return _typed(next(part for part in parts if part is not NoneType), value, where)
+    if origin is Literal and value in parts and isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        if hints := getattr(kind, "_fields", None) and get_type_hints(kind):
+            parts = tuple(hints.values())
+            if len(parts) == len(value):
+                return kind(*(_typed(part, x, where) for part, x in zip(parts, value, strict=True)))
+        if origin in (tuple, frozenset) and (origin is frozenset or parts[1:] == (...,)):
+            return origin(_typed(parts[0], x, where) for x in value)
+        if origin is tuple and len(parts) == len(value):
+            return tuple(_typed(part, x, where) for part, x in zip(parts, value, strict=True))
+    elif type(value) is kind:
+        return value
+    raise ValueError(f"{where} has {str(value)[:40]!r} where there must be {getattr(kind, '__name__', kind)}")
+
+
+def _object(kind: type, value: Any, where: str) -> Any:
+    named = {field.name: field for field in fields(kind) if field.init}
+    needed = {n for n, f in named.items() if f.default is MISSING and f.default_factory is MISSING}
+    if not isinstance(value, dict) or not needed <= set(value) <= set(named):
+        odd = sorted((needed - set(value)) | (set(value) - set(named))) if isinstance(value, dict) else sorted(needed)
+        raise ValueError(f"{where} lacks a field or has one too many: {', '.join(map(str, odd))}")
+    hints = get_type_hints(kind)
+    return kind(**{name: _typed(hints[name], x, f"{name} of {where}") for name, x in value.items()})
 
 
 # --- trace -----------------------------------------------------------------------------------------------------------

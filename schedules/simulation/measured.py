@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,7 +22,8 @@ PUBLISHED_MICROBATCHES = 128
 class MeasuredRun:
     """One run under 1F1B: the mean time of every pass, one number a device, and of an iteration; milliseconds.
 
-    F and B of the first and the last device include an unsharded vocabulary layer.
+    F and B of the first and the last device include an unsharded vocabulary layer. ``iteration_ms`` is None where
+    passes were measured and no iteration.
     """
 
     method: str
@@ -32,7 +34,7 @@ class MeasuredRun:
     S_and_T: tuple[float, ...]
     IF: tuple[float, ...]
     IB: tuple[float, ...]
-    iteration_ms: float
+    iteration_ms: float | None
     microbatches: int = PUBLISHED_MICROBATCHES
 
     @property
@@ -76,13 +78,17 @@ _COLUMNS = {"F": "f_us", "B": "b_us", "S_and_T": "s_plus_t_us", "IF": "input_f_u
 def read_pass_times(text: str) -> tuple[MeasuredRun, ...]:
     """The runs in a CSV with the columns of ``docs/paper/pass_times_8xA100.csv``, times in microseconds.
 
-    A column ``microbatches`` may be added; without it they are the published 128.
+    A column ``microbatches`` may be added; without it they are the published 128. ``iteration_ms`` may be empty.
 
     Raises:
-        ValueError: no rows, a column missing, a cell that is no number, or cells of different numbers of devices.
+        ValueError: no rows, a column missing, a cell that is no time, or cells of different numbers of devices.
     """
     runs = []
-    for number, row in enumerate(csv.DictReader(io.StringIO(text)), start=1):
+    try:
+        rows = list(csv.DictReader(io.StringIO(text.removeprefix("\ufeff"))))
+    except csv.Error as problem:
+        raise ValueError(f"the pass times are not CSV: {problem}") from None
+    for number, row in enumerate(rows, start=1):
         try:
             times = {name: tuple(float(x) / 1e3 for x in row[column].split()) for name, column in _COLUMNS.items()}
             m = int(row.get("microbatches") or PUBLISHED_MICROBATCHES)
@@ -91,15 +97,17 @@ def read_pass_times(text: str) -> tuple[MeasuredRun, ...]:
                 int(row["seq_length"]),
                 int(row["vocab_size"]),
                 **times,
-                iteration_ms=float(row["iteration_ms"]),
+                iteration_ms=float(row["iteration_ms"]) if row["iteration_ms"] else None,
                 microbatches=m,
             )
         except KeyError as missing:
             raise ValueError(f"the pass times have no column {missing.args[0]!r}") from missing
         except (AttributeError, TypeError, ValueError) as problem:
             raise ValueError(f"row {number} of the pass times cannot be read: {problem}") from problem
+        if not all(0 <= x < math.inf for cell in times.values() for x in cell) or not 0 < run.iteration_ms < math.inf:
+            raise ValueError(f"row {number} of the pass times has a negative or infinite time; give microseconds")
         counts = {len(x) for x in times.values()}
-        if len(counts) != 1:
+        if len(counts) != 1 or 0 in counts:
             raise ValueError(
                 f"row {number} of the pass times has cells of {sorted(counts)} numbers; give one a device in each"
             )
@@ -109,7 +117,9 @@ def read_pass_times(text: str) -> tuple[MeasuredRun, ...]:
     return tuple(runs)
 
 
-def errors(runs: Sequence[MeasuredRun], predicted: Sequence[float]) -> tuple[float, float]:
-    """The mean and the largest relative error of predicted iteration times, both positive."""
-    found = [abs(ms / run.iteration_ms - 1) for run, ms in zip(runs, predicted, strict=True)]
-    return sum(found) / len(found), max(found)
+def errors(runs: Sequence[MeasuredRun], predicted: Sequence[float]) -> tuple[float, float] | None:
+    """The mean and the largest relative error of predicted iteration times, both positive; None where none was
+    measured."""
+    timed = [(run.iteration_ms, ms) for run, ms in zip(runs, predicted, strict=True) if run.iteration_ms is not None]
+    found = [abs(ms / measured - 1) for measured, ms in timed]
+    return (sum(found) / len(found), max(found)) if found else None

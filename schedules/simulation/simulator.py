@@ -39,7 +39,8 @@ class Durations:
         S, T, S1, S2, H, G, IF, IB: the vocabulary passes; one number, or one a device.
         CI, C0, max, stats, big, CB: the collectives.
         transfer: one permute between neighbours; one number, or one a pair as ``[source, target]``.
-        overhead: added to every ``run`` on every device, for reading the predicate of its loop.
+        overhead: added to every ``run`` on every device, whether the pass runs there or not: the host reads the
+            predicate of its loop. Only where the rules say ``idle``, as other programs have no such loops.
     """
 
     F: Times = 1.0
@@ -86,19 +87,22 @@ class Rules:
 
     Attributes:
         transfers: "blocking": both ends of a permute wait for each other and for the data; "asynchronous": both go on
-            and wait before the slot in which the first receiver reads its data, or at the end of the interval, which
-            no transfer outlives; "eager": the sender never waits, and a receiver only where it reads.
+            and wait where the program lands it; "eager": the sender never waits, and a receiver only where it reads.
         collectives: "overlapping": devices go on and wait for the result behind its "done"; "blocking": all wait at its
             "start" until it is through, as on CPUs.
+        one_stream: whether a device's transfers and collectives run one after the other, in the order in which the
+            program starts them, or only the collectives do.
         idle: whether transfers and collectives also run in intervals in which they carry nothing.
     """
 
     transfers: Literal["blocking", "asynchronous", "eager"] = "blocking"
     collectives: Literal["overlapping", "blocking"] = "overlapping"
+    one_stream: bool = False
     idle: bool = True
 
 
 COMPILED = Rules()
+GPU = Rules(transfers="asynchronous", one_stream=True)
 ON_CPUS = Rules(collectives="blocking")
 FREE = Rules(transfers="eager", idle=False)
 
@@ -127,6 +131,7 @@ class _Engine:
         self.devices = np.arange(p)
         self.stages = _stage_of(self.schedule)
         self.clock = np.zeros(p)
+        self.stream = np.zeros(p)  # until when each device's communication stream is taken
         self.arrival = np.zeros((p, max(1, program.rings.get("inbox", 0))))
         self.collectives_end = 0.0  # two collectives over the same devices do not overlap
         self.pending: dict[str, float] = {}
@@ -134,31 +139,15 @@ class _Engine:
 
     def run(self, segment: Segment) -> None:
         """One scan."""
-        steps: list[Callable[[int], None]] = []
-        under_way: list[tuple[int, np.ndarray, np.ndarray]] = []  # transfers: due slot, the devices, until when
-        for line, instruction in enumerate(segment.body):
-            steps += [self._wait(*transfer) for transfer in under_way if transfer[0] <= instruction.slot]
-            under_way = [transfer for transfer in under_way if transfer[0] > instruction.slot]
-            steps.append(self._step(instruction, segment, line))
-            if instruction.op == "permute" and self.rules.transfers == "asynchronous":
-                ends = np.array(instruction.pairs, int)
-                due = instruction.due if instruction.due >= 0 else instruction.slot + 1
-                under_way.append((due, ends, self.tracks[-1].end))
-        steps += [self._wait(*transfer) for transfer in under_way]
+        self.under_way: dict[int, np.ndarray] = {}  # for every transfer under way, until when on each device
+        self.transfers: list[tuple[Track, np.ndarray, ...]] = []
+        steps = [self._step(instruction, segment, line) for line, instruction in enumerate(segment.body)]
         for n in range(segment.intervals):
             for step in steps:
                 step(n)
-
-    def _wait(self, _due: int, pairs: np.ndarray, end: np.ndarray) -> Callable[[int], None]:
-        """Both ends of a transfer wait for it: on each, one program waits where the first receiver has to."""
-
-        def step(n: int) -> None:
-            until = self.clock.copy()
-            for ends in pairs.T:
-                until[ends] = np.maximum(until[ends], end[n, pairs[:, 1]])
-            self.clock = until
-
-        return step
+        for track, source, target, started, ended in self.transfers:
+            for ends in (source, target):
+                track.start[:, ends], track.end[:, ends] = started, ended
 
     def _step(self, instruction: Instruction, segment: Segment, line: int) -> Callable[[int], None]:
         """What one instruction does in interval n, with a track to note when it did."""
@@ -178,6 +167,7 @@ class _Engine:
         makers = {
             "run": self._run,
             "permute": self._permute,
+            "land": self._land,
             "keep": self._keep,
             "start": self._start,
             "done": self._done,
@@ -186,9 +176,10 @@ class _Engine:
 
     def _run(self, instruction: Instruction, track: Track) -> Callable[[int], None]:
         takes = self.durations.of(self.schedule, instruction.name, instruction.chunk) * (track.microbatch >= 0)
+        overhead = self.durations.overhead if self.rules.idle else 0.0
 
         def step(n: int) -> None:
-            self.clock = np.maximum(self.clock + self.durations.overhead, self._arrived(track, n))
+            self.clock = np.maximum(self.clock + overhead, self._arrived(track, n))
             track.start[n] = self.clock
             self.clock = track.end[n] = self.clock + takes[n]
 
@@ -206,35 +197,56 @@ class _Engine:
     def _permute(self, instruction: Instruction, track: Track) -> Callable[[int], None]:
         source, target = np.array(instruction.pairs, int).T
         takes = self.transfer[source, target]
-        cells = track.tables["deliver"][:, target]
+        mode, shared = self.rules.transfers, self.rules.one_stream
+        shape = (len(track.microbatch), len(source))
+        self.transfers.append((track, source, target, started := np.zeros(shape), ended := np.zeros(shape)))
+
+        def step(n: int) -> None:
+            free = np.maximum(self.clock, self.stream) if shared else self.clock
+            ready = free[source] if mode == "eager" else np.maximum(free[source], free[target])
+            through = ready + takes
+            started[n], ended[n] = ready, through
+            until = np.zeros_like(self.clock)
+            until[target] = through
+            if mode == "eager":
+                self.under_way[instruction.transfer] = until
+                return
+            until[source] = np.maximum(until[source], through)
+            if shared:
+                self.stream = np.maximum(self.stream, until)
+            if mode == "blocking":
+                self.clock = np.maximum(self.clock, until)
+            else:
+                self.under_way[instruction.transfer] = until
+
+        return step
+
+    def _land(self, instruction: Instruction, track: Track) -> Callable[[int], None]:
+        cells = track.tables["deliver"]
         mode = self.rules.transfers
 
         def step(n: int) -> None:
-            ready = self.clock[source]
-            if mode != "eager":
-                ready = np.maximum(ready, self.clock[target])
-            through = ready + takes
-            track.start[n, target], track.end[n, target] = ready, through
-            if mode == "blocking":
-                until = self.clock.copy()
-                for ends in (source, target):
-                    until[ends] = np.maximum(until[ends], through)
-                self.clock = until
+            if mode == "asynchronous":
+                self.clock = np.maximum(self.clock, self.under_way.pop(instruction.transfer))
             elif mode == "eager":
                 here = cells[n] >= 0
-                self.arrival[target[here], cells[n][here]] = through[here]
+                self.arrival[self.devices[here], cells[n][here]] = self.under_way.pop(instruction.transfer)[here]
+            track.start[n] = track.end[n] = self.clock
 
         return step
 
     def _start(self, instruction: Instruction, track: Track) -> Callable[[int], None]:
         takes = getattr(self.durations, instruction.name) if self.schedule.p > 1 else 0.0
         runs = (track.microbatch >= 0).any(axis=1) | self.rules.idle
+        shared = self.rules.one_stream
 
         def step(n: int) -> None:
             if runs[n]:
                 ready = np.maximum(self.clock, self._arrived(track, n)).max()
-                begin = max(float(ready), self.collectives_end)
+                begin = max(float(ready), self.collectives_end, float(self.stream.max()) if shared else 0.0)
                 self.collectives_end = self.pending[instruction.name] = begin + takes
+                if shared:
+                    self.stream = np.full_like(self.stream, begin + takes)
                 track.start[n], track.end[n] = begin, begin + takes
                 if self.rules.collectives == "blocking":
                     self.clock = np.full_like(self.clock, begin + takes)

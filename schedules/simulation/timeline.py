@@ -107,10 +107,16 @@ class Timeline:
                 last = np.maximum(last, np.where(ran, t.end, 0.0).max(axis=0))
         return last - first - self.busy
 
+    @property
+    def longest_wait_ratio(self) -> float:
+        """The largest share, over devices, of the time between first and last pass in which a device waits."""
+        span = self.idle + self.busy
+        return float(np.divide(self.idle, span, out=np.zeros_like(span), where=span > 0).max())
+
     def spans(self) -> Iterator[Span]:
         """Every pass, transfer and collective that carried a microbatch."""
         for t in self.tracks:
-            if t.op == "done":
+            if t.op in ("done", "land"):
                 continue
             rows, devices = np.nonzero(t.microbatch >= 0)
             columns = (
@@ -203,6 +209,8 @@ class Timeline:
         """For every ring: device, begin and end of each value, from the start of what writes it to its last reader."""
         touches: dict[str, list[np.ndarray]] = {ring: [] for ring in self.program.rings}
         for t in self.tracks:
+            if t.op == "land":  # the cell has been taken since the transfer left
+                continue
             for name, table in t.tables.items():
                 ring = "inbox" if name == "deliver" else name
                 if ring not in touches:
@@ -227,6 +235,7 @@ class Timeline:
 
 
 _WRITERS = {
+    "outbox": {("run", "F"), ("run", "B")},
     "residual": {("run", "F")},
     "kept": {("run", "F")},
     "carried": {("run", "B")},
@@ -246,6 +255,8 @@ def _lives(touches: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _count(device: int, devices: np.ndarray, begin: np.ndarray, end: np.ndarray) -> Curve:
     """How many of a device's lives are under way, over time; one that ends makes room for one that begins then."""
     mine = devices == device
+    if not mine.any():
+        return np.zeros(1), np.zeros(1, int)
     times = np.concatenate([begin[mine], end[mine]])
     steps = np.concatenate([np.ones(mine.sum(), int), -np.ones(mine.sum(), int)])
     order = np.lexsort((steps, times))

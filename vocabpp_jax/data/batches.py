@@ -18,6 +18,10 @@ Batch = dict[str, Any]
 document masks also ``side``: ``segment_ids`` int32 ``[m, B, L]``, the number of a token's document in its row."""
 ENDLESS = 2**48
 """Batches in what repeats for ever."""
+_NO_LABELS = (
+    "has no label that counts: with document masks, a document of one token has none; leave document_masks out, or "
+    "give longer documents"
+)
 
 
 class Windows:
@@ -44,6 +48,15 @@ class Windows:
             row["mask"] = np.where(begins[1:], 0, row["mask"])
             row["side"] = {"segment_ids": np.cumsum(begins[:-1], dtype=np.int32)}
         return row
+
+    @property
+    def labels_count(self) -> bool:
+        """Whether any window has a label that counts."""
+        if self.ends is None:
+            return len(self) > 0
+        labels = len(self) * self.seq  # those of the tokens 1 to this one
+        first, last = np.searchsorted(self.ends, (1, labels + 1))
+        return labels > last - first
 
     def __repr__(self) -> str:
         return f"Windows({len(self)} of {self.seq} tokens)"
@@ -95,6 +108,9 @@ def training_batches(
     Every window comes once an epoch, in an order drawn anew for each. ``start`` rows are left out at the beginning: a
     run goes on where it was, with batches of any size. ``ends`` as in :class:`Windows`, ``columns`` as in
     :class:`Batches`.
+
+    Raises:
+        ValueError: too few tokens for one batch, or not one label that counts.
     """
     windows = Windows(tokens, seq, ends)
     rows = microbatches * batch
@@ -103,6 +119,8 @@ def training_batches(
             f"the train split has {len(tokens)} tokens, too few for one batch of {rows} sequences of {seq}, which "
             f"takes {rows * seq + 1}; give more text, or lower microbatches, microbatch_size or seq"
         )
+    if not windows.labels_count:
+        raise ValueError(f"the train split {_NO_LABELS}")
     endless = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
     columns = range(batch) if columns is None else columns
     return grain.MapDataset.source(Batches(endless, ENDLESS, microbatches, batch, columns, start))
@@ -118,7 +136,11 @@ def validation_batches(
     ends: np.ndarray | None = None,
     columns: Sequence[int] | None = None,
 ) -> grain.MapDataset:
-    """A fixed sample of the windows, at most ``at_most`` batches of it; the last is filled up with masked rows."""
+    """A fixed sample of the windows, at most ``at_most`` batches of it; the last is filled up with masked rows.
+
+    Raises:
+        ValueError: too few tokens for one sequence, or a sample without a label that counts.
+    """
     windows = Windows(tokens, seq, ends)
     if not len(windows):
         raise ValueError(
@@ -129,6 +151,8 @@ def validation_batches(
     sample = grain.MapDataset.source(windows).seed(0).shuffle()
     if at_most is not None:
         sample = sample[: at_most * rows]
+    if ends is not None and not any(sample[i]["mask"].any() for i in range(len(sample))):
+        raise ValueError(f"the validation sample {_NO_LABELS}")
     columns = range(batch) if columns is None else columns
     return grain.MapDataset.source(Batches(sample, -(-len(sample) // rows), microbatches, batch, columns))
 

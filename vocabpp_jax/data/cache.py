@@ -25,17 +25,23 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def written_atomically(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes ``path`` when the block ends well: a reader sees all of the file or none."""
+    """A path to write to, which becomes ``path`` when the block succeeds: a reader sees all of the file or none.
+
+    Raises:
+        ValueError: the file cannot be written, for example because the disk is full.
+    """
+    partial = None
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem + ".", suffix=".partial" + path.suffix)
-    except OSError as reason:
-        raise ValueError(
-            f"the folder {path.parent} cannot be written to ({reason.strerror}); set VOCABPP_CACHE to one that can"
-        ) from None
-    os.close(handle)
-    partial = Path(name)
-    try:
+        os.close(handle)
+        partial = Path(name)
         yield partial
         partial.replace(path)
+    except OSError as reason:
+        raise ValueError(
+            f"{path} cannot be written ({reason.strerror or reason}); make room in its folder, or set VOCABPP_CACHE to "
+            "another"
+        ) from None
     finally:
-        partial.unlink(missing_ok=True)
+        if partial:
+            partial.unlink(missing_ok=True)

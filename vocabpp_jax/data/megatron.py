@@ -18,6 +18,7 @@ import numpy as np
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+SUFFIXES = (".idx", ".bin")
 _EDGE = 2**20  # bytes of the .bin, at its beginning and end, that tell it from another
 
 
@@ -29,13 +30,24 @@ class IndexedDataset:
     ends: np.ndarray
     fingerprint: str
     damaged: tuple[str, ...]
+    file: Path
+    """The ``.bin``."""
 
 
 def is_megatron(source: str) -> bool:
-    """Whether it names an indexed dataset: its ``.idx``, its ``.bin`` or both by what stands before the suffix."""
-    return Path(source).suffix in (".idx", ".bin") or (
-        not Path(source).exists() and Path(f"{source}.idx").is_file() and Path(f"{source}.bin").is_file()
-    )
+    """Whether it names an indexed dataset: its ``.idx``, its ``.bin``, or both by their name without a suffix."""
+    try:
+        return Path(source).suffix.lower() in SUFFIXES or (
+            not Path(source).exists() and all(_beside(source, suffix).is_file() for suffix in SUFFIXES)
+        )
+    except (OSError, ValueError):  # a name that is too long, or has a NUL
+        return False
+
+
+def _beside(stem: str, suffix: str) -> Path:
+    """A file of the dataset, whichever case its suffix has."""
+    paths = [Path(stem + suffix), Path(stem + suffix.upper())]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 def read_indexed(source: str, damaged: Literal["refuse", "skip"] = "refuse") -> IndexedDataset:
@@ -44,8 +56,8 @@ def read_indexed(source: str, damaged: Literal["refuse", "skip"] = "refuse") -> 
     Raises:
         ValueError: a file is missing, is no such index, contradicts itself, or is shorter than the other says.
     """
-    stem = source.removesuffix(".idx").removesuffix(".bin")
-    index, data = Path(f"{stem}.idx"), Path(f"{stem}.bin")
+    stem = source[:-4] if source.lower().endswith(SUFFIXES) else source
+    index, data = (_beside(stem, suffix) for suffix in SUFFIXES)
     try:
         raw, size = index.read_bytes(), data.stat().st_size
         digest = hashlib.blake2b(raw, digest_size=16)
@@ -61,6 +73,11 @@ def read_indexed(source: str, damaged: Literal["refuse", "skip"] = "refuse") -> 
     ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[bounds[1:]]
     total, held = int(lengths.sum(dtype=np.int64)), size // kind.itemsize
     left_out: tuple[str, ...] = ()
+    if size > total * kind.itemsize:
+        sentence = f"{data} is {size} bytes long; the {total} tokens of its index take {total * kind.itemsize}"
+        if damaged == "refuse":
+            raise ValueError(f"{sentence}; give the index that belongs to it, or leave out what is damaged")
+        left_out = (f"{sentence}, and what follows them is left out",)
     if held < total:
         sentence = f"{data} holds {held} tokens; its index says {total}: it was cut off"
         if damaged == "refuse":
@@ -72,7 +89,7 @@ def read_indexed(source: str, damaged: Literal["refuse", "skip"] = "refuse") -> 
     if not len(ends):
         raise ValueError(f"{data} holds no whole document; give another dataset")
     tokens = np.memmap(data, kind, mode="r", shape=(int(ends[-1]),))
-    return IndexedDataset(tokens, ends, digest.hexdigest(), left_out)
+    return IndexedDataset(tokens, ends, digest.hexdigest(), left_out, data)
 
 
 def _parse(raw: bytes, path: Path) -> tuple[np.ndarray, np.ndarray, np.dtype]:

@@ -1,22 +1,35 @@
-"""A byte-level BPE tokenizer, trained on the corpus and kept in the cache."""
+"""Tokenizers: a byte-level BPE trained on the corpus and kept in the cache, or one from a ``tokenizer.json``.
+
+Documents are tokenised whole, and as text: truncation, padding and BPE dropout that a file stores are switched off, and
+text that happens to spell a special token becomes the tokens of its letters.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from vocabpp_jax.data.cache import cache_folder, written_atomically
 from vocabpp_jax.data.corpus import Corpus
+from vocabpp_jax.data.files import BOM
 
 END_OF_TEXT = "<|endoftext|>"
-"""Stands after every document. Its token is 0 in the tokenizers trained here."""
+"""Follows every document. Its token is 0 in the tokenizers trained here."""
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "<eos>", "</s>")
 """What tokenizers call it: GPT-2 and Qwen, Llama 3, Gemma, Llama 2 and Mistral."""
 SMALLEST_VOCABULARY = 257
 """Every byte and the end of text."""
+
+# GPT-2's pattern, with an upper bound on each run: BPE training takes quadratic time in the longest word.
+_RUN = "{1,256}"
+_BOUNDED_WORDS = (
+    rf"'(?:[sdmt]|ll|ve|re)| ?\p{{L}}{_RUN}| ?\p{{N}}{_RUN}| ?[^\s\p{{L}}\p{{N}}]{_RUN}|\s{_RUN}(?!\S)|\s{_RUN}"
+)
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -27,8 +40,12 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
             f"one for every byte and one for {END_OF_TEXT}"
         )
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_BOUNDED_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
@@ -36,6 +53,9 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer=trainer)
+    # Encoding takes no such time, so words are as long as GPT-2's.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
@@ -44,35 +64,83 @@ def tokenizer_for(corpus: Corpus, vocab_size: int) -> Tokenizer:
     path = cache_folder() / f"tokenizer-{corpus.fingerprint}-{vocab_size}.json"
     if not path.exists():
         with written_atomically(path) as partial:
-            train_tokenizer(corpus.train(), vocab_size).save(str(partial), pretty=False)
+            partial.write_text(train_tokenizer(corpus.train(), vocab_size).to_str(pretty=False), encoding="utf-8")
     return load_tokenizer(path)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A tokenizer from a ``tokenizer.json``; it must have one of :data:`ENDS_OF_TEXT`."""
+def load_tokenizer(path: str | Path, end: str | None = None) -> Tokenizer:
+    """A tokenizer from a ``tokenizer.json``, for whole documents.
+
+    Raises:
+        ValueError: no such file, not a tokenizer, or no token that ends a text: ``end`` if given, else what
+            :func:`end_token` finds.
+    """
     if not Path(path).is_file():
         raise ValueError(f"tokenizer is {str(path)!r}, which is not a file; give a tokenizer.json")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(Path(path).read_bytes().removeprefix(BOM).decode())
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        if getattr(tokenizer.model, "dropout", None):
+            tokenizer.model.dropout = None
     except Exception:  # the library raises bare Exception
         raise ValueError(f"{path} cannot be read as a tokenizer; give a tokenizer.json, or delete it") from None
-    if not _ends(tokenizer):
-        raise ValueError(f"{path} has no token for the end of a text; give one with {' or '.join(ENDS_OF_TEXT)}")
-    # Text that happens to spell a special token stays text.
+    try:
+        end_token(tokenizer, end)
+    except ValueError as problem:
+        raise ValueError(f"{path}: {problem}") from None
     tokenizer.encode_special_tokens = True
     return tokenizer
 
 
-def end_of_text(tokenizer: Tokenizer) -> int:
-    """The token that stands after every document."""
-    return _ends(tokenizer)[0]
+def stored_end(path: str | Path) -> str | None:
+    """The ``eos_token`` in the ``tokenizer_config.json`` beside a ``tokenizer.json``; None where there is none.
+
+    Raises:
+        ValueError: the file is there and cannot be read.
+    """
+    config = Path(path).with_name("tokenizer_config.json")
+    if not config.is_file():
+        return None
+    try:
+        token = json.loads(config.read_bytes().removeprefix(BOM)).get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+    except (OSError, ValueError, RecursionError, AttributeError):
+        raise ValueError(f"{config} is not a JSON object; mend it, or move it away") from None
+    if not isinstance(token, str | None):
+        raise ValueError(f"{config} has eos_token {token!r}; it must be a string")
+    return token
 
 
-def _ends(tokenizer: Tokenizer) -> list[int]:
-    ids = [tokenizer.token_to_id(name) for name in ENDS_OF_TEXT]
-    return [token for token in ids if token is not None]
+def end_token(tokenizer: Tokenizer, name: str | None = None) -> int:
+    """The token that follows every document: the one called ``name``, else the first of :data:`ENDS_OF_TEXT`.
+
+    Raises:
+        ValueError: the tokenizer has no such token.
+    """
+    names = ENDS_OF_TEXT if name is None else (name,)
+    for token in map(tokenizer.token_to_id, names):
+        if token is not None:
+            return token
+    if name is not None:
+        raise ValueError(f"end_of_text is {name!r}, which is no token of the tokenizer; name one that it has")
+    raise ValueError(
+        f"there is no token for the end of a text, {', '.join(ENDS_OF_TEXT[:-1])} or {ENDS_OF_TEXT[-1]}; name it with "
+        "end_of_text, or as eos_token in the tokenizer_config.json beside it"
+    )
 
 
-def fingerprint(tokenizer: Tokenizer) -> str:
-    """A hash of all that decides which tokens a text becomes."""
-    return hashlib.blake2b(tokenizer.to_str().encode(), digest_size=16).hexdigest()
+def special_tokens(tokenizer: Tokenizer) -> re.Pattern[str] | None:
+    """A pattern of the special tokens' names, longest first; None where there are none."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    names = sorted({token.content for token in added if token.special and token.content.strip()}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names))) if names else None
+
+
+def fingerprint(tokenizer: Tokenizer, end: int | None = None) -> str:
+    """A hash of all that decides which tokens a text becomes, with the token ``end`` after each document."""
+    digest = hashlib.blake2b(tokenizer.to_str().encode(), digest_size=16)
+    usual = [token for token in map(tokenizer.token_to_id, ENDS_OF_TEXT) if token is not None]
+    if end is not None and end != (usual or [None])[0]:
+        digest.update(b"end %d" % end)
+    return digest.hexdigest()

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,8 @@ class Executor:
             "out": jnp.zeros(self.x.shape, self.x.dtype),
             "clock": jnp.zeros((), jnp.int32),
         }
+        if "outbox" in rings:
+            state["outbox"] = zeros(rings["outbox"], self.x)
         for ring in ("residual", "kept", "carried"):
             if ring in rings:
                 state[ring] = (zeros(rings[ring], getattr(self.block, ring)),) * self.layout.depth
@@ -92,16 +94,16 @@ class Executor:
         kept = tuple(n for n in state if n not in local)
 
         def interval(carry: State, row: jax.Array) -> tuple[State, None]:
-            under_way: list[Transfer] = []
+            under_way: dict[int, jax.Array] = {}
             for instruction, places in zip(segment.body, columns, strict=True):
-                carry, under_way = _landed(carry, under_way, instruction.slot)
                 cells = {name: row[c] for name, c in places.items()}
-                if instruction.op == "permute":
-                    carry, transfer = _sent(carry, instruction, cells)
-                    under_way.append(transfer)
-                else:
-                    carry = self.execute(instruction, cells, carry)
-            carry, _ = _landed(carry, under_way, self.program.schedule.interval)
+                match instruction.op:
+                    case "permute":
+                        carry, under_way[instruction.transfer] = _sent(carry, instruction, cells)
+                    case "land":
+                        carry = _landed(carry, under_way.pop(instruction.transfer), cells)
+                    case _:
+                        carry = self.execute(instruction, cells, carry)
             return {n: carry[n] for n in kept}, None
 
         return lax.scan(interval, {n: state[n] for n in kept}, mine)[0]
@@ -113,11 +115,11 @@ class Executor:
             case "keep", _:
                 return state | {"inbox": put_if(state["inbox"], cells["deliver"], state["out"])}
             case "run", "F":
-                names = ("out", *self._stored("residual", "kept"), *self._counters())
+                names = ("out", *self._stored("outbox", "residual", "kept"), *self._counters())
                 return self._pass(instruction, cells, state, names, self.forward)
             case "run", "B":
                 frees = () if self.program.schedule.splits_backward else self._counters()
-                names = ("out", f"grads.blocks.{c}", *self._stored("carried"), *frees)
+                names = ("out", f"grads.blocks.{c}", *self._stored("outbox", "carried"), *frees)
                 return self._pass(instruction, cells, state, names, self.backward)
             case "run", "W":
                 names = (f"grads.blocks.{c}", *self._counters())
@@ -149,7 +151,7 @@ class Executor:
 
         names = ("out", *self._stored("residual", "kept"))
         state = self._each_layer(state, c, range(self.layout.depth), layer, names)
-        return self._occupy(state, cells, True)
+        return self._occupy(_left(state, cells), cells, True)
 
     def backward(self, state: State, cells: Cells, c: int) -> State:
         """B: a stage's layers in reverse, from the gradient that arrived."""
@@ -169,7 +171,7 @@ class Executor:
             return s
 
         names = ("out", grads, *self._stored("carried"))
-        state = self._each_layer(state, c, range(self.layout.depth)[::-1], layer, names)
+        state = _left(self._each_layer(state, c, range(self.layout.depth)[::-1], layer, names), cells)
         return state if self.program.schedule.splits_backward else self._occupy(state, cells, False)
 
     def weights(self, state: State, cells: Cells, c: int) -> State:
@@ -232,29 +234,27 @@ class Executor:
         }
 
 
-class Transfer(NamedTuple):
-    """What is on its way: the slot before which it must be in the inbox, the cell, and what arrives."""
-
-    due: int
-    cell: jax.Array
-    arriving: jax.Array
+def _left(state: State, cells: Cells) -> State:
+    """Leaves what a pass made in the outbox, where its transfer is deferred."""
+    return state | {"outbox": put_if(state["outbox"], cells["outbox"], state["out"])} if "outbox" in cells else state
 
 
-def _sent(state: State, instruction: Instruction, cells: Cells) -> tuple[State, Transfer]:
-    """Sends what the passes of this slot made, from a buffer that later passes do not write."""
+def _sent(state: State, instruction: Instruction, cells: Cells) -> tuple[State, jax.Array]:
+    """Starts a transfer of what the latest pass made, or of what one of the interval before left in the outbox.
+
+    It leaves from a buffer that later passes do not write.
+    """
     with jax.named_scope("transfer"):
-        leaving = behind_earlier_passes(state, state["out"])
+        made = get(state["outbox"], jnp.maximum(cells["outbox"], 0)) if "outbox" in cells else state["out"]
+        leaving = behind_earlier_passes(state, made)
         arriving = lax.ppermute(leaving, PIPE, instruction.pairs)
-    return before_later_passes(state, leaving), Transfer(instruction.due, cells["deliver"], arriving)
+    return before_later_passes(state, leaving), arriving
 
 
-def _landed(state: State, under_way: list[Transfer], slot: int) -> tuple[State, list[Transfer]]:
-    """Puts what is due by ``slot`` into the inbox, and no sooner: the passes until then need not wait for it."""
-    for transfer in under_way:
-        if transfer.due <= slot:
-            arrived = behind_earlier_passes(state, transfer.arriving)
-            state = state | {"inbox": put_if(state["inbox"], transfer.cell, arrived)}
-    return state, [transfer for transfer in under_way if transfer.due > slot]
+def _landed(state: State, arriving: jax.Array, cells: Cells) -> State:
+    """Puts what has arrived into the inbox, and no sooner: the passes until then need not wait for it."""
+    arrived = behind_earlier_passes(state, arriving)
+    return state | {"inbox": put_if(state["inbox"], cells["deliver"], arrived)}
 
 
 def _replaced(items: tuple, j: int, item: Any) -> tuple:

@@ -57,7 +57,9 @@ class Model:
     vocab_size: int
     width: int
     block: Callable[[Params, jax.Array, Side], jax.Array]
-    """One layer: ``(block_params, x [B, L, D], side) -> x [B, L, D]``, pure, same dtype out as in."""
+    """One layer: ``(block_params, x [B, L, D], side) -> x [B, L, D]``, pure, same dtype out as in. One that chooses
+    kernels by the devices has a method ``on(platform)``, which returns the block for them; a platform is what
+    :attr:`jax.Device.platform` says."""
     init_block: Callable[[jax.Array, jax.Array], Params]
     """``(key, layer) -> block_params`` in float32: one layer's initial parameters. ``layer`` is an int32 scalar and may
     be traced, so that every device can draw a layer of its own with the same program."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..schedules import Program, Schedule, check, evaluation, lower
-from ..vocab import Loss
+from ..vocab import Loss, counted, refuse_outside
 from ..vocab.instructions import VocabularySteps
 from .collectives import collectives
 from .executor import Executor
@@ -22,6 +22,8 @@ from .layout import Layout
 from .linearize import Linearized, linearize
 from .mesh import DATA, PIPE
 from .model_interface import Model
+from .nccl import keep_launch_order
+from .precision import exact_products
 from .tensor import TENSOR
 
 Params = Any
@@ -35,11 +37,13 @@ class Pipeline:
 
     A batch is ``{"tokens", "labels": int32 [m, B, L], "mask": [m, B, L]}`` and, where the blocks take them, ``"side"``:
     a dictionary of ``[m, B, ...]`` arrays. m microbatches, B microbatch size times the data axis, L length. The mask
-    may be absent. Parameters are a tree in :attr:`layout`, float32, sharded as :attr:`shardings` says.
+    may be absent. A label of -100 does not count either; of other ids outside the vocabulary the loss is NaN, or,
+    outside ``jax.jit``, they are refused. Parameters are a tree in :attr:`layout`, float32, sharded as
+    :attr:`shardings` says.
 
     Raises:
         ValueError: the schedule is not sound, the mesh has no axis ``data`` or its axis ``pipe`` is not the schedule's
-            p, or layers do not fill its stages.
+            p, layers do not fill its stages, or the model's kernels are not for the mesh's devices.
     """
 
     model: Model
@@ -47,6 +51,8 @@ class Pipeline:
     mesh: Mesh
     compute_dtype: str = "float32"
     layout: Layout = field(init=False, repr=False)
+    _block: Callable = field(init=False, repr=False, compare=False)
+    """A layer, or one device's part of it, for the devices of the mesh."""
 
     def __post_init__(self) -> None:
         if self.compute_dtype not in ("float32", "bfloat16"):
@@ -60,7 +66,11 @@ class Pipeline:
                 f"the mesh's axis {PIPE!r} is {self.mesh.shape.get(PIPE)}; the schedule's p is {self.schedule.p}"
             )
         check(self.schedule)
+        keep_launch_order()
         object.__setattr__(self, "layout", Layout(self.model, self.schedule, self.mesh.shape.get(TENSOR, 1)))
+        block = self.model.block if self.layout.tensor == 1 else self.model.tensor.block
+        platform = self.mesh.devices.flat[0].platform
+        object.__setattr__(self, "_block", block.on(platform) if hasattr(block, "on") else block)
 
     @cached_property
     def program(self) -> Program:
@@ -185,7 +195,7 @@ class Pipeline:
         return run(params, batch)
 
     def _checked(self, batch: Batch) -> Batch:
-        """The batch with a float32 mask; refuses one that does not fit."""
+        """The batch with a float32 mask, in which labels of -100 do not count; refuses one that does not fit."""
         if missing := {"tokens", "labels"} - set(batch):
             raise ValueError(f"the batch has {sorted(batch)}; it needs {', '.join(sorted(missing))} too")
         shape = jnp.shape(batch["tokens"])
@@ -201,11 +211,19 @@ class Pipeline:
                 raise ValueError(f"{name} has shape {list(jnp.shape(batch[name]))}; tokens has {list(shape)}")
         mask = batch.get("mask")
         mask = jnp.ones(shape, jnp.float32) if mask is None else jnp.asarray(mask).astype(jnp.float32)
-        return {"tokens": batch["tokens"], "labels": batch["labels"], "mask": mask, "side": batch.get("side", {})}
+        for name in ("tokens", "labels"):
+            if not jnp.issubdtype(kind := jnp.result_type(batch[name]), jnp.integer):
+                raise ValueError(f"{name} has dtype {kind}; token ids are integers")
+        V = self.model.vocab_size
+        refuse_outside(batch["tokens"], batch["labels"], mask, V)
+        tokens, labels = (jnp.asarray(batch[name]).astype(jnp.int32) for name in ("tokens", "labels"))
+        labels, mask = counted(tokens, labels, mask, V)
+        return {"tokens": tokens, "labels": labels, "mask": mask, "side": batch.get("side", {})}
 
     def _on_device(self, program: Program, observe: bool, params: Params, batch: Batch) -> tuple:
         """One device's whole iteration."""
-        state = self._executor(program, observe, params, batch)()
+        with exact_products(self.compute_dtype):
+            state = self._executor(program, observe, params, batch)()
         loss = state["loss"] if self.layout.sharded else jax.lax.psum(state["loss"], PIPE)
         counters = {k: state[k].reshape(1, 1) for k in ("in_flight", "clobbered")} if observe else {}
         grads = self._gradients(state, params) if program.schedule.trains else {}
@@ -251,11 +269,6 @@ class Pipeline:
         if not program.schedule.trains:
             return Linearized(lambda p, s, x: (self._block(p, x, s), (), ()), None, None, (), (), ())
         return linearize(self._block, block, x, one_side, split=program.schedule.splits_backward)
-
-    @property
-    def _block(self) -> Callable:
-        """A layer, or one device's part of it."""
-        return self.model.block if self.layout.tensor == 1 else self.model.tensor.block
 
     @property
     def _a_layer_s_side(self) -> dict[str, Any]:

@@ -1,47 +1,52 @@
 """The vocabulary layers, sharded by rows over a mesh axis: pure functions over one device's arrays."""
 
 from .input_layer import lookup, scatter
+from .labels import IGNORED_LABEL, counted, refuse_outside
 from .loss import Loss
 from .output_layer import (
+    Coefficients,
+    Kept,
     Shard,
-    Slopes,
     Stats,
     Target,
-    capped,
+    coefficients,
     combine,
     exponentials,
-    factor,
     input_gradient,
     logits,
     losses,
     partial_input_gradient,
-    slopes,
-    target_logits,
     uniform_input_gradient,
     unscaled_input_gradient,
     weight_gradient,
 )
+from .sums import from_units, in_units, summed_dtype, unit
 from .unsharded_head import whole_layer, whole_loss
 
 __all__ = [
+    "IGNORED_LABEL",
+    "Coefficients",
+    "Kept",
     "Loss",
     "Shard",
-    "Slopes",
     "Stats",
     "Target",
-    "capped",
+    "coefficients",
     "combine",
+    "counted",
     "exponentials",
-    "factor",
+    "from_units",
+    "in_units",
     "input_gradient",
     "logits",
     "lookup",
     "losses",
     "partial_input_gradient",
+    "refuse_outside",
     "scatter",
-    "slopes",
-    "target_logits",
+    "summed_dtype",
     "uniform_input_gradient",
+    "unit",
     "unscaled_input_gradient",
     "weight_gradient",
     "whole_layer",

@@ -11,15 +11,15 @@ from jax import lax
 
 from .loss import Loss
 from .output_layer import (
+    Coefficients,
+    Kept,
     Shard,
-    Slopes,
     Target,
+    coefficients,
     exponentials,
-    factor,
     input_gradient,
     logits,
     losses,
-    slopes,
     uniform_input_gradient,
     weight_gradient,
 )
@@ -37,23 +37,23 @@ def whole_layer(
     exponentials (and of ∂, with a soft cap and smoothing).
     """
 
-    def of_logits(part: Tokens) -> tuple[jax.Array, jax.Array, jax.Array, Slopes | None]:
+    def of_logits(part: Tokens) -> tuple[jax.Array, Kept, Coefficients]:
         x, labels, weight = part
-        y = logits(w, x, shard, loss)
-        p, stats = exponentials(y, labels, shard, w.dtype, loss)
-        value = jnp.sum(weight * losses(stats, loss))
-        return value, p, factor(stats, stats, weight, loss), slopes(y, labels, shard, w.dtype, loss)
+        kept, stats = exponentials(logits(w, x, shard, loss), labels, shard, w.dtype, loss)
+        of_one_shard = jax.tree.map(lambda vector: vector[None], stats)
+        at = coefficients(of_one_shard, 0, kept, Target(weight, labels, shard, loss), w.shape[0])
+        return jnp.sum(weight * losses(stats, loss)), kept, at
 
     def of_gradients(carry: tuple, part: Tokens) -> tuple[tuple, jax.Array]:
         x, labels, weight = part
         value, *made = lax.map(of_logits, _blocks(part, w.shape[0], LOGITS))
-        p, scale, at = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), made)
-        target = Target(weight, labels, shard, loss, at)
-        total = weight_gradient(carry[1], p, x, scale, target)
-        return (carry[0] + value.sum(), total), input_gradient(p, w, scale, target, uniform)
+        kept, at = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), made)
+        target = Target(weight, labels, shard, loss)
+        total = weight_gradient(carry[1], kept, x, at, target)
+        return (carry[0] + value.sum(), total), input_gradient(kept, w, at, target, uniform).astype(w.dtype)
 
     evenly = loss.label_smoothing and loss.soft_cap is None
-    uniform = uniform_input_gradient(w, shard, loss) if evenly else None
+    uniform = uniform_input_gradient(w, shard) if evenly else None
     start = (jnp.zeros((), jnp.float32), total)
     (value, total), dx = lax.scan(of_gradients, start, _blocks(tokens, w.shape[0], EXPONENTIALS))
     return value, total, dx.reshape(tokens[0].shape)

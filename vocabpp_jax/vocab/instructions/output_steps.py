@@ -17,7 +17,7 @@ from jax import lax
 from ... import vocab
 from ...pipeline.buffers import Cells, State, get, put, put_if, when, zeros
 from ...schedules import sums_before_T
-from .. import Loss, Shard, Slopes, Stats, Target
+from .. import Coefficients, Kept, Loss, Shard, Stats, Target
 from .vocabulary_layer import Start, VocabularyLayer, flight, sent
 
 F32 = jnp.float32
@@ -59,18 +59,17 @@ class OutputSteps(VocabularyLayer):
         """S: local logits, their exponentials and row statistics; in Algorithm 2 also ``A = P' W``."""
 
         def passed(state: State) -> State:
-            y, labels = self._logits(self._hidden(state, cells)), self._labels(cells)
-            p, stats = vocab.exponentials(y, labels, self.shard, self.dtype, self.loss)
-            slopes = self._slopes(y, labels)
+            kept, stats = self._exponentials(self._logits(state, cells), cells, self.dtype)
             record = get(state["P"], cells["P"]) | {"local": stats}
             if self.trains:
-                record |= {"exponentials": p, "slopes": slopes}
+                record |= {"kept": kept}
             state = state | {"P": put(state["P"], cells["P"], record)}
             if not self.early:
                 return state
-            if slopes is not None and slopes.rows is not None:
-                state = state | {"uniform": vocab.uniform_input_gradient(self.head, self.shard, self.loss, slopes)}
-            return state | {"A": vocab.unscaled_input_gradient(p, self.head)}
+            if kept.slopes is not None:
+                state = state | {"uniform": vocab.uniform_input_gradient(self.head, self.shard, kept.slopes)}
+            unit = vocab.unit(kept.rest * state["span"])
+            return state | {"A": vocab.in_units(vocab.unscaled_input_gradient(kept, self.head), unit, self.dtype)}
 
         names = ("P", *(("A",) if self.early else ()), *(("uniform",) if "uniform" in state else ()))
         return when(cells["microbatch"] >= 0, state, names, passed)
@@ -79,11 +78,8 @@ class OutputSteps(VocabularyLayer):
         """S1 of the three-barrier reference: logits, where S2 will put exponentials, and their local maximum."""
 
         def passed(state: State) -> State:
-            y, labels = self._logits(self._hidden(state, cells)), self._labels(cells)
-            target = vocab.target_logits(y, labels, self.shard, self.loss)
-            local = Stats(jnp.max(y, axis=1), jnp.zeros_like(target), target)
-            slopes = self._slopes(y, labels)
-            record = get(state["P"], cells["P"]) | {"exponentials": y, "local": local, "slopes": slopes}
+            y, record = self._logits(state, cells), get(state["P"], cells["P"])
+            record |= {"kept": record["kept"]._replace(p=y), "local": record["local"]._replace(maximum=y.max(1))}
             return state | {"P": put(state["P"], cells["P"], record)}
 
         return when(cells["microbatch"] >= 0, state, ("P",), passed)
@@ -93,11 +89,9 @@ class OutputSteps(VocabularyLayer):
 
         def passed(state: State) -> State:
             record = get(state["P"], cells["P"])
-            local = record["local"]
-            y = record["exponentials"]
-            e = jnp.exp(y - local.maximum[:, None])
-            record |= {"exponentials": vocab.capped(e, y, self.loss), "local": local._replace(sum=e.sum(1))}
-            return state | {"P": put(state["P"], cells["P"], record)}
+            y, maximum = record["kept"].p, record["local"].maximum
+            kept, local = self._exponentials(y, cells, y.dtype, maximum)
+            return state | {"P": put(state["P"], cells["P"], record | {"kept": kept, "local": local})}
 
         return when(cells["microbatch"] >= 0, state, ("P",), passed)
 
@@ -112,26 +106,28 @@ class OutputSteps(VocabularyLayer):
         return jnp.stack(self._local(state, cells)), self.collectives.gather
 
     def done_stats(self, state: State, cells: Cells, gathered: jax.Array) -> State:
-        whole = vocab.combine(Stats(*jnp.moveaxis(gathered, 1, 0)))
-        weight = self._weight(cells)
-        loss = jnp.sum(jnp.where(cells["microbatch"] >= 0, weight * vocab.losses(whole, self.loss), 0))
-        updated = {"loss": state["loss"] + loss}
+        of_shards = Stats(*jnp.moveaxis(gathered, 1, 0))
+        weighted = self._weight(cells) * vocab.losses(vocab.combine(of_shards), self.loss)
+        updated = {"loss": state["loss"] + jnp.sum(jnp.where(cells["microbatch"] >= 0, weighted, 0))}
         if not self.trains:
             return updated
-        factor = vocab.factor(self._local(state, cells), whole, weight, self.loss)
-        return updated | self._noted(state, cells, factor=factor)
+        vectors = get(state["P"]["kept"]._replace(p=None, slopes=None), jnp.maximum(cells["P"], 0))
+        mine, rows = lax.axis_index(self.layout.vocabulary_axes), self.head.shape[0]
+        at = vocab.coefficients(of_shards, mine, vectors, self._target(cells), rows)
+        return updated | self._noted(state, cells, at=at)
 
     def run_T(self, state: State, cells: Cells) -> State:
         """T: the weight gradient; behind the barrier (Algorithm 1) also this shard's part of the input gradient."""
 
         def passed(state: State) -> State:
             record = get(state["P"], cells["P"])
-            p, scale, target = record["exponentials"], record["factor"], self._target(cells, record["slopes"])
-            total = vocab.weight_gradient(state[self.head_gradient], p, self._hidden(state, cells), scale, target)
+            kept, at, target = record["kept"], record["at"], self._target(cells)
+            total = vocab.weight_gradient(state[self.head_gradient], kept, self._hidden(state, cells), at, target)
             state = state | {self.head_gradient: total}
             if self.early:
                 return state
-            return state | {"A": vocab.input_gradient(p, self.head, scale, target, state.get("uniform"))}
+            part = vocab.input_gradient(kept, self.head, at, target, state.get("uniform"))
+            return state | {"A": vocab.in_units(part, self._unit(state, cells), self.dtype)}
 
         names = (self.head_gradient,) if self.early else (self.head_gradient, "A")
         return when(cells["microbatch"] >= 0, state, names, passed)
@@ -142,10 +138,10 @@ class OutputSteps(VocabularyLayer):
             return state
 
         def passed(state: State) -> State:
-            record = get(state["P"], cells["P"])
-            target = self._target(cells, record["slopes"])
-            part = vocab.partial_input_gradient(state["A"], self.head, record["factor"], target, state.get("uniform"))
-            return state | {"A": part}
+            at, rest = get((state["P"]["at"], state["P"]["kept"].rest), cells["P"])
+            a = vocab.from_units(state["A"], vocab.unit(rest * state["span"]))
+            part = vocab.partial_input_gradient(a, self.head, at, self._target(cells), state.get("uniform"))
+            return state | {"A": vocab.in_units(part, self._unit(state, cells), self.dtype)}
 
         return when(cells["microbatch"] >= 0, state, ("A",), passed)
 
@@ -159,7 +155,8 @@ class OutputSteps(VocabularyLayer):
         """G: the final function's backward, into the last stage's inbox."""
 
         def passed(state: State) -> State:
-            return self._final_vjp(state, cells, get(state["X"], cells["X"]), state[flight("big")])
+            g = vocab.from_units(state[flight("big")], self._unit(state, cells)).astype(self.dtype)
+            return self._final_vjp(state, cells, get(state["X"], cells["X"]), g)
 
         return when(cells["microbatch"] >= 0, state, ("inbox", "grads.final"), passed)
 
@@ -180,11 +177,21 @@ class OutputSteps(VocabularyLayer):
 
     # --- what the loss's extensions add to the state -----------------------------------------------------------------
 
-    def no_slopes(self, cells: int, tokens: int) -> Slopes | None:
-        """An empty ring of what the soft cap leaves for T."""
-        one = jax.ShapeDtypeStruct((tokens, self.head.shape[0]), F32)
+    def empty_records(self, cells: int, tokens: int) -> State:
+        """A ring of what the output layer keeps of a microbatch."""
+        vector = jax.ShapeDtypeStruct((tokens,), F32)
+        local = Stats(vector, vector, vector)
+        if not self.trains:
+            return zeros(cells, {"local": local})
+        # The three-barrier reference keeps the logits themselves until it knows their maximum.
+        dtype = F32 if "S1" in self.names else self.dtype
+        y = jax.ShapeDtypeStruct((tokens, self.head.shape[0]), F32)
         labels = jax.ShapeDtypeStruct((tokens,), jnp.int32)
-        return zeros(cells, jax.eval_shape(self._slopes, one, labels))
+        kept, _ = jax.eval_shape(
+            lambda y, labels: vocab.exponentials(y, labels, self.shard, dtype, self.loss), y, labels
+        )
+        at = Coefficients(vector, vector, vector if self.loss.label_smoothing else None)
+        return zeros(cells, {"local": local, "kept": kept, "at": at})
 
     def initial_uniform(self, tokens: int) -> State:
         """Label smoothing's part of the input gradient: known at once without a cap; with one every S makes it in
@@ -192,8 +199,12 @@ class OutputSteps(VocabularyLayer):
         if not self.loss.label_smoothing:
             return {}
         if self.loss.soft_cap is None:
-            return {"uniform": vocab.uniform_input_gradient(self.head, self.shard, self.loss)}
+            return {"uniform": vocab.uniform_input_gradient(self.head, self.shard)}
         return {"uniform": jnp.zeros((tokens, self.layout.model.width), F32)} if self.early else {}
+
+    def initial_span(self) -> State:
+        """The largest weight of the head's table on any shard: no element of an average of its rows is larger."""
+        return {"span": lax.pmax(jnp.max(jnp.abs(self.head)).astype(F32), self.layout.vocabulary_axes)}
 
     # --- pieces ------------------------------------------------------------------------------------------------------
 
@@ -208,11 +219,13 @@ class OutputSteps(VocabularyLayer):
         """The head's input ``[N, D]``: computed again wherever it is needed, so that only the stream is stored."""
         return self.layout.model.final(self.params["final"], get(state["X"], cells["X"]))
 
-    def _logits(self, hidden: jax.Array) -> jax.Array:
-        return vocab.logits(self.head, hidden, self.shard, self.loss)
+    def _logits(self, state: State, cells: Cells) -> jax.Array:
+        return vocab.logits(self.head, self._hidden(state, cells), self.shard, self.loss)
 
-    def _slopes(self, y: jax.Array, labels: jax.Array) -> Slopes | None:
-        return vocab.slopes(y, labels, self.shard, self.dtype, self.loss)
+    def _exponentials(
+        self, y: jax.Array, cells: Cells, dtype: jnp.dtype, maximum: jax.Array | None = None
+    ) -> tuple[Kept, Stats]:
+        return vocab.exponentials(y, self._labels(cells), self.shard, dtype, self.loss, maximum)
 
     def _labels(self, cells: Cells) -> jax.Array:
         return get(self.batch["labels"], jnp.maximum(cells["microbatch"], 0)).reshape(-1)
@@ -220,8 +233,12 @@ class OutputSteps(VocabularyLayer):
     def _weight(self, cells: Cells) -> jax.Array:
         return get(self.batch["weight"], jnp.maximum(cells["microbatch"], 0)).reshape(-1)
 
-    def _target(self, cells: Cells, slopes: Slopes | None) -> Target:
-        return Target(self._weight(cells), self._labels(cells), self.shard, self.loss, slopes)
+    def _unit(self, state: State, cells: Cells) -> jax.Array:
+        """What a token's input gradient is summed in units of, the same on all shards."""
+        return vocab.unit(self._weight(cells) * state["span"])
+
+    def _target(self, cells: Cells) -> Target:
+        return Target(self._weight(cells), self._labels(cells), self.shard, self.loss)
 
     def _local(self, state: State, cells: Cells) -> Stats:
         return get(state["P"]["local"], jnp.maximum(cells["P"], 0))

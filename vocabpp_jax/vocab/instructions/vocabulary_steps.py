@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ... import vocab
 from ...pipeline.buffers import Cells, State, before_later_passes, behind_earlier_passes
 from ...schedules import Instruction
-from .. import Stats
 from .input_steps import InputSteps
 from .output_steps import OutputSteps
 from .vocabulary_layer import flight, sent
@@ -41,15 +41,10 @@ class VocabularySteps(InputSteps, OutputSteps):
             return state
         _, B, L = self.batch["tokens"].shape
         wide, dtype = (B * L, self.layout.model.width), self.dtype
-        vector = jnp.zeros((rings["P"], B * L), F32)
-        state |= {"X": jnp.zeros((rings["X"], *wide), dtype), "P": {"local": Stats(vector, vector, vector)}}
+        state |= {"X": jnp.zeros((rings["X"], *wide), dtype), "P": self.empty_records(rings["P"], B * L)}
         if self.trains:
-            # The three-barrier reference keeps the logits themselves until it knows their maximum.
-            kind = F32 if "S1" in self.names else dtype
-            state["P"] |= {"factor": vector, "exponentials": jnp.zeros((rings["P"], B * L, self.head.shape[0]), kind)}
-            state["P"] |= {"slopes": self.no_slopes(rings["P"], B * L)}
-            state["A"] = jnp.zeros(wide, dtype)
-            state |= self.initial_uniform(B * L)
+            state["A"] = jnp.zeros(wide, vocab.summed_dtype(dtype))
+            state |= self.initial_uniform(B * L) | self.initial_span()
         state |= {sent(name): jnp.zeros(wide, dtype) for name in ("C0", "CB") if name in self.names}
         return state | {flight(name): value for name, value in self._flights(wide, dtype).items()}
 
@@ -57,7 +52,8 @@ class VocabularySteps(InputSteps, OutputSteps):
         """What every collective leaves, before the first has run."""
         vector, matrix = jnp.zeros(wide[:1], F32), jnp.zeros(wide, dtype)
         gathered = jnp.zeros((self.layout.shards, 3, *wide[:1]), F32)
-        made = {"CI": matrix, "C0": matrix, "CB": matrix, "big": matrix, "max": vector, "stats": gathered}
+        summed = jnp.zeros(wide, vocab.summed_dtype(dtype))
+        made = {"CI": matrix, "C0": matrix, "CB": matrix, "big": summed, "max": vector, "stats": gathered}
         return {name: made[name] for name in made if name in self.names}
 
     def execute(self, instruction: Instruction, cells: Cells, state: State) -> State:

@@ -1,0 +1,33 @@
+"""One part in a process of its own: ``python -m one_gpu_parts PART SIZE OUTPUT SECONDS``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from . import overhead, parity, pass_times, stages, torch_layers
+from .results import Results, environment
+from .sizes import SIZES
+
+PARTS = {
+    "parity": parity.measure,
+    "overhead": overhead.measure,
+    "passes": pass_times.measure,
+    "stages": stages.measure,
+    "torch": torch_layers.measure,
+}
+
+
+def main() -> None:
+    name, size, output, limit = sys.argv[1:]
+    results = Results(Path(output) / f"{name}.json", time.monotonic() + float(limit))
+    results.go_on()
+    results.note(size=size)
+    if name not in ("stages", "torch"):  # they leave the device to processes of their own, or to PyTorch
+        results.note(environment=environment())
+    PARTS[name](SIZES[size], results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vocabpp_jax.schedules import (
+    COMPILED,
+    FREE,
+    GPU,
+    Durations,
+    Order,
+    ScheduleError,
+    blocks,
+    build,
+    check,
+    check_program,
+    fit,
+    lower,
+    repeat,
+    simulate,
+)
+from vocabpp_jax.schedules.simulation.cost import Cost, Sizes, load_gpu
+from vocabpp_jax.schedules.steady import refined, steady
+
+PEERS = Path(__file__).parent.parent / "docs" / "paper" / "peer_schedules.csv"
+BLOCKS = {
+    "1f1b": blocks.one_f_one_b,
+    "zb-h1": blocks.zb_h1,
+    "zb-h2": blocks.zb_h2,
+    "v-min": blocks.v_min,
+    "v-half": blocks.v_half,
+    "v-zb": blocks.v_zb,
+}
+SPLIT = [name for name in BLOCKS if name != "1f1b"]
+A100 = load_gpu("a100-80g")
+UNIT = Durations(F=1, B=1, W=1, transfer=0.01)
+
+
+def of_4b(p, hidden=3072):
+    return Cost(Sizes(4 * p, hidden, 2048, 32_000), A100).durations
+
+
+def peers(*stages):
+    with PEERS.open() as file:
+        return [row for row in csv.DictReader(file) if int(row["stages"]) in stages]
+
+
+def waits(row, rules):
+    """The longest wait, in percent, of the schedule fitted to a row's durations, by the same rules."""
+    p, m = int(row["stages"]), int(row["microbatches"])
+    given = Durations(**{name: float(row[name]) for name in ("F", "B", "W", "transfer")})
+    schedule = build(row["schedule"], "baseline", p=p, m=m, durations=given, rules=rules)
+    return 100 * simulate(lower(schedule), given, rules).longest_wait_ratio
+
+
+@pytest.mark.parametrize("row", peers(4, 8), ids=lambda row: f"{row['schedule']}-{row['stages']}-{row['B']}")
+def test_a_process_a_device_waits_no_longer_than_with_the_published_generators(row):
+    assert waits(row, FREE) <= float(row["wait_percent"]) + 0.2
+
+
+@pytest.mark.parametrize("row", peers(4, 8), ids=lambda row: f"{row['schedule']}-{row['stages']}-{row['B']}")
+def test_one_program_waits_hardly_longer_than_a_process_a_device_in_the_same_order(row):
+    p, m = int(row["stages"]), int(row["microbatches"])
+    given = Durations(**{name: float(row[name]) for name in ("F", "B", "W", "transfer")})
+    program = lower(build(row["schedule"], "baseline", p=p, m=m, durations=given))
+    assert simulate(program, given, FREE).makespan >= 0.97 * simulate(program, given, GPU).makespan
+
+
+@pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize("method", ["vocab-1", "vocab-2"])
+def test_sharing_the_vocabulary_costs_one_program_hardly_more_than_its_order(name, method):
+    durations = of_4b(8)
+    program = lower(build(name, method, p=8, m=64, durations=durations))
+    given = durations(program.schedule)
+    assert simulate(program, given, FREE).makespan >= 0.97 * simulate(program, given, GPU).makespan
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("method", ["baseline", "vocab-1", "vocab-2"])
+@pytest.mark.parametrize(("p", "times"), [(2, 1), (4, 2), (5, 8), (8, 2)])
+def test_what_is_fitted_is_never_slower_than_the_repeated_block_and_holds_no_more(name, method, p, times):
+    for durations in (lambda _: UNIT, of_4b(p), of_4b(p, 6144)):
+        plain = lower(repeat(BLOCKS[name](p), method, times * p, name))
+        fitted = lower(fit(BLOCKS[name](p), method, times * p, durations, name))
+        check(fitted.schedule)
+        check_program(fitted)
+        assert max(fitted.in_flight) <= max(plain.in_flight)
+        for rules in (GPU,):
+            took, before = (simulate(x, durations(x.schedule), rules).makespan for x in (fitted, plain))
+            assert took <= before * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("rules", [GPU, FREE, COMPILED])
+def test_the_search_comes_to_the_same_schedule_every_time(rules):
+    first, second = (build("v-half", "vocab-2", p=4, m=12, durations=of_4b(4), rules=rules) for _ in range(2))
+    assert first == second and hash(first) == hash(second)
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_code_does_not_grow_with_microbatches(name):
+    def lines(m):
+        program = lower(build(name, "vocab-2", p=4, m=m, durations=of_4b(4)))
+        return [[(i.op, i.name, i.chunk, i.slot, i.pairs) for i in s.body] for s in program.segments]
+
+    assert lines(48) == lines(96)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("p", [2, 5, 8])
+def test_the_steady_state_keeps_every_device_busy_where_the_block_can(name, p):
+    block = BLOCKS[name](p)
+    stages = len(block.placement)
+    found = steady(block, {"F": np.full(stages, 1.0), "B": np.full(stages, 1.2), "W": np.full(stages, 0.8)}, 0.01)
+    busy = (2.2 if name == "1f1b" else 3.0) * stages / p
+    assert found.interval == pytest.approx(busy, rel=0.3 if name == "v-min" else 0.02 if name == "1f1b" else 1e-6)
+    for kind, start in found.start.items():
+        assert (found.end[kind] > start).all()
+    assert refined(found, 4 * block.interval, 0.999).block.interval == 4 * block.interval
+
+
+def test_a_deferred_transfer_leaves_in_the_next_interval():
+    plain = repeat(blocks.zb_h2(3), "baseline", 9)
+    deferred = lower(plain, Order(transfers="behind passes", deferred=frozenset({(1, "B", 0)})))
+    check_program(deferred)
+    (body,) = {segment.body for segment in deferred.segments}
+    assert (body[0].op, body[0].name) == ("permute", "B") and "outbox" in body[0].tables
+    assert deferred.rings["outbox"] == 1
+
+
+def test_a_program_whose_transfer_takes_another_cell_of_the_outbox_is_refused():
+    plain = repeat(blocks.zb_h2(3), "baseline", 9)
+    program = lower(plain, Order(transfers="behind passes", deferred=frozenset({(1, "B", 0)})))
+    table = program.segments[0].body[0].tables["outbox"]
+    table[table >= 0] += 1
+    with pytest.raises(ScheduleError, match="outbox"):
+        check_program(program)

@@ -1,0 +1,40 @@
+"""Which labels count, and token ids that no vocabulary has."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+IGNORED_LABEL = -100
+"""A label that does not count, as in PyTorch and Hugging Face's libraries, whatever the loss mask says."""
+
+
+def counted(tokens: jax.Array, labels: jax.Array, mask: jax.Array, vocab_size: int) -> tuple[jax.Array, jax.Array]:
+    """Labels and loss mask with :data:`IGNORED_LABEL` masked out; all of shape ``[m, B, L]``.
+
+    The mask is NaN where a token id, or a label that counts, is outside the vocabulary: the whole batch's loss and
+    gradients then are, and training skips it. Costs nothing, and works under ``jax.jit``.
+    """
+    ignored = labels == IGNORED_LABEL
+    labels, mask = jnp.where(ignored, 0, labels), jnp.where(ignored, 0, mask)
+    bad = _outside(tokens, vocab_size) | ((mask != 0) & _outside(labels, vocab_size))
+    return labels, jnp.where(bad, jnp.nan, mask)
+
+
+def refuse_outside(tokens: object, labels: object, mask: object, vocab_size: int) -> None:
+    """Raises ValueError for what :func:`counted` makes NaN, where the values are there to be read: outside
+    ``jax.jit``, and not on other hosts' devices."""
+    arrays = (tokens, labels, mask)
+    if any(isinstance(a, jax.core.Tracer) or (isinstance(a, jax.Array) and not a.is_fully_addressable) for a in arrays):
+        return
+    tokens, labels, mask = map(np.asarray, arrays)
+    for name, ids, matters in (("tokens", tokens, True), ("labels", labels, (mask != 0) & (labels != IGNORED_LABEL))):
+        bad = ids[_outside(ids, vocab_size) & matters]
+        if bad.size:
+            also = f", or {IGNORED_LABEL} for a label that does not count" if name == "labels" else ""
+            raise ValueError(f"{name} has the id {bad[0]}; ids are 0 to {vocab_size - 1}{also}")
+
+
+def _outside(ids: jax.Array | np.ndarray, vocab_size: int) -> jax.Array | np.ndarray:
+    return (ids < 0) | (ids >= vocab_size)
