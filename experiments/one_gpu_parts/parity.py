@@ -12,7 +12,6 @@ import numpy as np
 
 from vocabpp_jax import Pipeline, make_mesh, models, schedules
 from vocabpp_jax.models.config import Config
-from vocabpp_jax.pipeline.flags import compiler_options
 
 from .results import Results
 from .sizes import Size
@@ -95,7 +94,7 @@ def compile_case(case: Case, device: jax.Device) -> tuple[Pipeline, Any]:
     config, mesh = case.config(), make_mesh(1, devices=[device])
     schedule = schedules.build(case.schedule, case.method, p=1, m=MICROBATCHES)
     pipe = Pipeline(models.build(config), schedule, mesh, compute_dtype=config.dtype)
-    run = jax.jit(pipe.value_and_grad, compiler_options=compiler_options(mesh))
+    run = pipe.jit(pipe.value_and_grad)
     with jax.default_matmul_precision(case.precision):
         return pipe, run.lower(pipe.layout.shapes(), data(case)[1]).compile()
 
