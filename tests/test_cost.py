@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,16 @@ def test_durations_in_another_unit():
     d = Cost(FOUR_B, A100).durations(build("1f1b", "vocab-2", p=2, m=1))
     ms = d.scaled(1e3)
     assert ms.F[0] == d.F[0] * 1e3 and ms.transfer[0][1] == d.transfer[0][1] * 1e3 and math.isclose(ms.S, d.S * 1e3)
+
+
+def test_adding_weight_gradients_to_their_sum_costs_w_and_an_unsplit_b_what_it_moves():
+    z = Sizes(layers=8, hidden=1024, seq=512, vocab_size=8192)
+    plain, moving = (
+        Cost(z, replace(A100, weight_traffic=x)).durations(build("zb-h1", "vocab-1", p=4, m=8)) for x in (0, 10)
+    )
+    added = 2 * 10 * z.layer_parameters / (A100.memory_bandwidth * A100.traffic_efficiency)  # two layers a stage
+    slower = 1 + A100.contention
+    assert moving.W[0] - plain.W[0] == pytest.approx(slower * added)
+    assert (moving.B, moving.F, moving.T) == (plain.B, plain.F, plain.T)
+    whole = [Cost(z, replace(A100, weight_traffic=x)).durations(build("1f1b", "vocab-1", p=4, m=8)) for x in (0, 10)]
+    assert whole[1].B[0] - whole[0].B[0] == pytest.approx(slower * added)

@@ -46,9 +46,9 @@ def test_steps_with_and_without_loops_in_command_buffers(devices, buffers):
 
 
 def test_the_step_of_a_stage(devices):
-    case = {"model": "gpt-small", "p": 2, "seq": 128, "vocab_size": 1000, "method": "vocab-2", "microbatches": 4}
+    case = {"model": "gpt-tiny", "p": 2, "seq": 64, "vocab_size": 1000, "method": "vocab-2", "microbatches": 4}
     pipe, optimizer = stages.build(case, make_mesh(2, devices=devices))
-    lowered, _ = stages.lower_step(pipe, optimizer, 128)
+    lowered, _ = stages.lower_step(pipe, optimizer, 64)
     program = lowered.compile(compiler_options=stages.command_buffers("loops"))
     assert program.memory_analysis().peak_memory_in_bytes > 0
 

@@ -146,6 +146,8 @@ def test_passes_of_a_device_never_overlap_and_inputs_are_there(method, p, m, rul
 def test_the_overhead_of_a_loop_counts_in_every_slot_and_not_as_work():
     plain, slow = (simulate(program(p=2, m=20), Durations(overhead=x)) for x in (0, 0.01))
     assert slow.makespan > plain.makespan and np.array_equal(slow.busy, plain.busy)
+    free = [simulate(program(p=2, m=20), Durations(overhead=x), FREE).makespan for x in (0, 0.01)]
+    assert free[0] == free[1]  # a process a device has no such loops
 
 
 @pytest.mark.parametrize(
@@ -203,6 +205,12 @@ def test_measured_pass_times_predict_measured_iterations():
     network = Durations(transfer=0.07, C0=0.08, big=0.15, CI=0.15, CB=0.08, stats=0.05)
     mean, largest = errors(runs, [run.predict(network).makespan for run in runs])
     assert mean < 0.03 and largest < 0.05
+
+
+def test_pass_times_without_an_iteration_have_no_error():
+    head, row, *_ = (PUBLISHED / "pass_times_8xA100.csv").read_text().splitlines()
+    (run,) = read_pass_times(f"{head}\n{row.replace('11722.8', '')}\n")
+    assert run.iteration_ms is None and errors([run], [run.predict().makespan]) is None
 
 
 @pytest.mark.parametrize(

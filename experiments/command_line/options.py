@@ -33,6 +33,9 @@ from vocabpp_jax.vocab import Loss
 Options = TypeVar("Options")
 Result = TypeVar("Result")
 
+MOST_PASSES = 2**19
+"""Stages times microbatches: a schedule names every pass, and this many take about a minute to check and lower."""
+
 # Without these, tyro writes "{None}|INT" and "(default: None)" for what may be left out.
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(optional)")]
 OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(optional)")]
@@ -158,6 +161,11 @@ class PipelineOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        if (passes := self.stages * self.microbatches) > MOST_PASSES:
+            raise ValueError(
+                f"stages {self.stages} times microbatches {self.microbatches} is {passes}; a schedule can have up to "
+                f"{MOST_PASSES}"
+            )
         counts = None
         if self.method == "redis":
             counts = redistributed(
