@@ -21,7 +21,7 @@ from speed_measure.speed_passes import RINGS
 from vocabpp_jax import Pipeline
 from vocabpp_jax.pipeline.buffers import State, when
 from vocabpp_jax.pipeline.executor import Executor
-from vocabpp_jax.pipeline.flags import compiler_options
+from vocabpp_jax.pipeline.precision import exact_products
 from vocabpp_jax.schedules import Instruction, Program
 
 from .timing import ids, middle, noise, seconds
@@ -78,7 +78,7 @@ class Passes(Pipeline):
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
         data = {"tokens": tokens, "labels": tokens}
         repeats = jax.ShapeDtypeStruct((len(self.instructions) + 1,), jnp.int32)
-        run = jax.jit(self.repeat, compiler_options=compiler_options(self.mesh))
+        run = self.jit(self.repeat)
         where = NamedSharding(self.mesh, PartitionSpec())
         made = jax.jit(make, out_shardings=(self.shardings, where)).lower().compile()
         return run.lower(self.layout.shapes(), data, repeats).compile(), made
@@ -96,6 +96,10 @@ class Passes(Pipeline):
         return run(params, batch, repeats)
 
     def _on_this_device(self, params: Any, batch: Any, repeats: jax.Array) -> jax.Array:
+        with exact_products(self.compute_dtype):
+            return self._repeated(params, batch, repeats)
+
+    def _repeated(self, params: Any, batch: Any, repeats: jax.Array) -> jax.Array:
         executor = self._executor(self.program, False, params, batch)
         state = executor.initial_state() | {"swept": jnp.zeros(self.swept, jnp.float32)}
         if self.layout.sharded:
