@@ -11,7 +11,7 @@ import tyro
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a look into a file needs no GPU
 
-from command_line.options import OptionalInt, OptionalStr, fail, or_fail, parse, write_json
+from command_line.options import BucketPath, OptionalInt, OptionalStr, fail, or_fail, parse, write_json
 from vocabpp_jax.checkpoints import inspection
 from vocabpp_jax.runtime.hosts import quiet_libraries
 
@@ -23,7 +23,7 @@ class CheckpointOptions:
     action: Annotated[Literal["list", "verify", "export"], tyro.conf.Positional]
     """list: what is there. verify: read all of it and hold every array against its fingerprint. export: write the
     parameters as safetensors, by canonical names."""
-    folder: Annotated[str, tyro.conf.Positional]
+    folder: Annotated[BucketPath, tyro.conf.Positional]
     """The folder that --checkpoint-dir named."""
     step: OptionalInt = None
     """Which checkpoint. Without it: all for list and verify, the newest for export."""

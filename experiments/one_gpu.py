@@ -79,9 +79,9 @@ def _run(part: str, size: str, output: Path, limit: float, cache: Path, resume: 
 
 def _report(options: argparse.Namespace, output: Path) -> int:
     """The tables beside the results, and where they were asked for the page and the constants."""
-    from one_gpu_parts import constants, page, pass_table
-    from one_gpu_parts.measured import Measured
-    from one_gpu_parts.sizes import SIZES
+    from one_gpu_parts import constants, gpu_page, pass_table
+    from one_gpu_parts.gpu_measurements import Measured
+    from one_gpu_parts.gpu_sizes import SIZES
     from vocabpp_jax.schedules.simulation.cost import load_gpu
 
     measured, size = Measured.read(output), SIZES[options.size]
@@ -94,7 +94,7 @@ def _report(options: argparse.Namespace, output: Path) -> int:
             return 1
         constants.write(Path(options.constants), found[0])
     if options.docs:
-        page.write(Path(options.docs), measured, size, load_gpu(options.gpu))
+        gpu_page.write(Path(options.docs), measured, size, load_gpu(options.gpu))
     return 0
 
 

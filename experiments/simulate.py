@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from command_line.options import OptionalInt, OptionalStr, fail, or_fail, parse, write_json
+from command_line.options import MOST_PASSES, OptionalInt, OptionalStr, fail, or_fail, parse, write_json
 from vocabpp_jax import models
 from vocabpp_jax.schedules import METHODS, SCHEDULES, Schedule, build, lower, methods_of
 from vocabpp_jax.schedules.layers import redistributed
@@ -170,6 +170,10 @@ def given_durations(text: str) -> Durations:
 
 def run(options: SimulateOptions, schedule: str, method: str) -> Result:
     """Simulate one schedule with one method."""
+    if max(1, options.stages) * (options.microbatches or 1) > MOST_PASSES:
+        raise ValueError(
+            f"stages {options.stages} times microbatches {options.microbatches} must be at most {MOST_PASSES}"
+        )
     cost, m, rules = options.cost(), options.microbatches or 32, RULES[options.rules or "gpu"]
     counts, z = None, cost.sizes
     if method == "redis":

@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ from training_run.train_run import (
     Run,
     describe,
     hardware_record,
+    sample,
     say_once,
     summarise,
     validation_loss,
@@ -36,10 +38,13 @@ from vocabpp_jax.data import TokenizedCorpus, load_tokens, prefetched
 from vocabpp_jax.models import Config, huggingface
 from vocabpp_jax.runtime import hosts
 from vocabpp_jax.runtime.faults import (
+    LOST,
+    SAVED,
     LastWords,
     Stop,
     Termination,
     Watchdog,
+    as_sentence,
     lost_peer,
     out_of_memory,
     reason,
@@ -48,22 +53,37 @@ from vocabpp_jax.runtime.faults import (
 from vocabpp_jax.runtime.hardware import known_gpu
 from vocabpp_jax.runtime.metrics import StepProgress
 from vocabpp_jax.runtime.profiling import Profile
+from vocabpp_jax.schedules import Schedule
 from vocabpp_jax.training.optimizer import adamw, warmup_cosine
 
 __all__ = ["PipelineOptions", "TrainOptions", "main", "prepare", "run_training"]
 STARTS_AGAIN = "start all processes again to go on from the last checkpoint"
 
 
-def prepare(options: TrainOptions) -> Run:
-    """Check everything, cheap things first, make the data, find where to go on. Raises ValueError where training could
-    not begin."""
-    options.check()
-    config = options.model.config()
-    schedule = options.pipeline.build(config)
+def join(options: TrainOptions) -> tuple[Config, Schedule]:
+    """Check everything that needs no device, and find the other processes, where there are any."""
+    try:
+        options.check()
+        config = options.model.config()
+        schedule = options.pipeline.build(config)
+    except ValueError as problem:
+        options.cluster.tell_and_fail(problem)
     options.cluster.join(simulated_devices=options.pipeline.devices)
+    return config, schedule
+
+
+def prepare(options: TrainOptions, config: Config, schedule: Schedule) -> Run:
+    """Check everything, cheap things first, make the data, find where to go on.
+
+    Raises:
+        ValueError: training cannot begin; all processes raise it together.
+    """
+    hosts.agree(lambda: None)  # hears of a problem that another process had before it joined
+    hosts.check_same("the options", options.shared())
+    mesh = hosts.agree(options.pipeline.mesh)
     if (gpu := known_gpu(jax.devices()[0])) is not None:
-        schedule = options.pipeline.build(config, gpu)
-    pipe = Pipeline(options.model.build(), schedule, options.pipeline.mesh(), compute_dtype=config.dtype)
+        schedule = hosts.agree(lambda: options.pipeline.build(config, gpu))
+    pipe = Pipeline(options.model.build(), schedule, mesh, compute_dtype=config.dtype)
     if options.pretrained:
         hosts.agree(lambda: huggingface.check(options.model.folder, pipe))
     optimizer = adamw(
@@ -77,13 +97,17 @@ def prepare(options: TrainOptions) -> Run:
     export = plan_export(options, config, pipe)
     run = Run(options, config, pipe, optimizer, read_tokens(options, config), output, None, None, export)
     hosts.agree(lambda: run.data(0))
+    hosts.check_same("what decides the result", run.identity | sample(run.tokens))
     hosts.agree(lambda: jax.process_index() or (check_output(output, options, run.identity), make_folder(output)))
     if options.checkpoint.checkpoint_dir is None:
         return run
     folder, kept = options.checkpoint.checkpoint_dir, options.checkpoint
-    writer = hosts.agree(lambda: checkpoints.Writer(folder, kept.checkpoint_keep, kept.checkpoint_keep_every))
+    writer = checkpoints.Writer(folder, kept.checkpoint_keep, kept.checkpoint_keep_every)
     try:
-        loaded = checkpoints.load(folder, run.canonical, run.identity, accept_changes=kept.accept_changes, say=say_once)
+        with Watchdog(kept.hang_timeout, LOST):
+            loaded = checkpoints.load(
+                folder, run.canonical, run.identity, accept_changes=kept.accept_changes, say=say_once
+            )
     except ValueError:
         writer.close()
         raise
@@ -137,7 +161,11 @@ class Training:
         if not run.options.pretrained:
             return train.init_state(run.pipe, run.optimizer, self.key)
         say_once(f"starting from the weights in {folder}")
-        return train.start_from(run.pipe, run.optimizer, huggingface.load(folder, run.pipe))
+        try:
+            weights = hosts.agree(lambda: huggingface.load(folder, run.pipe))
+        except ValueError as problem:
+            raise Stop(str(problem), agreed=True) from None
+        return train.start_from(run.pipe, run.optimizer, weights)
 
     def export(self) -> None:
         """Write the weights as a Hugging Face folder, where one is asked for."""
@@ -180,20 +208,23 @@ class Training:
             self.run.writer.save(self.run.canonical, self.state, self.key, rows=self.rows, **about)
 
 
-def run_training(run: Run) -> None:
-    """Train, telling how it goes; process 0 writes what comes of it. Raises Stop where the run cannot go on."""
+def run_training(run: Run) -> str | None:
+    """Train and report progress; process 0 writes the results. Returns the signal after which it was saved before its
+    end, if there was one.
+
+    Raises:
+        Stop: the run cannot go on.
+    """
     options, kept, first = run.options, run.options.checkpoint, jax.process_index() == 0
     signal = None
-    with run.writer or contextlib.nullcontext():
+    with run.writer or contextlib.nullcontext(), Watchdog(kept.hang_timeout, LOST) as watchdog:
         training = Training(run)
         if first:
             describe(run, training.begin)
         with (
             StepProgress(options.steps, run.tokens_per_step, silent=not first) as progress,
-            Watchdog(kept.hang_timeout) as watchdog,
             Profile(run.output / "profile", options.watch.profile if first else None) as profile,
             Records(run, training.begin) as records,
-            LastWords(f"ended before its time; {STARTS_AGAIN}", wanted=jax.process_count() > 1),
             Termination() as termination,
         ):
             for record in training.steps(profile):
@@ -212,7 +243,8 @@ def run_training(run: Run) -> None:
                 if record["skipped_steps"] > kept.max_skipped:
                     raise Stop(
                         f"{record['skipped_steps']} steps had a loss or gradient that is not finite, the last at step "
-                        f"{step}, and max_skipped is {kept.max_skipped}"
+                        f"{step}, and max_skipped is {kept.max_skipped}",
+                        agreed=True,
                     )
                 signal = termination.requested(step)
                 if signal or last or step % kept.checkpoint_every == 0:
@@ -224,27 +256,64 @@ def run_training(run: Run) -> None:
                 if signal and not last:
                     break
     if signal and not last:
+        if not run.writer:
+            raise Stop(f"{signal} at step {step}", agreed=True)
         say_once(f"{signal} at step {step}: {whole_ones(run)}")
-        return
+        return signal
     training.export()
     if first:
         summarise(run)
+    return None
+
+
+def leave(sentence: str, status: int, agreed: bool) -> NoReturn:
+    """End, and at once if other processes may be waiting for this one."""
+    if jax.process_count() > 1 and not agreed:
+        say_and_leave(sentence, status)
+    fail(sentence, status)
+
+
+def train_to_the_end(options: TrainOptions, config: Config, schedule: Schedule) -> str | None:
+    """Prepare and train; whatever goes wrong ends in a sentence and a status."""
+    try:
+        run = prepare(options, config, schedule)
+    except hosts.Agreed as problem:
+        leave(str(problem), 2, agreed=True)
+    except (ValueError, OSError) as problem:
+        if lost_peer(problem):
+            raise
+        leave(as_sentence(problem), 2, agreed=False)
+    try:
+        return run_training(run)
+    except (Stop, OSError) as problem:
+        if lost_peer(problem):
+            raise
+        agreed = isinstance(problem, Stop) and problem.agreed
+        why = str(problem) if isinstance(problem, Stop) else f"{problem.filename or run.output}: {reason(problem)}"
+        leave(f"{why}; {whole_ones(run)}", 1, agreed)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """The command. Status 0 at the end; 75 if a signal came and the run was saved, 76 if another process failed: start
+    again to go on. 2 for wrong input, 1 for what would fail again."""
     options = parse(TrainOptions, __doc__, arguments)
     hosts.quiet_libraries()
-    run = or_fail(lambda: prepare(options))
+    config, schedule = or_fail(lambda: join(options))
+    signal = None
     try:
-        run_training(run)
-    except Stop as problem:
-        fail(f"{problem}; {whole_ones(run)}", status=1)
-    except OSError as problem:
-        fail(f"{problem.filename or run.output}: {reason(problem)}; {whole_ones(run)}", status=1)
+        with LastWords(f"ended before its time; {STARTS_AGAIN}", wanted=jax.process_count() > 1):
+            signal = train_to_the_end(options, config, schedule)
     except Exception as problem:
-        if sentence := out_of_memory(problem) or lost_peer(problem):
-            say_and_leave(f"{sentence}; {whole_ones(run)}")
+        if sentence := out_of_memory(problem):
+            leave(sentence, 1, agreed=False)
+        if sentence := lost_peer(problem):
+            say_and_leave(f"{sentence}; {STARTS_AGAIN}", LOST)
+        if jax.process_count() > 1:  # a bug here; the others must not wait for this process
+            traceback.print_exc()
+            say_and_leave(f"process {jax.process_index()} failed", status=1)
         raise
+    if signal:
+        raise SystemExit(SAVED)
 
 
 if __name__ == "__main__":

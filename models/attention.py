@@ -79,41 +79,37 @@ def _attended_forward(
     q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, scale: float, cap: float | None
 ) -> tuple:
     made, kept = [], []
-    for block in _blocks(q.shape[3]):
-        upto = slice(block.stop)
-        scores = scale * jnp.einsum("BGRLK,BGMK->BGRLM", q[..., block, :], k[:, :, upto], preferred_element_type=F32)
-        if cap is not None:
-            scores = cap * jnp.tanh(scores / cap)
-        scores = jnp.where(seen[..., block, upto], scores, -jnp.inf)
-        maximum = jnp.max(scores, -1, keepdims=True)
-        e = jnp.exp(scores - maximum)
-        total = jnp.sum(e, -1, keepdims=True)
-        weights = (e / total).astype(q.dtype)
-        made.append(jnp.einsum("BGRLM,BGMK->BGRLK", weights, v[:, :, upto]))
-        kept.append((weights, None if cap is None else jnp.log(total) + maximum))
+    with exact_products(q.dtype):  # rules of a derivative are traced behind the context of what they belong to
+        for block in _blocks(q.shape[3]):
+            there = (slice(None), slice(None), slice(block.stop))
+            scores = scale * jnp.einsum("BGRLK,BGMK->BGRLM", q[..., block, :], k[there], preferred_element_type=F32)
+            if cap is not None:
+                scores = cap * jnp.tanh(scores / cap)
+            scores = jnp.where(seen[..., block, : block.stop], scores, -jnp.inf)
+            maximum = jnp.max(scores, -1, keepdims=True)
+            e = jnp.exp(scores - maximum)
+            total = jnp.sum(e, -1, keepdims=True)
+            weights = (e / total).astype(q.dtype)
+            made.append(jnp.einsum("BGRLM,BGMK->BGRLK", weights, v[there]))
+            kept.append((weights, None if cap is None else jnp.log(total) + maximum))
     return jnp.concatenate(made, axis=3), (q, k, v, tuple(kept))
 
 
 def _attended_backward(scale: float, cap: float | None, residual: tuple, g: jax.Array) -> tuple:
-    with exact_products(g.dtype):  # a backward is traced behind the forward's context
-        return _gradients(scale, cap, *residual, g)
-
-
-def _gradients(
-    scale: float, cap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, kept: tuple, g: jax.Array
-) -> tuple:
+    q, k, v, kept = residual
+    product = functools.partial(jnp.einsum, preferred_element_type=F32)
     dq, dk, dv = [], jnp.zeros(k.shape, F32), jnp.zeros(v.shape, F32)
-    for block, (weights, lse) in zip(_blocks(q.shape[3]), kept, strict=True):
-        upto, wide = slice(block.stop), weights.astype(F32)
-        there = (slice(None), slice(None), upto)
-        weighted = wide * jnp.einsum("BGRLK,BGMK->BGRLM", g[..., block, :], v[there], preferred_element_type=F32)
-        d = scale * (weighted - wide * jnp.sum(weighted, -1, keepdims=True))
-        if cap is not None:  # log weights + lse are the capped scores
-            d = jnp.where(wide > 0, d * (1 - jnp.square((jnp.log(wide) + lse) / cap)), 0)
-        d = d.astype(q.dtype)
-        dq.append(jnp.einsum("BGRLM,BGMK->BGRLK", d, k[there]))
-        dk = dk.at[there].add(jnp.einsum("BGRLM,BGRLK->BGMK", d, q[..., block, :], preferred_element_type=F32))
-        dv = dv.at[there].add(jnp.einsum("BGRLM,BGRLK->BGMK", weights, g[..., block, :], preferred_element_type=F32))
+    with exact_products(q.dtype):
+        for block, (weights, lse) in zip(_blocks(q.shape[3]), kept, strict=True):
+            there, wide = (slice(None), slice(None), slice(block.stop)), weights.astype(F32)
+            weighted = wide * product("BGRLK,BGMK->BGRLM", g[..., block, :], v[there])
+            d = scale * (weighted - wide * jnp.sum(weighted, -1, keepdims=True))
+            if cap is not None:  # log weights + lse are the capped scores
+                d = jnp.where(wide > 0, d * (1 - jnp.square((jnp.log(wide) + lse) / cap)), 0)
+            d = d.astype(q.dtype)
+            dq.append(jnp.einsum("BGRLM,BGMK->BGRLK", d, k[there]))
+            dk = dk.at[there].add(product("BGRLM,BGRLK->BGMK", d, q[..., block, :]))
+            dv = dv.at[there].add(product("BGRLM,BGRLK->BGMK", weights, g[..., block, :]))
     return jnp.concatenate(dq, axis=3), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 

@@ -14,6 +14,7 @@ from vocabpp_jax.pipeline.model_interface import Side
 from vocabpp_jax.vocab import Loss
 
 _AUTO_CUDNN_HEAD = 128  # the widest head that cuDNN's flash attention takes on every GPU since Ampere
+_MOST = {"layers": 1000}  # each is traced on its own; sizes are at most what int32 can index
 _MAX_CUDNN_HEAD = 256  # ... since Hopper
 
 
@@ -54,6 +55,8 @@ class Config:
                 continue
             if kind == "int" and (type(value) is not int or value < 1):
                 raise ValueError(f"{field.name} is {value!r}; it must be a positive integer")
+            if kind == "int" and value > (most := _MOST.get(field.name, 2**31 - 1)):
+                raise ValueError(f"{field.name} is {value}; it must be at most {most}")
             if kind == "float" and not 0 < value < math.inf:
                 raise ValueError(f"{field.name} is {value!r}; it must be above 0 and finite")
             if field.name in self.CHOICES and value not in self.CHOICES[field.name]:

@@ -95,22 +95,22 @@ def llama(json: Fields) -> LlamaConfig:
 
 def qwen(generation: int, json: Fields) -> QwenConfig:
     json.only(hidden_act=("silu", "swish"), attention_bias=False, use_sliding_window=False)
-    if json.has("num_hidden_layers"):
-        json.only(layer_types=["full_attention"] * json.integer("num_hidden_layers"))
-    return QwenConfig(**_rotary(json), generation=generation)
+    config = QwenConfig(**_rotary(json), generation=generation)
+    json.only(layer_types=["full_attention"] * config.layers)
+    return config
 
 
 def gemma(json: Fields) -> GemmaConfig:
     json.only(hidden_activation="gelu_pytorch_tanh", attention_bias=False, use_bidirectional_attention=False)
-    shared = _rotary(json, tied=True)
-    json.only(layer_types=[["sliding_attention", "full_attention"][n % 2] for n in range(shared["layers"])])
-    return GemmaConfig(
-        **shared,
+    config = GemmaConfig(
+        **_rotary(json, tied=True),
         query_scalar=json.integer("query_pre_attn_scalar", 256),
         attention_cap=_cap(json, "attn_logit_softcapping", 50.0),
         logit_cap=_cap(json, "final_logit_softcapping", 30.0),
         window=json.integer("sliding_window", None) if json.has("sliding_window") else 4096,
     )
+    json.only(layer_types=[["sliding_attention", "full_attention"][n % 2] for n in range(config.layers)])
+    return config
 
 
 def _cap(json: Fields, name: str, absent: float) -> float | None:

@@ -115,7 +115,9 @@ def save(
     try:
         weights = leaves(params) if pipe is None else canonical_leaves(pipe.layout, params)
         kind, architecture = np.dtype(DTYPES[dtype]), plan.architecture
-        named = ((architecture.tensor(p), _theirs(architecture, config, p, w).astype(kind)) for p, w in weights)
+        named = (
+            (name := architecture.tensor(p), _cast(name, _theirs(architecture, config, p, w), kind)) for p, w in weights
+        )
         write(plan.partial, named, plan.sizes, shard_bytes, writes=writes)
         if writes:
             plan.write_rest(tokenizer, values or {})
@@ -245,6 +247,17 @@ def _bytes(file: File) -> bytes:
         return file.read_bytes()
     except OSError as problem:
         raise ValueError(f"{file} cannot be read ({problem.strerror})") from None
+
+
+def _cast(name: str, weight: np.ndarray, kind: np.dtype) -> np.ndarray:
+    """Raises ValueError where a weight is too large for the dtype of the file."""
+    with np.errstate(over="ignore"):
+        cast = weight.astype(kind)
+    if kind == np.float16 and np.isinf(cast).sum() > np.isinf(weight).sum():
+        raise ValueError(
+            f"tensor {name!r} has weights of up to {np.abs(weight).max():.3g}, beyond float16; use bfloat16"
+        )
+    return cast
 
 
 def _theirs(architecture: Architecture, config: Config, path: Path, weight: Any) -> np.ndarray:

@@ -71,16 +71,20 @@ def gradients(method, p, loss):
     """Of the head and of its input, from a pipeline whose layers do nothing, so that the input is the embedding."""
     w, x, labels = problem(loss)
 
-    def init(key):
-        blocks = tuple(jnp.zeros(1) for _ in range(p))
-        return {"embed": {"tokens": jnp.zeros((V, D))}, "blocks": blocks, "final": {}, "head": jnp.zeros((V, D))}
-
-    model = Model(layers=p, vocab_size=V, width=D, init=init, block=lambda w, x, side: x, loss=loss)
+    model = Model(
+        layers=p,
+        vocab_size=V,
+        width=D,
+        block=lambda w, x, side: x,
+        init_block=lambda key, layer: jnp.zeros(1),
+        init_row=lambda key, table: jnp.zeros(D),
+        loss=loss,
+    )
     mesh = make_mesh(p, devices=jax.devices()[:p])
     pipe = Pipeline(model, schedules.build("1f1b", method, p=p, m=m), mesh, compute_dtype="bfloat16")
     table = np.zeros((V, D), np.float32)
     table[:TOKENS] = x
-    params = pipe.shard(init(None) | {"embed": {"tokens": table}, "head": w.astype(np.float32)})
+    params = pipe.shard(model.init(jax.random.key(0)) | {"embed": {"tokens": table}, "head": w.astype(np.float32)})
     batch = {"tokens": np.arange(TOKENS).reshape(m, B, -1), "labels": labels.reshape(m, B, -1)}
     _, grads = jax.jit(pipe.value_and_grad)(params, batch)
     found = pipe.layout.unpack(grads)

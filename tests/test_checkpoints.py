@@ -1,5 +1,6 @@
 """A state that goes out and comes back is the same in every layout; what is damaged, foreign or changed is named."""
 
+import errno
 import json
 import resource
 import shutil
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from vocabpp_jax import Pipeline, checkpoints, make_mesh, schedules, train
 from vocabpp_jax.checkpoints import canonical as canonical_module
+from vocabpp_jax.checkpoints import folders
 from vocabpp_jax.pipeline.model_interface import Model
 from vocabpp_jax.runtime.faults import Stop
 
@@ -233,6 +235,63 @@ def test_a_save_that_was_cut_off_is_no_checkpoint(trained, folder):
     assert checkpoints.steps_in(folder) == [1] and int(load(folder, trained[0]).state.step) == 1
 
 
+DENIED = 'PERMISSION_DENIED: Error opening "zarr" driver: Error reading local file "/x": Permission denied [source'
+
+
+@pytest.mark.parametrize(
+    "problem, sentence",
+    [
+        (PermissionError(13, "Permission denied"), "cannot be read (Permission denied)"),
+        (OSError(24, "Too many open files"), "cannot be read (Too many open files)"),
+        (ValueError(DENIED), "cannot be read (Permission denied)"),
+        (ValueError("ABORTED: All retry attempts failed"), "cannot be read (ABORTED: All retry attempts failed)"),
+    ],
+)
+def test_a_file_system_that_refuses_says_nothing_about_the_checkpoint(problem, sentence, trained, folder, monkeypatch):
+    def restore(*_, **__):
+        raise problem
+
+    before = contents(folder)
+    monkeypatch.setattr(checkpoints.store.ocp.PyTreeCheckpointHandler, "restore", restore)
+    with pytest.raises(ValueError) as raised:
+        load(folder, trained[0])
+    assert sentence in str(raised.value) and str(folder / "2") in str(raised.value) and contents(folder) == before
+
+
+@pytest.mark.parametrize("problem", [OSError(5, "Input/output error"), ValueError("DATA_LOSS: CRC-32C checksum")])
+def test_a_disk_that_has_lost_bits_is_damage(problem, trained, folder, monkeypatch):
+    whole = checkpoints.store.ocp.PyTreeCheckpointHandler.restore
+
+    def restore(self, path, *rest, **options):
+        if path.parent.name == "2":
+            raise problem
+        return whole(self, path, *rest, **options)
+
+    monkeypatch.setattr(checkpoints.store.ocp.PyTreeCheckpointHandler, "restore", restore)
+    assert int(load(folder, trained[0], say=lambda text: None).state.step) == 1
+    assert (folder / "damaged-2").is_dir()
+
+
+@pytest.mark.parametrize("problem", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")])
+def test_too_little_memory_is_no_damage(problem, trained, folder, monkeypatch):
+    def restore(*_, **__):
+        raise problem
+
+    monkeypatch.setattr(checkpoints.store.ocp.PyTreeCheckpointHandler, "restore", restore)
+    with pytest.raises((MemoryError, ValueError)):
+        load(folder, trained[0])
+    assert checkpoints.steps_in(folder) == [1, 2]
+
+
+def test_the_random_key_keeps_its_kind(trained, tmp_path):
+    canonical, state = trained
+    for name in ("rbg", "threefry2x32"):
+        key = jax.random.key(3, impl=name)
+        with checkpoints.Writer(tmp_path / name) as writer:
+            writer.save(canonical, state, key, rows=0, identity={"lr": 1e-2}, config={})
+        assert load(tmp_path / name, canonical).key == key
+
+
 # --- what is foreign or changed
 
 
@@ -289,6 +348,55 @@ def test_the_newest_and_the_periodic_ones_are_kept(trained, tmp_path):
     assert checkpoints.steps_in(tmp_path) == [4, 8, 10, 11]
 
 
+def write(writer, trained, step, seed=0):
+    canonical, state = trained
+    state = state._replace(step=jnp.int32(step), skipped=jnp.int32(seed))
+    writer.save(canonical, state, KEY, rows=6 * step, identity={"lr": 1e-2}, config={})
+
+
+@pytest.mark.parametrize("saved_by", ["another writer", "the same writer"])
+def test_a_step_that_is_done_again_after_its_checkpoint_was_damaged_is_written_again(saved_by, trained, tmp_path):
+    writer = checkpoints.Writer(tmp_path)
+    for step in (1, 2):
+        write(writer, trained, step)
+    if saved_by == "another writer":
+        writer.close()
+    else:
+        writer._finish()
+    flip(largest_file(tmp_path / "2/state"))
+    if saved_by == "another writer":
+        writer = checkpoints.Writer(tmp_path)
+    assert int(load(tmp_path, trained[0], say=lambda text: None).state.step) == 1
+    for step in (2, 3):
+        write(writer, trained, step)
+    writer.close()
+    assert checkpoints.steps_in(tmp_path) == [1, 2, 3] and (tmp_path / "damaged-2").is_dir()
+    shutil.rmtree(tmp_path / "3")
+    assert int(load(tmp_path, trained[0]).state.step) == 2
+
+
+def test_a_damaged_checkpoint_does_not_count_among_the_newest(trained, tmp_path):
+    with checkpoints.Writer(tmp_path, keep=2) as writer:
+        for step in (1, 2):
+            write(writer, trained, step)
+    flip(largest_file(tmp_path / "2/state"))
+    with checkpoints.Writer(tmp_path, keep=2) as writer:
+        load(tmp_path, trained[0], say=lambda text: None)
+        write(writer, trained, 3)
+    assert checkpoints.steps_in(tmp_path) == [1, 3]
+
+
+def test_a_state_that_is_there_is_not_written_twice_and_another_is_not_put_in_its_place(trained, folder):
+    before = contents(folder)
+    with checkpoints.Writer(folder) as writer:
+        write(writer, trained, 2)
+        with pytest.raises(Stop, match="step 2 cannot be written: .*2 holds another state of the same step"):
+            write(writer, trained, 2, seed=1)
+        with pytest.raises(Stop, match="step 1 cannot be written: .* holds the checkpoint of step 2, which is later"):
+            write(writer, trained, 1)
+    assert contents(folder) == before
+
+
 def test_a_full_disk_is_named_and_the_last_good_checkpoint_stays(trained, folder):
     canonical, state = trained
     writer, before = checkpoints.Writer(folder), contents(folder / "2")
@@ -315,6 +423,23 @@ def test_two_runs_cannot_write_to_one_folder(tmp_path):
         checkpoints.Writer(tmp_path)
     writer.close()
     checkpoints.Writer(tmp_path).close()
+
+
+def test_without_locks_in_the_file_system_a_run_shows_signs_of_life(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(folders.fcntl, "flock", flock)
+    for name, value in {"BEAT": 0.1, "PATIENCE": 1.0, "SETTLE": 0.2}.items():
+        monkeypatch.setattr(folders, name, value)
+    writer = checkpoints.Writer(tmp_path)
+    with pytest.raises(ValueError, match="to which another run is writing"):
+        checkpoints.Writer(tmp_path)
+    writer.check()
+    writer._lock._end.set()  # the run is killed
+    writer._lock._thread.join()
+    checkpoints.Writer(tmp_path).close()
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_numbers_that_keep_nothing_are_refused(tmp_path):

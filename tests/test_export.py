@@ -198,3 +198,11 @@ def test_the_files_of_a_tokenizer_are_those_beside_it(source, tmp_path):
     files = huggingface.tokenizer_files(source / "other.json")
     assert files["tokenizer.json"] == b'{"model": {}}' and "chat_template.jinja" in files
     assert "generation_config.json" not in files and np.all([isinstance(raw, bytes) for raw in files.values()])
+
+
+def test_weights_beyond_float16_are_refused_rather_than_made_infinite(tmp_path):
+    params = weights(CONFIGS["llama"])
+    params["head"][3, 4] = 1e5
+    with pytest.raises(ValueError, match=r"tensor 'lm_head\.weight' has weights of up to 1e\+05, beyond float16"):
+        huggingface.save(tmp_path / "out", CONFIGS["llama"], params, dtype="float16")
+    assert not list(tmp_path.iterdir())

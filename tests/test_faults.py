@@ -88,6 +88,22 @@ def test_an_error_of_ones_own_is_no_lost_peer():
     assert faults.lost_peer(RuntimeError("Connection reset by peer")) is None  # there is one process
 
 
+def test_a_lost_peer_is_recognised_by_what_caused_the_error(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+    def caused_by(cause):
+        try:
+            raise faults.Stop("a checkpoint cannot be written to /data/gloo") from cause
+        except faults.Stop as problem:
+            return faults.lost_peer(problem)
+
+    said = caused_by(ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer\nmore"))
+    assert said == "process 0 of 2: another process is gone (UNKNOWN: Gloo AllGather failed: Connection reset by peer)"
+    assert caused_by(ConnectionResetError(104, "Connection reset by peer")) is not None
+    assert caused_by(OSError(28, "No space left on device", "/data/gloo/1")) is None
+    assert caused_by(KeyError("n")) is None
+
+
 NCCL = "INTERNAL: NCCL operation ncclCommInitRankConfig(&comm, nranks, comm_id, rank, &config) failed: {} (run with "
 NCCL += "NCCL_DEBUG=WARN for details). Last NCCL warning(error) log entry (may be unrelated) '{}'."
 

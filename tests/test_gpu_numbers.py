@@ -113,15 +113,14 @@ def test_cudnn_on_devices_that_have_none_is_refused():
 
 
 def test_a_block_without_a_choice_of_kernels_needs_no_method():
-    def init(key):
-        return {
-            "embed": {"tokens": jnp.zeros((8, 4))},
-            "blocks": (jnp.ones(4),) * 2,
-            "final": {},
-            "head": jnp.ones((8, 4)),
-        }
-
-    model = Model(layers=2, vocab_size=8, width=4, init=init, block=lambda w, x, side: x * w)
+    model = Model(
+        layers=2,
+        vocab_size=8,
+        width=4,
+        block=lambda w, x, side: x * w,
+        init_block=lambda key, layer: jnp.ones(4),
+        init_row=lambda key, table: jnp.ones(4),
+    )
     pipe = pipeline(model, "float32")
     assert jax.eval_shape(pipe.value_and_grad, *inputs(pipe, 4))[0].shape == ()
 

@@ -13,12 +13,12 @@ import pytest
 
 import one_gpu
 import simulate
-from one_gpu_parts import constants, mock, page, pass_table, pass_times
-from one_gpu_parts.measured import Measured, schedule_of
+from one_gpu_parts import constants, gpu_page, mock, pass_table, pass_times
+from one_gpu_parts.gpu_measurements import Measured, schedule_of
+from one_gpu_parts.gpu_sizes import TINY, WHOLE
 from one_gpu_parts.page_passes import NOT_YET
 from one_gpu_parts.passes import PASSES, Passes, times
 from one_gpu_parts.results import Results
-from one_gpu_parts.sizes import TINY, WHOLE
 from vocabpp_jax import make_mesh, models, schedules
 from vocabpp_jax.schedules.simulation.cost import GPUS, load_gpu
 from vocabpp_jax.schedules.simulation.measured import read_pass_times
@@ -61,7 +61,7 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence(arguments, said, capsy
 def test_the_parts_need_no_more_than_jax_flax_optax_and_numpy():
     blocked = ("tyro", "matplotlib", "grain", "orbax", "safetensors", "tokenizers", "torch", "tensorboardX")
     code = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in blocked)
-    code += "import one_gpu_parts.__main__, one_gpu_parts.page, one_gpu_parts.pass_table"
+    code += "import one_gpu_parts.__main__, one_gpu_parts.gpu_page, one_gpu_parts.pass_table"
     subprocess.run([sys.executable, "-c", code], cwd=Path(one_gpu.__file__).parent, check=True)
 
 
@@ -184,7 +184,7 @@ def test_constants_are_replaced_and_nothing_else(tmp_path):
 
 
 def test_the_page_of_no_measurement_pretends_nothing(tmp_path):
-    page.write(tmp_path / "gpu.md", Measured(), WHOLE, H100)
+    gpu_page.write(tmp_path / "gpu.md", Measured(), WHOLE, H100)
     rows = [line for line in (tmp_path / "gpu.md").read_text().splitlines() if line.startswith("|")]
     assert sum(NOT_YET in row for row in rows) > 100
     assert not [row for row in rows if "e-0" in row or "TFLOP" in row or "TB" in row]
@@ -192,7 +192,7 @@ def test_the_page_of_no_measurement_pretends_nothing(tmp_path):
 
 def test_the_committed_page_tables_and_constants_are_those_of_the_committed_measurements(tmp_path):
     measured = Measured.read(FOUND)
-    page.write(tmp_path / "gpu.md", measured, WHOLE, H100)
+    gpu_page.write(tmp_path / "gpu.md", measured, WHOLE, H100)
     written, committed = (dict(SECTION.findall(path.read_text())) for path in (tmp_path / "gpu.md", DOCS / "gpu.md"))
     # Iterations follow the simulator too, which has tests of its own.
     assert written.pop("Iterations") and committed.pop("Iterations") and written == committed

@@ -5,8 +5,8 @@ import importlib.util
 
 import pytest
 
-from one_gpu_parts import kernels, overhead, parity, pass_times, stages
-from one_gpu_parts.sizes import Row
+from one_gpu_parts import gpu_parity, kernels, loop_overhead, pass_times, stages
+from one_gpu_parts.gpu_sizes import Row
 from vocabpp_jax import compiled, make_mesh
 from vocabpp_jax.schedules.simulation.cost import load_gpu
 
@@ -22,7 +22,7 @@ def devices():
 @pytest.mark.parametrize("case", [("vocab-2", "float32", "xla"), ("vocab-1", "bfloat16", "cudnn")], ids=str)
 def test_parity(devices, case):
     shape = (("layers", 1), ("hidden", 128), ("heads", 2))
-    _, program = parity.compile_case(parity.Case(*case, shape=shape), devices[0])
+    _, program = gpu_parity.compile_case(gpu_parity.Case(*case, shape=shape), devices[0])
     assert ("fmha" in program.as_text()) == (case[2] == "cudnn")
 
 
@@ -41,7 +41,7 @@ def test_passes(devices, method, names):
 @pytest.mark.parametrize("buffers", ["default", "loops"])
 def test_steps_with_and_without_loops_in_command_buffers(devices, buffers):
     shape = dict(layers=1, heads=2, hidden=128, seq=128, vocab_size=1000)
-    _, program, count = overhead.compiled_step(shape, 4, f"vocab-2, {buffers}", devices[0])
+    _, program, count = loop_overhead.compiled_step(shape, 4, f"vocab-2, {buffers}", devices[0])
     assert count > 0 and "fmha" in program.as_text()
 
 

@@ -27,6 +27,7 @@ from training_run.train_options import CheckpointOptions
 from vocabpp_jax import checkpoints, models
 from vocabpp_jax.data import train_tokenizer
 from vocabpp_jax.models import huggingface
+from vocabpp_jax.runtime import faults
 
 REPOSITORY = Path(__file__).parent.parent
 SMALL = "--vocab-size 300 --layers 2 --hidden 32 --heads 2 --seq 16 --stages 2 --data-parallel 1 --microbatches 3"
@@ -257,7 +258,9 @@ def test_sigterm_saves_and_leaves(text, monkeypatch, capsys):
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(script.StepProgress, "step", step)
-    script.main(f"{SMALL} --data {text} --steps 20 --output out {CHECKPOINTS}".split())
+    with pytest.raises(SystemExit) as stop:
+        script.main(f"{SMALL} --data {text} --steps 20 --output out {CHECKPOINTS}".split())
+    assert stop.value.code == faults.SAVED == 75
     assert "SIGTERM at step 4: the same command goes on from step 4" in capsys.readouterr().out
     assert len(records("out")) == 4 and checkpoints.steps_in("checkpoints") == [3, 4]
 
@@ -334,13 +337,14 @@ def start_script(arguments):
     return start(str(REPOSITORY / "experiments/train.py"), *arguments.split())
 
 
-def start_together(count, arguments):
+def start_together(count, arguments, own=None):
+    """Processes of one run; ``own`` are the further arguments of each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     return [
-        start_script(f"{arguments} --coordinator localhost:{port} --processes {count} --process-id {i}")
-        for i in range(count)
+        start_script(f"{arguments} {more} --coordinator localhost:{port} --processes {count} --process-id {i}")
+        for i, more in enumerate(own or [""] * count)
     ]
 
 

@@ -7,11 +7,13 @@ import dataclasses
 import io
 import json
 import os
+import re
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar, get_type_hints
 
 import jax
 import tyro
@@ -22,6 +24,7 @@ from vocabpp_jax import Model, make_mesh, models, schedules
 from vocabpp_jax.models import Config
 from vocabpp_jax.pipeline.mesh import all_devices
 from vocabpp_jax.runtime import hosts
+from vocabpp_jax.runtime.faults import LastWords
 from vocabpp_jax.schedules import Rules, Schedule
 from vocabpp_jax.schedules.layers import redistributed
 from vocabpp_jax.schedules.simulation.cost import GPU, Cost, load_gpu
@@ -30,10 +33,16 @@ from vocabpp_jax.vocab import Loss
 Options = TypeVar("Options")
 Result = TypeVar("Result")
 
+MOST_PASSES = 2**19
+"""Stages times microbatches: a schedule names every pass, and this many take about a minute to check and lower."""
+
 # Without these, tyro writes "{None}|INT" and "(default: None)" for what may be left out.
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(optional)")]
 OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(optional)")]
 OptionalStr = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="(optional)")]
+_BUCKET = "can be in a bucket"
+BucketPath = Annotated[str, _BUCKET]
+OptionalBucketPath = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="(optional)"), _BUCKET]
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,11 @@ class PipelineOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        if (passes := self.stages * self.microbatches) > MOST_PASSES:
+            raise ValueError(
+                f"stages {self.stages} times microbatches {self.microbatches} is {passes}; a schedule can have up to "
+                f"{MOST_PASSES}"
+            )
         counts = None
         if self.method == "redis":
             counts = redistributed(
@@ -212,28 +226,57 @@ class ClusterOptions:
 
     heartbeat_timeout: int = 60
     """Seconds without a sign of life after which a process counts as gone, and all the others end."""
+    join_timeout: OptionalInt = None
+    """Seconds in which all processes must have started; 300 if not given."""
+
+    @property
+    def several(self) -> bool:
+        """Whether this is meant to be one of several processes."""
+        return self.distributed or any(v is not None for v in (self.coordinator, self.processes, self.process_id))
+
+    def tell_and_fail(self, problem: ValueError) -> NoReturn:
+        """End because of a problem that the other processes may not have, and let them know if there are any."""
+        if self.several:
+            print(f"error: {problem}", file=sys.stderr, flush=True)  # joining may take long
+
+            def refuse() -> NoReturn:
+                raise problem
+
+            with contextlib.suppress(ValueError):
+                self.join(simulated_devices=1)
+                hosts.agree(refuse)
+            raise SystemExit(2)
+        fail(str(problem))
 
     def join(self, simulated_devices: int) -> None:
         """Find the other processes, if there are any; where there are only CPUs, have them simulate devices.
 
-        To be called before anything asks JAX for a device.
+        To be called before anything asks JAX for a device. Raises ValueError where there is none, or not all come.
         """
-        explicit = (self.coordinator, self.processes, self.process_id)
         processes = 1
-        if self.distributed or any(value is not None for value in explicit):
-            processes = hosts.join(*explicit, heartbeat_timeout=self.heartbeat_timeout)
+        if self.several:
+            timeouts = {"heartbeat_timeout": self.heartbeat_timeout, "join_timeout": self.join_timeout}
+            processes = hosts.join(self.coordinator, self.processes, self.process_id, **timeouts)
         # Whoever sets the number of CPU devices in XLA_FLAGS means it.
         if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
             jax.config.update("jax_num_cpu_devices", max(1, simulated_devices // processes))
+        # Here the processes learn of each other's devices, and wait for each other.
+        words = "ended while it looked for the devices of all processes; another process may be gone"
+        with LastWords(words, wanted=self.several, who=f"{socket.gethostname()}: "):
+            all_devices()
 
 
 def parse(options: type[Options], description: str, arguments: Sequence[str] | None = None) -> Options:
-    """Read the command line into a dataclass; what it cannot mean ends the process as :func:`fail` does."""
+    """Read the command line into a dataclass; what it cannot mean ends the process as :func:`fail` does.
+
+    ``~`` at the beginning of a path is expanded, also where a shell would not. Only options that are a
+    :data:`BucketPath` can name a bucket.
+    """
     hosts.quiet_plugins()
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(
+            parsed = tyro.cli(
                 options,
                 args=with_names(options, sys.argv[1:] if arguments is None else arguments),
                 description=description,
@@ -243,6 +286,37 @@ def parse(options: type[Options], description: str, arguments: Sequence[str] | N
         if not stop.code:
             raise
         fail(sentence_of(said.getvalue()))
+    return or_fail(lambda: _with_paths(parsed))
+
+
+def _with_paths(options: Options) -> Options:
+    """The options with every path as it is meant."""
+    hints, changed = get_type_hints(type(options), include_extras=True), {}
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            changed[field.name] = _with_paths(value)
+        elif isinstance(value, str):
+            bucket = _BUCKET in getattr(hints[field.name], "__metadata__", ())
+            changed[field.name] = _checkpoints(value) if bucket else _local(field.name, value)
+        elif isinstance(value, tuple):
+            changed[field.name] = tuple(_local(field.name, x) if isinstance(x, str) else x for x in value)
+    return dataclasses.replace(options, **changed)
+
+
+def _checkpoints(value: str) -> str:
+    from vocabpp_jax.checkpoints import folder_path  # takes seconds to import, which most scripts need not wait for
+
+    return os.fspath(folder_path(value))
+
+
+def _local(name: str, value: str) -> str:
+    if re.match("[A-Za-z][A-Za-z0-9+.-]+://", value):
+        raise ValueError(f"{name} is {value!r}; it must be on this machine's file system")
+    expanded = os.path.expanduser(value)
+    if expanded.startswith("~"):
+        raise ValueError(f"{name} is {value!r}, which names a user that does not exist; write it in full")
+    return expanded
 
 
 def write_json(path: str | None, value: Any, indent: int = 1) -> None:

@@ -18,7 +18,7 @@ Action = Callable[[], None]
 PROGRESS = ("reading ", "note: ", "left out: ", "step ")
 """How lines on standard output begin that are no answer but say how it goes."""
 _OUT, _ERR = ".stdout", ".stderr"
-_MEMORY = 2**35  # address space of a case: an allocation that no machine has fails, and others need not wait
+_MEMORY = 2**33  # address space of a case: an allocation that no machine has fails, and others need not wait
 _CRASHED = 70
 
 
@@ -49,6 +49,9 @@ class Case:
             os.chdir(self.folder)
             for number, name in ((1, _OUT), (2, _ERR)):
                 os.dup2(os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            # As a new process has them, whatever the streams of this one are.
+            sys.stdout = open(1, "w", closefd=False, encoding="utf-8")
+            sys.stderr = open(2, "w", closefd=False, encoding="utf-8", errors="backslashreplace")
             resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             os._exit(_status(self.action))

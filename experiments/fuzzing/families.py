@@ -185,14 +185,18 @@ def files_of_numbers(random: Random, inputs: Inputs, folder: Path) -> Action:
         name = ("times.csv", "gpu.toml")[kind]
         raw = (inputs.folder / name).read_bytes()
         (folder / name).write_bytes(bytes_of(random, raw) if random.random() < 0.5 else _renumbered(random, raw))
-        small = "--stages 2 --microbatches 2 --model gpt-tiny --json result.json".split()
+        small = "--stages 2 --microbatches 2 --model gpt-tiny --layers 8 --json result.json".split()
         chosen = ["--times", name, "--method", "vocab-2"] if kind == 0 else ["--gpu", f"./{name}"]
         return lambda: _quietly(lambda: simulate.main([*small, *chosen]))
     if kind == 2:
         raw = bytes_of(random, (inputs.folder / "schedule.csv").read_bytes())
         read = random.choice((formats.from_csv, formats.schedule_from_csv))
     else:
-        raw, read = text_of_json(random, inputs.schedule), formats.from_json
+        raw = text_of_json(random, inputs.schedule)
+
+        def read(text: str) -> None:
+            schedules.check(formats.from_json(text))
+
     text = raw.decode(errors="replace")
     return lambda: or_fail(lambda: read(text)) and None
 

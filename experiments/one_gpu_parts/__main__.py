@@ -6,13 +6,13 @@ import sys
 import time
 from pathlib import Path
 
-from . import overhead, parity, pass_times, stages, torch_layers
+from . import gpu_parity, loop_overhead, pass_times, stages, torch_layers
+from .gpu_sizes import SIZES
 from .results import Results, environment
-from .sizes import SIZES
 
 PARTS = {
-    "parity": parity.measure,
-    "overhead": overhead.measure,
+    "parity": gpu_parity.measure,
+    "overhead": loop_overhead.measure,
     "passes": pass_times.measure,
     "stages": stages.measure,
     "torch": torch_layers.measure,

@@ -16,7 +16,7 @@ from reports.least_squares import Constants, gauss_newton
 from vocabpp_jax import models
 from vocabpp_jax.schedules.simulation.cost import GPU, Cost
 
-from .measured import Measured
+from .gpu_measurements import Measured
 
 FITTED = {"layer_traffic": 50.0, "logit_traffic": 12.0, "weight_traffic": 10.0, "launch": 5e-5, "edge_traffic": 20.0}
 """By least squares, from these values on."""

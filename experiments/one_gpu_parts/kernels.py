@@ -12,8 +12,8 @@ from jax.sharding import SingleDeviceSharding
 
 from vocabpp_jax.pipeline.mesh import GPU_PLATFORMS
 
+from .gpu_sizes import Size
 from .results import Results
-from .sizes import Size
 from .timing import Compiler, middle, noise, steps
 
 PRODUCTS = ((2048, 3072, 12_288), (2048, 5120, 20_480), (2048, 3072, 4000), (8192, 8192, 8192))

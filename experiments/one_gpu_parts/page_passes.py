@@ -12,9 +12,9 @@ from vocabpp_jax.schedules import lower
 from vocabpp_jax.schedules.simulation.cost import GPU, Cost
 from vocabpp_jax.schedules.simulation.simulator import Rules, simulate
 
-from .measured import Measured, schedule_of
+from .gpu_measurements import Measured, schedule_of
+from .gpu_sizes import Size
 from .pass_times import cases
-from .sizes import Size
 
 NOT_YET = "not measured yet"
 PUBLISHED = Path(__file__).parents[2] / "docs" / "paper"

@@ -9,8 +9,8 @@ from typing import Any
 from vocabpp_jax.schedules import Schedule
 from vocabpp_jax.schedules.simulation.cost import load_gpu
 
-from .measured import Measured, schedule_of
-from .sizes import Row, Size
+from .gpu_measurements import Measured, schedule_of
+from .gpu_sizes import Row, Size
 
 COLUMNS = (
     "method seq_length vocab_size last_stage_layers f_us b_us s_plus_t_us input_f_us input_b_us p2p_us iteration_ms"

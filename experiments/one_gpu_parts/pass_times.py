@@ -16,9 +16,9 @@ import jax
 from vocabpp_jax import make_mesh, models, schedules
 
 from . import kernels
+from .gpu_sizes import Row, Size, as_run_on
 from .passes import Passes, times
 from .results import Results
-from .sizes import Row, Size, as_run_on
 from .timing import Compiler
 
 LAYER_PASSES = ("F", "B", "W")

@@ -17,8 +17,8 @@ from typing import Any
 
 from . import mock
 from .command_buffers import command_buffers
+from .gpu_sizes import Size
 from .results import Results
-from .sizes import Size
 
 _STARTS, _ENDS = 25.0, 90.0  # seconds that a stage needs at least, process and compilation included, and at most
 
@@ -127,7 +127,7 @@ def build(case: dict[str, Any], mesh: Any) -> tuple[Any, Any]:
     from vocabpp_jax import Pipeline, models, schedules
     from vocabpp_jax.training import adamw
 
-    from .sizes import as_run_on
+    from .gpu_sizes import as_run_on
 
     config = models.named(case["model"], seq=case["seq"], vocab_size=case["vocab_size"])
     config = as_run_on(mesh.devices.flat[0], config)

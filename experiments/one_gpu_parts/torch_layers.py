@@ -11,8 +11,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+from .gpu_sizes import Size
 from .results import Results
-from .sizes import Size
 from .timing import middle
 
 

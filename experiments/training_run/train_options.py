@@ -12,9 +12,18 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from command_line.options import ClusterOptions, ModelOptions, OptionalInt, OptionalStr, PipelineOptions
+from command_line.options import (
+    ClusterOptions,
+    ModelOptions,
+    OptionalBucketPath,
+    OptionalInt,
+    OptionalStr,
+    PipelineOptions,
+)
+from vocabpp_jax import checkpoints
 from vocabpp_jax.data import STANDARD_LIBRARY, is_megatron
 from vocabpp_jax.models import Config
+from vocabpp_jax.vocab import Loss
 
 OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(optional)")]
 
@@ -41,8 +50,9 @@ class DataOptions:
 class CheckpointOptions:
     """What is kept, and when a run goes on."""
 
-    checkpoint_dir: OptionalStr = None
-    """Folder for checkpoints. Where it holds some, the run goes on from the last good one."""
+    checkpoint_dir: OptionalBucketPath = None
+    """Folder for checkpoints, local or gs://BUCKET/FOLDER. Where it holds some, the run goes on from the last good
+    one."""
     checkpoint_every: int = 100
     """Steps between checkpoints. The last step always has one, and so has the step at which SIGTERM comes."""
     checkpoint_keep: int = 3
@@ -125,6 +135,12 @@ class TrainOptions:
             raise ValueError(
                 "pretrained is set and tokenizer is not; give the tokenizer.json that the model was made with"
             )
+        checkpoint_dir = self.checkpoint.checkpoint_dir
+        if checkpoint_dir and checkpoints.in_bucket(checkpoints.folder_path(checkpoint_dir)) and self.output is None:
+            raise ValueError(
+                f"checkpoint_dir is {checkpoint_dir!r} and output is not given; metrics.jsonl is appended to, which a "
+                "bucket does not allow: give a local folder as output"
+            )
 
     def output_folder(self) -> Path:
         """The folder that the run is to write to."""
@@ -132,17 +148,27 @@ class TrainOptions:
         model = self.model.folder.name if self.model.folder else self.model.model
         name = f"{model}-{pipeline.schedule}-{pipeline.method}-p{pipeline.stages}"
         new = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        return Path(self.output or self.checkpoint.checkpoint_dir or new)
+        return Path(os.path.expanduser(self.output or self.checkpoint.checkpoint_dir or new))
 
-    def identity(self, config: Config, corpus: dict[str, Any]) -> dict[str, Any]:
+    def identity(self, config: Config, loss: Loss, corpus: dict[str, Any], tokens_per_step: int) -> dict[str, Any]:
         """What decides the numbers of the run, by name: it must not change between its parts.
 
         How the model is laid over devices, how it computes (dtype, residuals) and where it writes may change.
         """
         model = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("dtype", "residuals")}
         own = {name: getattr(self, name) for name in ("steps", "lr", "weight_decay", "clip", "seed", "pretrained")}
-        masks = {"document_masks": self.data.document_masks}
-        return _plain(model | own | {"warmup": self.warmup_steps} | masks | corpus)
+        own |= {"warmup": self.warmup_steps, "document_masks": self.data.document_masks}
+        return _plain(model | dataclasses.asdict(loss) | own | {"tokens_per_step": tokens_per_step} | corpus)
+
+    def shared(self) -> dict[str, Any]:
+        """What must be the same in all processes, by name. Of paths, which a host may have elsewhere, only whether
+        they are given; what is behind them is compared by :meth:`identity`."""
+        paths = ("output", "export", "data", "tokenizer", "checkpoint_dir")
+        values = _flat(self.record())
+        if self.model.folder:
+            values["model"] = "a folder"
+        own = ("coordinator", "process_id")
+        return {k: v is not None if k in paths else v for k, v in values.items() if k not in own}
 
     def record(self) -> dict[str, Any]:
         """All options, as plain values."""
@@ -154,16 +180,16 @@ def check_output(output: Path, options: TrainOptions, identity: dict[str, Any]) 
     present = [file for file in ("config.json", "metrics.jsonl") if (output / file).exists()]
     if not present:
         return
-    checkpoints = options.checkpoint.checkpoint_dir
-    if checkpoints is None:
+    checkpoint_dir = options.checkpoint.checkpoint_dir
+    if checkpoint_dir is None:
         raise ValueError(f"output is {str(output)!r}, which holds a run already; give another folder or remove it")
     if present == ["metrics.jsonl"] and not (output / "metrics.jsonl").stat().st_size:
         return  # killed before it had begun
     try:
         before = json.loads((output / "config.json").read_text())
         its = before["options"]["checkpoint"]["checkpoint_dir"]
-        same = its is not None and os.path.abspath(its) == os.path.abspath(checkpoints)
-        was = before["identity"].items()
+        same = its is not None and _same_folder(its, checkpoint_dir)
+        changed = checkpoints.changes(dict(before["identity"]), identity)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(
             f"output is {str(output)!r}, whose config.json cannot be read; give another folder or remove it"
@@ -171,10 +197,8 @@ def check_output(output: Path, options: TrainOptions, identity: dict[str, Any]) 
     if not same:
         kept = "no checkpoint_dir" if its is None else f"checkpoint_dir {its!r}"
         raise ValueError(f"output is {str(output)!r}, which holds a run with {kept}; give another folder or remove it")
-    changed = [
-        f"{name} was {value!r} and is {identity.get(name)!r}" for name, value in was if identity.get(name) != value
-    ]
-    if changed and not options.checkpoint.accept_changes:
+    # Where there is a checkpoint, its own record says what the run has been since.
+    if changed and not options.checkpoint.accept_changes and not checkpoints.steps_in(checkpoint_dir):
         raise ValueError(
             f"output is {str(output)!r}, of a run in which {', '.join(changed)}; give what was, another output and "
             "checkpoint_dir, or --accept-changes"
@@ -188,6 +212,18 @@ def make_folder(output: Path) -> None:
         (output / "metrics.jsonl").touch()
     except OSError as reason:
         raise ValueError(f"output is {str(output)!r}, which cannot be written ({reason.strerror})") from None
+
+
+def _same_folder(a: str, b: str) -> bool:
+    return len({x if checkpoints.in_bucket(x) else x.resolve() for x in map(checkpoints.folder_path, (a, b))}) == 1
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Nested options by their own names, which are unique."""
+    flat = {}
+    for name, value in values.items():
+        flat |= _flat(value) if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

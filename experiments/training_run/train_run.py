@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import platform
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 from training_run.train_export import Export
 from training_run.train_options import TrainOptions
 from vocabpp_jax import Pipeline, checkpoints, models
-from vocabpp_jax.data import TokenizedCorpus, training_batches, unigram_entropy, validation_batches
+from vocabpp_jax.data import TokenizedCorpus, training_batches, validation_batches
 from vocabpp_jax.models import Config
 from vocabpp_jax.runtime import hosts
 from vocabpp_jax.runtime.hardware import mfu, peak_memory
@@ -56,7 +57,8 @@ class Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return self.options.identity(self.config, self.tokens.identity)
+        loss = self.pipe.model.loss
+        return self.options.identity(self.config, loss, self.tokens.identity, self.tokens_per_step)
 
     def place(self, local: dict[str, Any]) -> dict[str, Any]:
         return hosts.place(self.pipe.mesh, self.shape["batch"], local)
@@ -77,6 +79,18 @@ def say_once(text: str) -> None:
     """Print it, in process 0."""
     if jax.process_index() == 0:
         print(text, flush=True)
+
+
+def sample(tokens: TokenizedCorpus, windows: int = 64, width: int = 1024) -> dict[str, Any]:
+    """The length of each split and a hash of some of its tokens, to compare between processes: each has read its own
+    files, or its own cache."""
+    found = {}
+    for name, split in (("train", tokens.train), ("validation", tokens.validation)):
+        digest = hashlib.blake2b(digest_size=8)
+        for start in np.linspace(0, max(0, len(split) - width), windows, dtype=np.int64):
+            digest.update(np.asarray(split[start : start + width], np.int64).tobytes())
+        found |= {f"{name}_tokens": len(split), f"{name}_sample": digest.hexdigest()}
+    return found
 
 
 def whole_ones(run: Run) -> str:
@@ -135,7 +149,7 @@ def validation_loss(run: Run, batches: Any, evaluate: Any, params: Any) -> float
 
 def summarise(run: Run) -> None:
     """Draw the losses of the whole run, earlier parts of it too, and say how it ended."""
-    records, entropy = read_records(run.output / "metrics.jsonl"), unigram_entropy(run.tokens.validation)
+    records, entropy = read_records(run.output / "metrics.jsonl"), run.tokens.entropy
     losses = [(r["step"], r["loss"]) for r in records if r["loss"] is not None]
     validations = [(r["step"], r["validation_loss"]) for r in records if r.get("validation_loss") is not None]
     draw_losses(run.output / "loss.png", losses, validations, entropy)
@@ -166,7 +180,7 @@ def describe(run: Run, begin: int) -> None:
             "notes": list(run.tokens.notes),
             "train_tokens": len(run.tokens.train),
             "validation_tokens": len(run.tokens.validation),
-            "unigram_entropy": unigram_entropy(run.tokens.validation),
+            "unigram_entropy": run.tokens.entropy,
         },
         "activation_bytes": activation,
         "activations_in_flight": [int(n) for n in run.pipe.program.in_flight],

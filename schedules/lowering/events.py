@@ -63,8 +63,9 @@ class Events:
         )
 
 
-def events_of(schedule: Schedule, order: Order) -> Events:
-    """All events of all devices."""
+def events_of(schedule: Schedule, order: Order | None = None) -> Events:
+    """All events of all devices, in the given order or the schedule's own."""
+    order = order or schedule.order
     steps = schedule.vocabulary.steps
     words = tuple(
         sorted(

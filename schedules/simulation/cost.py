@@ -22,7 +22,6 @@ from .simulator import Durations
 from .timeline import Timeline
 
 GPUS = Path(__file__).parent / "gpus"
-_MAY_BE_NONE = ("launch", "overhead", "contention", "half_size", "weight_traffic")  # fields of a GPU that may be 0
 
 
 @dataclass(frozen=True)
@@ -165,6 +164,9 @@ def gpu_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in GPUS.glob("*.toml")))
 
 
+_MAY_BE_ZERO = ("half_size", "weight_traffic", "launch", "overhead", "contention", "intra_latency", "inter_latency")
+
+
 def load_gpu(name: str) -> GPU:
     """A GPU by name or the beginning of one, or from a file of one's own like those in ``schedules/simulation/gpus``.
 
@@ -187,10 +189,7 @@ def load_gpu(name: str) -> GPU:
             f"the fields are {', '.join(f.name for f in fields(GPU))}"
         )
     for f in fields(GPU):
-        value, least = (
-            values.get(f.name),
-            0 if f.name in _MAY_BE_NONE or f.name.endswith("latency") else 1e-30,
-        )
+        value, least = values.get(f.name), 0 if f.name in _MAY_BE_ZERO else 1e-30
         if f.type == "float" and not (type(value) in (int, float) and least <= value < math.inf):
             raise ValueError(
                 f"{path} has {f.name} {value!r}; it must be a number {'of 0 or more' if least == 0 else 'above 0'}"

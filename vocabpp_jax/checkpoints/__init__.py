@@ -1,14 +1,19 @@
 """Checkpoints that survive: canonical, so that any layout can read them; whole, or not there."""
 
 from .canonical import Canonical, fingerprints
-from .store import Damaged, Loaded, Writer, load, read_arrays, read_record, steps_in
+from .folders import folder_path, in_bucket, steps_in
+from .store import Damaged, Loaded, changes, load, read_arrays, read_record
+from .writer import Writer
 
 __all__ = [
     "Canonical",
     "Damaged",
     "Loaded",
     "Writer",
+    "changes",
     "fingerprints",
+    "folder_path",
+    "in_bucket",
     "load",
     "read_arrays",
     "read_record",

@@ -15,7 +15,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ..pipeline.mesh import all_devices
-from .store import Damaged, Record, read_arrays, read_record, steps_in
+from .folders import Folder, steps_in
+from .store import Damaged, Record, read_arrays, read_record
 
 PARAMS = "params."
 
@@ -38,7 +39,7 @@ class Entry:
         return sum(_bytes(x) for x in self.record["arrays"].values())
 
 
-def entries(folder: str | Path) -> list[Entry]:
+def entries(folder: Folder) -> list[Entry]:
     """All checkpoints of a folder, oldest first; reads their records only.
 
     Raises:
@@ -55,7 +56,7 @@ def entries(folder: str | Path) -> list[Entry]:
     return found
 
 
-def verify(folder: str | Path, step: int, progress: Callable[[int, int], None] = lambda done, of: None) -> list[str]:
+def verify(folder: Folder, step: int, progress: Callable[[int, int], None] = lambda done, of: None) -> list[str]:
     """Read every array of a checkpoint; a sentence for each that is not as it was written, none where it is whole."""
     try:
         record = read_record(folder, step)
@@ -71,7 +72,7 @@ def verify(folder: str | Path, step: int, progress: Callable[[int, int], None] =
     return problems
 
 
-def export(folder: str | Path, step: int, output: str | Path, shard_bytes: int = 4 * 2**30) -> list[Path]:
+def export(folder: Folder, step: int, output: str | Path, shard_bytes: int = 4 * 2**30) -> list[Path]:
     """Write the parameters of a checkpoint as safetensors, by their canonical names (``blocks.0.mlp.up.kernel``).
 
     One file if ``output`` ends in ``.safetensors`` and they fit into ``shard_bytes``; else ``output`` is a folder that
@@ -110,7 +111,7 @@ def export(folder: str | Path, step: int, output: str | Path, shard_bytes: int =
     return files
 
 
-def _read(folder: str | Path, step: int, names: list[str], record: Record) -> dict[str, jax.Array]:
+def _read(folder: Folder, step: int, names: list[str], record: Record) -> dict[str, jax.Array]:
     here = jax.sharding.SingleDeviceSharding(all_devices()[0])
     arrays = {name: record["arrays"][name] for name in names}
     shapes = {n: jax.ShapeDtypeStruct(tuple(x["shape"]), x["dtype"], sharding=here) for n, x in arrays.items()}

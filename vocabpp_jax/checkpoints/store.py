@@ -7,27 +7,26 @@ every array its shape and a fingerprint of its entries.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from types import CoroutineType, TracebackType
-from typing import Any
+from types import CoroutineType
+from typing import Any, TypeVar
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
-from orbax.checkpoint import checkpoint_managers as policies
+from etils import epath
 
 from .. import training
-from ..runtime.faults import Stop, reason
+from ..runtime import hosts
+from ..runtime.faults import reason
 from .canonical import Canonical, Flat, fingerprints
+from .folders import Folder, Unreadable, folder_path, in_bucket, move_aside, readable, steps_in
 
+Result = TypeVar("Result")
 FORMAT, VERSION = "vocabpp_jax checkpoint", 1
 RANDOM = "random"
 """The name of the stored random key; the other arrays are the training state's."""
@@ -49,29 +48,26 @@ class Loaded:
     record: Record
 
 
-def steps_in(folder: str | Path) -> list[int]:
-    """The steps of the complete checkpoints in a folder, ascending. A save that was cut off is none."""
-    folder = Path(folder)
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
-
-
-def read_record(folder: str | Path, step: int) -> Record:
+def read_record(folder: Folder, step: int) -> Record:
     """What a checkpoint says about itself.
 
     Raises:
         Damaged: the record is missing or was changed.
-        ValueError: a checkpoint of another program, or of a later version of this one.
+        ValueError: a checkpoint of another program, or of a later version of this one, or the file system refuses.
     """
-    path = Path(folder) / str(step)
+    path = folder_path(folder) / str(step)
+    damaged = foreign = False
     try:
-        record = json.loads((path / "run" / "metadata").read_text())
+        with readable(path):
+            record = json.loads((path / "run" / "metadata").read_text())
         foreign = not isinstance(record, dict) or record.get("format") != FORMAT
-        damaged = False
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         damaged = (path / "state").is_dir()
         foreign = not damaged
+    except Unreadable:
+        raise
     except (OSError, ValueError, RecursionError):
-        damaged, foreign = True, False
+        damaged = True
     if foreign:
         raise ValueError(f"{path} is no checkpoint of this program; give another folder, or move it away")
     if damaged or record.get("checksum") != _checksum(record):
@@ -82,7 +78,7 @@ def read_record(folder: str | Path, step: int) -> Record:
 
 
 def load(
-    folder: str | Path,
+    folder: Folder,
     canonical: Canonical,
     identity: dict[str, Any],
     *,
@@ -100,152 +96,125 @@ def load(
     Raises:
         ValueError: the identity or the model has changed, the folder holds something else, or nothing in it is whole.
     """
-    damaged: list[tuple[int, str]] = []
-    for step in reversed(steps_in(folder)):
-        problem = None
-        try:
-            record = read_record(folder, step)
-            _refuse_changes(Path(folder) / str(step), record, canonical, identity, accept_changes)
-            flat = read_arrays(folder, step, canonical.shapes | {RANDOM: _random_shape(canonical)}, record)
-        except Damaged as error:
-            problem = str(error)
-        if not _everywhere(problem is None):
-            damaged.append((step, problem or f"{Path(folder) / str(step)} is damaged: another process cannot read it"))
+    hosts.check_same("the identity of the run", identity)
+    path, damaged = hosts.agree(lambda: folder_path(folder)), []
+    steps = hosts.agree(lambda: steps_in(path) if jax.process_index() == 0 else None)
+    for step in reversed(hosts.from_first(steps)):
+        record, why = _everywhere(lambda step=step: _checked(path, step, canonical, identity, accept_changes))
+        if not why:
+            record = hosts.from_first(record)
+            hosts.agree(lambda step=step, record=record: _sees(path, step, record))
+            shapes = canonical.shapes | {RANDOM: _random_shape(canonical, record)}
+            flat, why = _everywhere(lambda step=step, shapes=shapes: _restored(path, step, shapes))
+        if not why:  # the same answer in all processes, which compute it together
+            why = _changed_array(path / str(step), flat, record)
+        if why:
+            damaged.append((step, why))
             continue
         for bad, why in damaged:
-            aside = _move_aside(Path(folder), bad)
-            say(f"{why}; it is kept as {aside}, and the run goes on from step {step}")
-        key = jax.random.wrap_key_data(flat.pop(RANDOM))
+            aside = hosts.agree(lambda bad=bad: str(move_aside(path, bad)) if jax.process_index() == 0 else "")
+            say(f"{why}; it is kept as {hosts.from_first(aside)}, and the run goes on from step {step}")
+        key = _random_key(flat.pop(RANDOM), record)
         return Loaded(canonical.unflatten(flat), key, record["rows"], record)
     if damaged:
         raise ValueError(f"no checkpoint in {folder} is whole: {damaged[0][1]}; give an empty folder to begin anew")
     return None
 
 
-def read_arrays(folder: str | Path, step: int, shapes: Flat, record: Record) -> Flat:
-    """The named arrays of a checkpoint, sharded as ``shapes`` says. Raises Damaged where one is not as it was."""
-    path = Path(folder) / str(step)
+def _everywhere(act: Callable[[], Result]) -> tuple[Result | None, str]:
+    """The result of ``act`` here, and why the checkpoint counts as damaged: because it is in one process."""
+    result, sentences = hosts.attempts(act, (Damaged,))
+    return result, next(filter(None, sentences), "")
+
+
+def _checked(
+    folder: epath.Path, step: int, canonical: Canonical, identity: dict[str, Any], accept: bool
+) -> Record | None:
+    """The record, read by process 0 alone: what another could not see of it says nothing about the checkpoint."""
+    if jax.process_index():
+        return None
+    record = read_record(folder, step)
+    _refuse_changes(folder / str(step), record, canonical, identity, accept)
+    return record
+
+
+def _sees(folder: epath.Path, step: int, record: Record, within: float = 10.0) -> None:
+    """Raise ValueError if this process does not see the record that process 0 has read."""
+    until = time.monotonic() + within
+    while True:
+        try:
+            if read_record(folder, step)["checksum"] == record["checksum"]:
+                return
+            found = "another record"
+        except ValueError as problem:
+            found = str(problem)
+        if time.monotonic() > until:
+            raise ValueError(f"{folder / str(step)} is not what process 0 sees there: {found}")
+        time.sleep(0.5)
+
+
+def read_arrays(folder: Folder, step: int, shapes: Flat, record: Record) -> Flat:
+    """The named arrays of a checkpoint, sharded as ``shapes`` says, in one process.
+
+    Raises:
+        Damaged: one is not as it was written.
+        ValueError: the file system refuses.
+    """
+    path = folder_path(folder)
+    flat = _restored(path, step, shapes)
+    if why := _changed_array(path / str(step), flat, record):
+        raise Damaged(why)
+    return flat
+
+
+def _restored(folder: epath.Path, step: int, shapes: Flat) -> Flat:
+    """Read what this process needs of the arrays, without waiting for other processes."""
+    path = folder / str(step)
     _ignore_late_callbacks()
+    # Not through ocp.Checkpointer, which waits for all processes at the end: one may have failed before.
+    handler = ocp.PyTreeCheckpointHandler()
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            flat = checkpointer.restore(
-                path.absolute() / "state",
+        with readable(path):
+            return handler.restore(
+                (path if in_bucket(path) else path.resolve()) / "state",
                 args=ocp.args.PyTreeRestore(
                     item=shapes,
                     restore_args=ocp.checkpoint_utils.construct_restore_args(shapes),
                     partial_restore=True,
                 ),
             )
+    except (Unreadable, MemoryError, jax.errors.JaxRuntimeError):
+        raise
     except Exception as problem:  # what orbax and tensorstore raise for a file that is gone or garbage is anything
         raise Damaged(f"{path} is damaged: {reason(problem)}") from problem
+    finally:
+        handler.close()
+
+
+def _changed_array(path: epath.Path, flat: Flat, record: Record) -> str:
+    """A sentence if an array is not what was written, else "". All processes call it together."""
     for name, found in zip(sorted(flat), fingerprints(flat), strict=True):
         if found != record["arrays"][name]["fingerprint"]:
-            raise Damaged(f"{path} is damaged: the array {name} has changed since it was written")
-    return flat
+            return f"{path} is damaged: the array {name} has changed since it was written"
+    return ""
 
 
-class Writer:
-    """Writes checkpoints to a folder, each beside the steps that follow it.
-
-    Args:
-        keep: so many of the newest are kept.
-        keep_every: those whose step is a multiple of it are kept for ever.
-
-    Raises:
-        ValueError: the folder cannot be written, or another run writes to it.
-    """
-
-    def __init__(self, folder: str | Path, keep: int = 3, keep_every: int | None = None):
-        self._folder = Path(folder)
-        for name, value in (("checkpoint_keep", keep), ("checkpoint_keep_every", keep_every or 1)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        self._lock = _lock(self._folder) if jax.process_index() == 0 else None
-        _everywhere(True)  # the folder is there for all
-        policy = [policies.LatestN(keep)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
-        options = ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy(policy))
-        self._manager = ocp.CheckpointManager(self._folder.absolute(), options=options, item_names=("state", "run"))
-        self._last = max(steps_in(folder), default=None)
-
-    @property
-    def last(self) -> int | None:
-        """The step of the last checkpoint that was begun here or found."""
-        return self._last
-
-    def save(self, canonical: Canonical, state: training.State, key: jax.Array, *, rows: int, **about: Any) -> None:
-        """Begin to write the state; returns when it may be donated. Waits for the save before, if that still runs.
-
-        ``about`` goes into the record: ``identity``, as :func:`load` compares it, and ``config``, for the reader.
-        Raises Stop where this or the save before cannot be written.
-        """
-        step = int(state.step)
-        if step == self._last:
-            return
-        everywhere = canonical.shapes["step"].sharding
-        flat = canonical.flatten(state) | {RANDOM: jax.jit(jax.random.key_data, out_shardings=everywhere)(key)}
-        record = {"format": FORMAT, "version": VERSION, "step": step, "rows": rows} | about
-        record["arrays"] = {
-            name: {"shape": list(flat[name].shape), "dtype": str(flat[name].dtype), "fingerprint": mark}
-            for name, mark in zip(sorted(flat), fingerprints(flat), strict=True)
-        }
-        record["checksum"] = _checksum(record)
-        items = ocp.args.Composite(state=ocp.args.PyTreeSave(flat), run=ocp.args.JsonSave(record))
-        self._guarded(lambda: self._manager.save(step, args=items, force=True))
-        self._last = step
-
-    def check(self) -> None:
-        """Raise Stop if the save that runs beside has failed."""
-        self._guarded(self._manager.check_for_errors)
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        if error is None:
-            self.close()
-        elif jax.process_count() == 1:  # what was begun may still succeed; with others, one may be gone: do not wait
-            with contextlib.suppress(Stop):
-                self.close()
-
-    def close(self) -> None:
-        """Wait until all is on disk. Raises Stop where that fails."""
-        try:
-            self._guarded(self._manager.close)
-        finally:
-            if self._lock:
-                self._lock.close()
-
-    def _guarded(self, act: Callable[[], Any]) -> None:
-        try:
-            act()
-        except Exception as problem:  # orbax and tensorstore raise ValueError, OSError and more for a full disk
-            raise Stop(f"a checkpoint cannot be written to {self._folder} ({reason(problem)})") from problem
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """For each name whose value differs, both values in words."""
+    return [
+        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
 
 
-def _lock(folder: Path) -> Any:
-    """An open file that no other process can lock while this one lives."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as problem:
-        raise ValueError(f"checkpoint_dir is {str(folder)!r}, which cannot be written ({problem.strerror})") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ValueError(f"checkpoint_dir is {str(folder)!r}, to which another run is writing; end it first") from None
-    except OSError:
-        pass  # a file system without locks
-    return file
-
-
-def _refuse_changes(path: Path, record: Record, canonical: Canonical, identity: dict[str, Any], accept: bool) -> None:
-    before = record["identity"]
-    changed = [name for name in sorted(identity.keys() | before.keys()) if identity.get(name) != before.get(name)]
-    if changed and not accept:
-        told = ", ".join(f"{name} was {before.get(name)!r} and is {identity.get(name)!r}" for name in changed)
+def _refuse_changes(
+    path: epath.Path, record: Record, canonical: Canonical, identity: dict[str, Any], accept: bool
+) -> None:
+    if (changed := changes(record["identity"], identity)) and not accept:
         raise ValueError(
-            f"{path} is of a run in which {told}; give what was, another --checkpoint-dir, or --accept-changes"
+            f"{path} is of a run in which {', '.join(changed)}; give what was, another --checkpoint-dir, or "
+            "--accept-changes"
         )
     stored = {name: (tuple(x["shape"]), x["dtype"]) for name, x in record["arrays"].items() if name != RANDOM}
     wanted = {name: (x.shape, str(x.dtype)) for name, x in canonical.shapes.items()}
@@ -276,25 +245,14 @@ def _ignore_late_callbacks() -> None:
     sys.unraisablehook = hook
 
 
-def _random_shape(canonical: Canonical) -> jax.ShapeDtypeStruct:
-    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=canonical.shapes["step"].sharding)
+def _random_shape(canonical: Canonical, record: Record) -> jax.ShapeDtypeStruct:
+    stored = record["arrays"][RANDOM]
+    return jax.ShapeDtypeStruct(tuple(stored["shape"]), stored["dtype"], sharding=canonical.shapes["step"].sharding)
 
 
-def _everywhere(good: bool) -> bool:
-    """Whether it is true in every process; all of them wait here."""
-    return bool(np.all(multihost_utils.process_allgather(np.array(good)))) if jax.process_count() > 1 else good
-
-
-def _move_aside(folder: Path, step: int) -> Path:
-    aside = folder / f"damaged-{step}"
-    if jax.process_index() == 0:
-        number = 1
-        while aside.exists():
-            aside, number = folder / f"damaged-{step}-{number + 1}", number + 1
-        (folder / str(step)).rename(aside)
-    _everywhere(True)
-    return aside
+def _random_key(data: jax.Array, record: Record) -> jax.Array:
+    """The stored key, of the kind it had, whatever jax_default_prng_impl says now."""
+    return jax.random.wrap_key_data(data, impl=record.get("random_implementation", "threefry2x32"))
 
 
 def _checksum(record: Record) -> str:

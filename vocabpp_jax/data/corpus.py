@@ -14,11 +14,12 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from vocabpp_jax.data.documents import read_documents
 from vocabpp_jax.data.files import STANDARD_LIBRARY, OnDamage, files_of, format_of
 from vocabpp_jax.data.holdout import HELD_OUT, Holdout, Sizes, digest_of
+from vocabpp_jax.data.remembered import remembered
 
 __all__ = ["HELD_OUT", "STANDARD_LIBRARY", "Corpus", "open_corpus"]
 
@@ -52,7 +53,8 @@ class Corpus:
 
 
 def open_corpus(source: str = STANDARD_LIBRARY, damaged: Literal["refuse", "skip"] = "refuse") -> Corpus:
-    """Read ``source`` once: ``stdlib``, a text, JSON lines or ``.parquet`` file, or a folder of such files.
+    """Read ``source`` once: ``stdlib``, a text, JSON lines or ``.parquet`` file, or a folder of such files. What was
+    found is kept, so that it is not read again while the files are the same.
 
     Raises:
         ValueError: there is nothing to read, something is damaged and not to be left out, or nothing can be held out.
@@ -64,24 +66,32 @@ def open_corpus(source: str = STANDARD_LIBRARY, damaged: Literal["refuse", "skip
     if source == STANDARD_LIBRARY:  # it holds a few files that test other encodings
         on_damage = _ignore
     files, notes = files_of(source, on_damage)
-    everything, sizes = hashlib.blake2b(digest_size=16), Sizes()
-    for text in read_documents(files, on_damage):
-        digest, size = digest_of(text)
-        everything.update(digest.to_bytes(8, "big"))
-        sizes.add(digest, size)
-    if not sizes.documents:
-        damage = f" ({left_out[0]})" if left_out else ""
-        raise ValueError(
-            f"data is {source!r}, which holds no text{damage}; give a text file, a .jsonl file or a folder"
-        )
-    try:
-        holdout = sizes.holdout()
-    except ValueError as problem:
-        raise ValueError(f"data is {source!r}; {problem}") from None
-    everything.update(holdout.name)
+    unreadable = tuple(left_out)
+
+    def read() -> dict[str, Any]:
+        everything, sizes = hashlib.blake2b(digest_size=16), Sizes()
+        for text in read_documents(files, on_damage):
+            digest, size = digest_of(text)
+            everything.update(digest.to_bytes(8, "big"))
+            sizes.add(digest, size)
+        if not sizes.documents:
+            damage = f" ({left_out[0]})" if left_out else ""
+            raise ValueError(
+                f"data is {source!r}, which holds no text{damage}; give a text file, a .jsonl file or a folder"
+            )
+        try:
+            holdout = sizes.holdout()
+        except ValueError as problem:
+            raise ValueError(f"data is {source!r}; {problem}") from None
+        everything.update(holdout.name)
+        found = {"documents": sizes.documents, "fingerprint": everything.hexdigest(), "holdout": holdout.as_json()}
+        return found | {"damaged": left_out[len(unreadable) :]}
+
+    found = remembered({"corpus": source, "damaged": damaged}, files, read)
     if len(files) == 1 and not files[0].suffix.lower().startswith(".json") and format_of(files[0]) == "jsonl":
         notes += (f"{files[0]} is read as JSON lines",)
-    return Corpus(source, files, sizes.documents, everything.hexdigest(), holdout, tuple(left_out), notes)
+    holdout, damage = Holdout.from_json(found["holdout"]), (*unreadable, *found["damaged"])
+    return Corpus(source, files, found["documents"], found["fingerprint"], holdout, damage, notes)
 
 
 def _refuse(problem: ValueError) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,14 @@ class Holdout:
     """So are those whose hash falls into one of these buckets."""
     cut_above: int | None = None
     """Documents of more bytes are cut near their end instead."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The rule in JSON values, for :meth:`from_json`."""
+        return {"limit": self.limit, "buckets": sorted(self.buckets), "cut_above": self.cut_above}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Holdout:
+        return cls(**values | {"buckets": frozenset(values["buckets"])})
 
     @property
     def name(self) -> bytes:

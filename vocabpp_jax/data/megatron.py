@@ -30,6 +30,8 @@ class IndexedDataset:
     ends: np.ndarray
     fingerprint: str
     damaged: tuple[str, ...]
+    file: Path
+    """The ``.bin``."""
 
 
 def is_megatron(source: str) -> bool:
@@ -87,7 +89,7 @@ def read_indexed(source: str, damaged: Literal["refuse", "skip"] = "refuse") -> 
     if not len(ends):
         raise ValueError(f"{data} holds no whole document; give another dataset")
     tokens = np.memmap(data, kind, mode="r", shape=(int(ends[-1]),))
-    return IndexedDataset(tokens, ends, digest.hexdigest(), left_out)
+    return IndexedDataset(tokens, ends, digest.hexdigest(), left_out, data)
 
 
 def _parse(raw: bytes, path: Path) -> tuple[np.ndarray, np.ndarray, np.dtype]:

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from vocabpp_jax.data.cache import cache_folder, written_atomically
 from vocabpp_jax.data.corpus import HELD_OUT, STANDARD_LIBRARY, open_corpus
 from vocabpp_jax.data.megatron import is_megatron, read_indexed
+from vocabpp_jax.data.remembered import remembered
 from vocabpp_jax.data.tokenizer import (
     end_token,
     fingerprint,
@@ -49,11 +50,19 @@ class TokenizedCorpus:
     """The token that follows every document; None where they came as tokens."""
     notes: tuple[str, ...] = ()
     """A sentence for each thing that one may not expect of how the source is read and split."""
+    files: tuple[Path, ...] = ()
+    """The files that the tokens are mapped from."""
 
     @cached_property
     def ends(self) -> tuple[np.ndarray, np.ndarray]:
         """Where in each split its documents end: ascending, each the index of the first token after one."""
         return self.find_ends()
+
+    @cached_property
+    def entropy(self) -> float:
+        """:func:`unigram_entropy` of the validation split."""
+        about = {"unigram entropy": self.identity, "tokens": [len(self.train), len(self.validation)]}
+        return remembered(about, self.files, lambda: {"nats": unigram_entropy(self.validation)})["nats"]
 
     @property
     def identity(self) -> dict[str, str | None]:
@@ -95,10 +104,11 @@ def load_tokens(
     end = end_token(bpe, end_name)
     prefix = cache_folder() / f"tokens-{corpus.fingerprint}-{fingerprint(bpe, end)}"
     splits, found = {}, Counter()
-    for name, documents in (("train", corpus.train), ("validation", corpus.validation)):
-        splits[name], more = _cached(Path(f"{prefix}-{name}.npy"), documents(), bpe, end)
+    files = tuple(Path(f"{prefix}-{name}.npy") for name in ("train", "validation"))
+    for name, path, documents in zip(("train", "validation"), files, (corpus.train, corpus.validation), strict=True):
+        splits[name], more = _cached(path, documents(), bpe, end)
         found.update(more)
-        check_vocabulary(splits[name], vocab_size, where=f"the {name} split of {source}")
+        check_vocabulary(splits[name], vocab_size, where=f"the {name} split of {source}", file=path)
     if found["empty"] >= corpus.documents:
         raise ValueError(f"the tokenizer makes no tokens of the text in {source}; give the tokenizer that fits it")
     return TokenizedCorpus(
@@ -108,9 +118,10 @@ def load_tokens(
         documents=corpus.documents,
         damaged=corpus.damaged,
         **splits,
-        find_ends=lambda: tuple(np.flatnonzero(split == end) + 1 for split in splits.values()),
+        find_ends=lambda: tuple(_cached_ends(p, x, end) for p, x in zip(files, splits.values(), strict=True)),
         end=end,
         notes=(*corpus.notes, *_surprises(found, corpus.documents), *_far_from_asked(*splits.values())),
+        files=files,
     )
 
 
@@ -137,7 +148,7 @@ def _far_from_asked(train: np.ndarray, validation: np.ndarray) -> Iterator[str]:
 def _megatron(source: str, vocab_size: int, damaged: Literal["refuse", "skip"]) -> TokenizedCorpus:
     """The last documents are held out; where that is far from :data:`HELD_OUT` of the tokens, a document is cut."""
     dataset = read_indexed(source, damaged)
-    check_vocabulary(dataset.tokens, vocab_size, where=source)
+    check_vocabulary(dataset.tokens, vocab_size, where=source, file=dataset.file)
     total, fingerprint = len(dataset.tokens), dataset.fingerprint
     cut = int(total * (1 - HELD_OUT))
     if len(dataset.ends) > 1:
@@ -161,6 +172,7 @@ def _megatron(source: str, vocab_size: int, damaged: Literal["refuse", "skip"]) 
         validation=validation,
         find_ends=lambda: (np.append(ends[0], cut), ends[1]),
         notes=tuple(_far_from_asked(train, validation)),
+        files=(dataset.file,),
     )
 
 
@@ -204,11 +216,18 @@ def _encoded(documents: Iterable[str], tokenizer: Tokenizer, end: int) -> tuple[
     return tokens, +found
 
 
-def check_vocabulary(tokens: np.ndarray, vocab_size: int, where: str) -> None:
-    """Raise ValueError where a token id is not below ``vocab_size``."""
-    pieces = [tokens[i : i + _AT_ONCE] for i in range(0, len(tokens), _AT_ONCE)]
-    largest = max((int(piece.max()) for piece in pieces), default=0)
-    least = min((int(piece.min()) for piece in pieces), default=0)
+def check_vocabulary(tokens: np.ndarray, vocab_size: int, where: str, file: Path | None = None) -> None:
+    """Raise ValueError where a token id is not below ``vocab_size``. What was found in ``file``, which the tokens are
+    mapped from, is kept, so that it is not read again."""
+
+    def extremes() -> dict[str, int]:
+        pieces = [tokens[i : i + _AT_ONCE] for i in range(0, len(tokens), _AT_ONCE)]
+        largest = max((int(piece.max()) for piece in pieces), default=0)
+        return {"largest": largest, "least": min((int(piece.min()) for piece in pieces), default=0)}
+
+    about = {"extremes": [len(tokens), str(tokens.dtype)]}
+    found = extremes() if file is None else remembered(about, [file], extremes)
+    largest, least = found["largest"], found["least"]
     if least < 0:
         raise ValueError(f"{where} holds the token id {least}; token ids are not negative")
     if largest >= vocab_size:
@@ -220,7 +239,11 @@ def check_vocabulary(tokens: np.ndarray, vocab_size: int, where: str) -> None:
 
 def unigram_entropy(tokens: np.ndarray) -> float:
     """Entropy of the token frequencies, in nats a token: the loss of the best model that knows no context."""
-    counts = np.bincount(tokens)
+    counts = np.zeros(0, np.int64)
+    for i in range(0, len(tokens), _AT_ONCE):
+        more = np.bincount(tokens[i : i + _AT_ONCE], minlength=len(counts))
+        more[: len(counts)] += counts
+        counts = more
     shares = counts[counts > 0] / tokens.size
     return float(-(shares * np.log(shares)).sum())
 
@@ -232,13 +255,29 @@ def _cached(path: Path, documents: Iterable[str], tokenizer: Tokenizer, end: int
         tokens, found = _encoded(documents, tokenizer, end)
         with written_atomically(about) as partial:
             partial.write_text(json.dumps(found))
-        with written_atomically(path) as partial, partial.open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(tokens))
-            file.write(tokens.data)  # unlike numpy's own writing, fails with the system's reason
+        _write(path, tokens)
     try:
         return np.load(path, mmap_mode="r"), {str(k): int(v) for k, v in json.loads(about.read_bytes()).items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path} is damaged; delete it, and it is made again") from None
+
+
+def _cached_ends(path: Path, tokens: np.ndarray, end: int) -> np.ndarray:
+    """Where the documents end in the tokens of a file, from the cache or put there."""
+    ends = path.with_suffix(".ends.npy")
+    if not ends.exists():
+        pieces = [np.flatnonzero(tokens[i : i + _AT_ONCE] == end) + i + 1 for i in range(0, len(tokens), _AT_ONCE)]
+        _write(ends, np.concatenate([np.zeros(0, np.int64), *pieces]))
+    try:
+        return np.load(ends, mmap_mode="r")
+    except (OSError, ValueError):
+        raise ValueError(f"{ends} is damaged; delete it, and it is made again") from None
+
+
+def _write(path: Path, array: np.ndarray) -> None:
+    with written_atomically(path) as partial, partial.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)  # unlike numpy's own writing, fails with the system's reason
 
 
 def _batched(documents: Iterable[str]) -> Iterator[list[str]]:

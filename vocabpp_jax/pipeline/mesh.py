@@ -39,8 +39,10 @@ def make_mesh(pipe: int, data: int = 1, devices: Sequence[jax.Device] | None = N
     consecutive devices, and a layer's parts runs within them.
 
     Raises:
-        ValueError: the devices are fewer than ``data · pipe · tensor``, or not a multiple of it.
+        ValueError: the devices are fewer than ``data · pipe · tensor``, or not a multiple of it; without ``devices``,
+            also if a process of several has none in the mesh.
     """
+    everyone = devices is None
     devices = list(all_devices() if devices is None else devices)
     if min(pipe, data, tensor) < 1 or len(devices) % (pipe * data * tensor):
         also = f" and tensor {tensor}" if tensor != 1 else ""
@@ -49,4 +51,12 @@ def make_mesh(pipe: int, data: int = 1, devices: Sequence[jax.Device] | None = N
             f"{len(devices)} devices"
         )
     shape, names = ((data, pipe), (DATA, PIPE)) if tensor == 1 else ((data, pipe, tensor), (DATA, PIPE, TENSOR))
-    return Mesh(np.array(devices[: math.prod(shape)]).reshape(shape), names)
+    used = devices[: math.prod(shape)]
+    idle = {device.process_index for device in devices} - {device.process_index for device in used}
+    if everyone and idle:
+        sizes = " × ".join(f"{name} {size}" for name, size in zip(names, shape, strict=True))
+        raise ValueError(
+            f"{jax.process_count()} processes have {len(devices)} devices, and the mesh of {sizes} takes {len(used)}, "
+            f"none of process {', '.join(map(str, sorted(idle)))}; start fewer processes, or make the mesh larger"
+        )
+    return Mesh(np.array(used).reshape(shape), names)

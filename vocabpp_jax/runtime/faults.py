@@ -10,13 +10,26 @@ import sys
 import threading
 import time
 from types import FrameType, TracebackType
+from typing import ClassVar, NoReturn
 
 import jax
 from jax.experimental import multihost_utils
 
+SAVED, LOST = 75, 76
+"""Exit statuses of a run that is not at its end and goes on when it is started again: it was asked to leave and has
+saved, or another process or a device failed. Other statuses than 0 are failures that would come again."""
+
 
 class Stop(RuntimeError):
-    """The run cannot go on; the message is the sentence that says why."""
+    """The run cannot go on; the message is the sentence that says why.
+
+    Attributes:
+        agreed: all processes raise it at the same point, so they can still wait for each other.
+    """
+
+    def __init__(self, sentence: str, agreed: bool = False):
+        super().__init__(sentence)
+        self.agreed = agreed
 
 
 class Termination:
@@ -63,7 +76,7 @@ class Watchdog:
         if seconds is not None and not seconds > 0:
             raise ValueError(f"hang_timeout is {seconds}; it must be above 0")
         self._seconds, self._status = seconds, status
-        self._step, self._last = 0, time.monotonic()
+        self._step, self._last = None, time.monotonic()
         self._end = threading.Event()
 
     def __enter__(self) -> Watchdog:
@@ -82,9 +95,10 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._end.wait(min(1.0, self._seconds / 4)):
             if time.monotonic() - self._last > self._seconds:
+                since = "the start" if self._step is None else f"step {self._step}"
                 say_and_leave(
-                    f"{_who()}no step has ended for {self._seconds:g} seconds after step {self._step}; a process or "
-                    "device hangs. The last checkpoint is good: start again to go on from it",
+                    f"{_who()}no step has ended for {self._seconds:g} seconds after {since}; a process or device "
+                    "hangs. The last checkpoint is good: start again to go on from it",
                     self._status,
                 )
 
@@ -92,10 +106,17 @@ class Watchdog:
 class LastWords:
     """Says a sentence on standard error if the process ends inside the block without leaving it: killed, or ended by
     a library, as jax.distributed does when another process is gone. A shell that waits for the end says it.
+
+    Args:
+        wanted: whether to do so at all.
+        who: which process it is; by default its number among several.
     """
 
-    def __init__(self, sentence: str, wanted: bool = True):
-        self._sentence, self._wanted = f"error: {_who()}{sentence}", wanted
+    _active: ClassVar[list[LastWords]] = []
+
+    def __init__(self, sentence: str, wanted: bool = True, who: str | None = None):
+        self._wanted = wanted
+        self._sentence = f"error: {_who() if who is None else who}{sentence}" if wanted else ""
 
     def __enter__(self) -> LastWords:
         if self._wanted:
@@ -105,11 +126,19 @@ class LastWords:
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,
             )
+            self._active.append(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         if self._wanted:
+            self._active.remove(self)
             self._shell.communicate(b"left\n")
+
+    @classmethod
+    def withhold(cls) -> None:
+        """Say nothing any more: another sentence has been said."""
+        for words in list(cls._active):
+            words.__exit__(None, None, None)
 
 
 def out_of_memory(problem: BaseException) -> str | None:
@@ -125,8 +154,12 @@ def out_of_memory(problem: BaseException) -> str | None:
 
 
 def lost_peer(problem: BaseException) -> str | None:
-    """The sentence for an error that another process' end has caused; None for any other error."""
-    signs = "connection closed|connection reset|broken pipe|heartbeat|unavailable|gloo|nccl|socket|peer|distributed"
+    """The sentence for an error that another process' end has caused, itself or as its cause; None for any other."""
+    while problem.__cause__ is not None:
+        problem = problem.__cause__
+    if isinstance(problem, OSError) and not isinstance(problem, ConnectionError):
+        return None
+    signs = "connection|broken pipe|heartbeat|unavailable|aborted|cancelled|gloo|nccl|socket|peer|distributed"
     # By NCCL's own classes of errors these arise in this process; one in another is a "system" or a "remote" error.
     own = "nccl.*(unhandled cuda error|internal error|invalid argument|invalid usage)"
     text = str(problem)
@@ -137,9 +170,10 @@ def lost_peer(problem: BaseException) -> str | None:
     return f"{_who()}another process is gone ({reason(problem)})"
 
 
-def say_and_leave(sentence: str, status: int = 1) -> None:
+def say_and_leave(sentence: str, status: int = 1) -> NoReturn:
     """End the process now: no clean-up that would wait for processes that are gone."""
     print(f"error: {sentence}", file=sys.stderr, flush=True)
+    LastWords.withhold()
     sys.stdout.flush()
     os._exit(status)
 
@@ -153,6 +187,15 @@ def reason(problem: BaseException) -> str:
         return system[1]
     lines = text.strip().splitlines()
     return lines[0][:200] if lines else type(problem).__name__
+
+
+def as_sentence(problem: BaseException) -> str:
+    """An error in one line: the message of a ValueError or Stop, which are sentences, else also where it is from."""
+    if isinstance(problem, ValueError | Stop):
+        return str(problem) or "refused"
+    if isinstance(problem, OSError):
+        return f"{problem.filename}: {reason(problem)}" if problem.filename else reason(problem)
+    return f"{type(problem).__name__}: {reason(problem)}"
 
 
 def _who() -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -17,7 +17,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ..pipeline.mesh import DATA
 from ..pipeline.nccl import keep_launch_order
 from ..pipeline.pipeline import Batch
+from . import clusters
+from .faults import LastWords, as_sentence, reason
 
+Result = TypeVar("Result")
+Errors = tuple[type[Exception], ...]
 _GPU_NODES = ("nvidia[0-9]*", "dxg", "kfd")  # in /dev: NVIDIA's, Windows' for Linux guests, AMD's
 _PER_MICROBATCH = PartitionSpec(None, DATA)
 
@@ -28,10 +32,12 @@ def join(
     process_id: int | None = None,
     *,
     heartbeat_timeout: int = 60,
+    join_timeout: int | None = None,
 ) -> int:
     """Find the other processes, as SLURM or Open MPI started them or as the arguments say; returns how many there are.
 
-    A process from which nothing is heard for ``heartbeat_timeout`` seconds counts as gone, and the others end.
+    A process from which nothing is heard for ``heartbeat_timeout`` seconds counts as gone, and the others end. If not
+    all have come within ``join_timeout`` seconds (by default JAX's 300), those that have end, with a sentence.
     To be called before anything asks JAX for a device.
 
     Raises:
@@ -40,63 +46,111 @@ def join(
     explicit = (coordinator, processes, process_id)
     if any(value is not None for value in explicit) and None in explicit:
         raise ValueError("coordinator, processes and process_id are given together or not at all")
-    if heartbeat_timeout < 1:
-        raise ValueError(f"heartbeat_timeout is {heartbeat_timeout}; it must be at least 1 second")
-    timeouts = {"heartbeat_timeout_seconds": heartbeat_timeout, "shutdown_timeout_seconds": heartbeat_timeout}
+    for name, value in (("heartbeat_timeout", heartbeat_timeout), ("join_timeout", join_timeout)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1 second")
+    settings: dict[str, Any] = {
+        "heartbeat_timeout_seconds": heartbeat_timeout,
+        "shutdown_timeout_seconds": heartbeat_timeout,
+    }
+    if join_timeout is not None:
+        settings["initialization_timeout"] = join_timeout
+    if (gpus := clusters.own_gpus()) is not None:
+        settings["local_device_ids"] = gpus
     if coordinator is not None:
         if not 0 <= process_id < processes:
             raise ValueError(f"process_id is {process_id}; it must be from 0 to {processes - 1}")
         host, colon, port = coordinator.rpartition(":")
         if not (host and colon and port.isdigit() and 0 < int(port) < 2**16):
             raise ValueError(f"coordinator is {coordinator!r}; it must be HOST:PORT")
-        _initialize(*explicit, **timeouts)
+        _initialize(*explicit, **settings)
         return processes
-    processes = os.environ.get("SLURM_NTASKS") or os.environ.get("OMPI_COMM_WORLD_SIZE") or ""
-    if not processes.isdigit() or not int(processes):
-        raise ValueError(
-            "distributed is set, but neither SLURM nor Open MPI has started this process; "
-            "give coordinator, processes and process_id"
-        )
-    _initialize(**timeouts)
-    return int(processes)
+    processes = clusters.launched_processes()
+    _initialize(**settings)
+    return processes
 
 
-def _initialize(*arguments: Any, **timeouts: int) -> None:
+def _initialize(*arguments: Any, **settings: Any) -> None:
     keep_launch_order()
+    where = f"at {arguments[0]}" if arguments else "that the launcher has started"
+    begins = f"{socket.gethostname()} cannot join the other processes {where}"
     try:
-        jax.distributed.initialize(*arguments, **timeouts)
-    except (RuntimeError, OSError) as problem:  # nobody listens, somebody else does, or not all came in time
-        where = arguments[0] if arguments else "the coordinator"
+        with LastWords(f"{begins}: not all have come in time", who=""):  # JAX ends the process
+            jax.distributed.initialize(*arguments, **settings)
+    except ValueError as problem:  # what the launcher says is not enough for JAX
         raise ValueError(
-            f"{socket.gethostname()} cannot join the other processes at {where}: {str(problem).splitlines()[0]}"
+            f"JAX cannot tell from the environment how this process was started ({reason(problem)}); start it with "
+            f"srun or mpirun, or {clusters.explicit_options('N', 'I')}"
         ) from None
+    except (RuntimeError, OSError) as problem:  # nobody listens, or somebody else does
+        raise ValueError(f"{begins}: {reason(problem)}") from None
 
 
-def agree(act: Callable[[], Any]) -> Any:
-    """Call it in every process; where it raises ValueError in one of them, it does in all, with that sentence."""
-    if jax.process_count() == 1:
-        return act()
-    result, sentence = None, ""
+class Agreed(ValueError):
+    """All processes raise it at the same point, so they can still wait for each other."""
+
+
+def agree(act: Callable[[], Result]) -> Result:
+    """Call ``act`` in every process and wait for all of them. If it fails in one, all raise the same Agreed.
+
+    An error other than ValueError and OSError is a bug: the process that hit it raises it unchanged.
+    """
+    return attempts(act, ())[0]
+
+
+def attempts(act: Callable[[], Result], expected: Errors) -> tuple[Result | None, list[str]]:
+    """As :func:`agree`, but an error of an ``expected`` type is returned: per process its sentence, or "" without."""
+    result, problem = None, None
     try:
         result = act()
-    except ValueError as problem:
-        sentence = str(problem) or "refused"
-    for said in _gathered(sentence):
+    except Exception as error:
+        problem = error
+    answers = gathered([isinstance(problem, expected), "" if problem is None else as_sentence(problem)])
+    if not isinstance(problem, (ValueError, OSError, *expected, type(None))):
+        raise problem
+    raise_first(["" if known else sentence for known, sentence in answers])
+    return result, [sentence for _, sentence in answers]
+
+
+def raise_first(sentences: list[str]) -> None:
+    """Raise Agreed with the first that is not empty, and with the process it is from if others differ."""
+    for process, said in enumerate(sentences):
         if said:
-            raise ValueError(said)
-    return result
+            raise Agreed(said if len({*sentences}) == 1 else f"process {process} of {len(sentences)}: {said}")
 
 
-def from_first(text: str) -> str:
-    """The text that process 0 has."""
-    return text if jax.process_count() == 1 else _gathered(text)[0]
+def check_same(what: str, values: dict[str, Any]) -> None:
+    """Raise Agreed in every process unless all have the same ``values`` (JSON), naming those that differ."""
+    first, here = gathered(values)[0], jax.process_index()
+
+    def compare() -> None:
+        if different := [name for name in sorted(first.keys() | values.keys()) if first.get(name) != values.get(name)]:
+            both = [f"{n} is {first.get(n)!r} in process 0 and {values.get(n)!r} in process {here}" for n in different]
+            raise ValueError(f"{what} must be the same in all processes: {', '.join(both)}")
+
+    agree(compare)
 
 
-def _gathered(text: str) -> list[str]:
-    """Every process' text, up to 2000 bytes of it."""
-    raw = np.frombuffer(text.encode()[:2000], np.uint8)
-    buffers = multihost_utils.process_allgather(np.pad(raw, (0, 2000 - len(raw))))
-    return [bytes(buffer[buffer > 0]).decode(errors="replace") for buffer in np.asarray(buffers)]
+def from_first(value: Any) -> Any:
+    """The JSON value that process 0 passes. The other processes' values are ignored."""
+    if jax.process_count() == 1:
+        return value
+    raw = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(raw))))
+    raw = raw if jax.process_index() == 0 else np.zeros(size, np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(raw)).astype(np.uint8).tobytes())
+
+
+def gathered(value: Any) -> list[Any]:
+    """The JSON values that all processes pass, in the order of the processes."""
+    if jax.process_count() == 1:
+        return [value]
+    raw = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(raw)))).ravel()
+    longest = -(-int(sizes.max()) // 1024) * 1024  # few sizes: each compiles a program of its own
+    padded = np.pad(raw, (0, longest - len(raw)))
+    buffers = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
+    return [json.loads(buffer[:size].tobytes()) for buffer, size in zip(buffers, sizes, strict=True)]
 
 
 def columns(mesh: Mesh, batch: int) -> list[int]:
@@ -123,7 +177,7 @@ def place(mesh: Mesh, batch: int, local: Batch) -> Batch:
 
 def quiet_libraries() -> None:
     """Keep the tracebacks that libraries log to themselves: whoever runs training gets the sentence instead."""
-    for name in ("absl", "asyncio"):
+    for name in ("absl", "asyncio", "gcsfs", "google.auth"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from vocabpp_jax import Pipeline, make_mesh, models, schedules
 from vocabpp_jax.models.config import Config
 
+from .gpu_sizes import Size
 from .results import Results
-from .sizes import Size
 from .timing import Compiler
 
 METHODS = ("vocab-2", "vocab-1", "baseline", "vocab-naive", "interlaced")

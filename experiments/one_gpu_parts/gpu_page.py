@@ -11,10 +11,10 @@ from vocabpp_jax import models
 from vocabpp_jax.schedules.simulation.cost import GPU
 
 from .constants import FITTED, constants
-from .measured import Measured
+from .gpu_measurements import Measured
+from .gpu_parity import METHODS, cases
+from .gpu_sizes import WHOLE, Size
 from .page_passes import NOT_YET, cells, iterations, passes, stages, table3
-from .parity import METHODS, cases
-from .sizes import WHOLE, Size
 
 SECTIONS = ("parity", "overhead", "kernels", "passes", "iterations", "table3", "stages", "torch", "constants")
 

@@ -31,8 +31,8 @@ from vocabpp_jax.pipeline.flags import compiler_options
 from vocabpp_jax.pipeline.mesh import GPU_PLATFORMS
 
 from .command_buffers import SETTINGS, command_buffers
+from .gpu_sizes import Size, as_run_on
 from .results import Results
-from .sizes import Size, as_run_on
 from .timing import Compiler, ids, in_turns, middle, noise, seconds, steps
 
 PLAIN = "plain step"
@@ -160,7 +160,12 @@ def _steps(step: tuple, compiling: dict[str, Future], repeats: int, results: Res
 def _in_a_process(step: tuple, repeats: int, results: Results) -> dict[str, Any]:
     """A step with its loops in command buffers, in a process of its own: one that hangs ends with that process."""
     label, shape, m = step
-    command = [sys.executable, "-m", "one_gpu_parts.overhead", json.dumps([shape, m, "vocab-2, loops", 3 * repeats])]
+    command = [
+        sys.executable,
+        "-m",
+        "one_gpu_parts.loop_overhead",
+        json.dumps([shape, m, "vocab-2, loops", 3 * repeats]),
+    ]
     limit = min(25.0, max(1.0, results.left - 5))
     found: dict[str, Any] = {"kind": "steps in a process", "step": label, "limit_s": limit}
     with tempfile.TemporaryFile(mode="w+") as out, tempfile.TemporaryFile(mode="w+") as err:
