@@ -144,15 +144,15 @@ def _latest_big(block: Block, output: list[Step]) -> list[Step]:
 def _input_steps(block: Block) -> list[Step]:
     """IF before the first stage's F, IB behind its B, each with a sum of up to three slots inside one interval."""
     opens = block.F[-1] + 1
-    start = block.F[0] - 1 - input_delay(block.interval, block.F[0] - 1 - opens, -1)
-    slots = sum_slots(block.interval)
+    slots = min(block.interval, 3 * block.pass_slots)
+    start = block.F[0] - 1 - input_delay(block.interval, block.F[0] - 1 - opens, -1, slots)
     steps = [
         _everywhere(block, "run", "IF", start - slots + 1, BEFORE),
         *_ends(block, "CI", start - slots + 1, slots),
     ]
     if block.B:
         ready = block.B[0] + block.backward_slots
-        CB, done = _ends(block, "CB", ready + input_delay(block.interval, ready - opens, 1), slots)
+        CB, done = _ends(block, "CB", ready + input_delay(block.interval, ready - opens, 1, slots), slots)
         steps += [CB, done, _everywhere(block, "run", "IB", done.at[0])]
     return steps
 
@@ -162,13 +162,13 @@ def sum_slots(interval: int) -> int:
     return min(interval, 3)
 
 
-def input_delay(interval: int, slot: int, way: int) -> int:
+def input_delay(interval: int, slot: int, way: int, slots: int | None = None) -> int:
     """How many slots to wait from ``slot``, backward or forward, for a window that no interval's end cuts.
 
     ``slot``, counted from an interval's opening, would be its last if ``way`` is -1, its first if 1. The slot of C0 is
     avoided where that costs no more than two slots.
     """
-    slots = sum_slots(interval)
+    slots = sum_slots(interval) if slots is None else slots
 
     def first_of(wait: int) -> int:
         return (slot - slots + 1 - wait if way < 0 else slot + wait) % interval
