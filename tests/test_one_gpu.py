@@ -222,7 +222,7 @@ def test_a_real_stage_takes_what_its_measured_passes_take_together():
 def test_measured_passes_predict_iterations_that_nobody_has_measured(capsys):
     runs = read_pass_times((FOUND / "pass_times_4B_8.csv").read_text())
     assert {run.iteration_ms for run in runs} == {None} and {run.p for run in runs} == {8}
-    simulate.main(["--times", str(FOUND / "pass_times_4B_8.csv"), "--gpu", "h100", "--rules", "asynchronous"])
+    simulate.main(["--times", str(FOUND / "pass_times_4B_8.csv"), "--gpu", "h100", "--rules", "gpu"])
     said = capsys.readouterr().out
     assert "vocab-2" in said and "error:" not in said
 

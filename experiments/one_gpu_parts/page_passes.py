@@ -10,7 +10,8 @@ from reports.markdown import table
 from vocabpp_jax import models
 from vocabpp_jax.schedules import lower
 from vocabpp_jax.schedules.simulation.cost import GPU, Cost
-from vocabpp_jax.schedules.simulation.simulator import Rules, simulate
+from vocabpp_jax.schedules.simulation.simulator import GPU as ON_GPUS
+from vocabpp_jax.schedules.simulation.simulator import simulate
 
 from .gpu_measurements import Measured, schedule_of
 from .gpu_sizes import Size
@@ -19,7 +20,6 @@ from .pass_times import cases
 NOT_YET = "not measured yet"
 PUBLISHED = Path(__file__).parents[2] / "docs" / "paper"
 MICROBATCHES = 128  # of the iterations that are predicted, as published
-RULES = Rules("asynchronous")  # what compiled programs for GPUs have: transfers under way until they are needed
 
 
 def cells(rows: list[dict[str, Any]], formats: dict[str, str] | None = None) -> str:
@@ -85,7 +85,7 @@ def _iteration(measured: Measured, model: str, p: int, seq: int, V: int, method:
     durations = measured.durations(model, p, seq, V, schedule, gpu)
     if durations is None:
         return None
-    seconds = simulate(lower(schedule), durations, RULES).makespan
+    seconds = simulate(lower(schedule), durations, ON_GPUS).makespan
     cost = Cost(models.cost_sizes(models.named(model, seq=seq, vocab_size=V)), gpu)
     return f"{1e3 * seconds:.0f} ({cost.mfu(MICROBATCHES, p, seconds):.1%})"
 
@@ -127,7 +127,7 @@ def stages(measured: Measured, size: Size, gpu: GPU) -> str:
         schedule = schedule_of(method, row.model, row.p, size.stage_microbatches, seq, V)
         durations = measured.durations(row.model, row.p, seq, V, schedule, gpu)
         program = lower(schedule)
-        timeline = simulate(program, durations, RULES) if durations else None
+        timeline = simulate(program, durations, ON_GPUS) if durations else None
         count = sum(s.intervals * sum(i.op == "run" for i in s.body) for s in program.segments)
         for stage in range(row.p):
             found = measured.cases("stages", method=method, stage=stage)
