@@ -109,8 +109,8 @@ def prepare(options: TrainOptions, config: Config, schedule: Schedule) -> Run:
             loaded = checkpoints.load(
                 folder, run.canonical, run.identity, accept_changes=kept.accept_changes, say=say_once
             )
-    except ValueError:
-        writer.close()
+    except BaseException:
+        writer.close()  # nothing is being written, so it waits for nobody
         raise
     return dataclasses.replace(run, loaded=loaded, writer=writer)
 
