@@ -1,5 +1,6 @@
 """What the training command says of its input before anything compiles, and what of it reaches the export."""
 
+import errno
 import json
 import logging
 import os
@@ -131,6 +132,19 @@ def test_a_full_disk_under_the_token_cache_is_a_sentence(size, capsys):
     assert "cannot be written (File too large); make room in its folder, or set VOCABPP_CACHE to another" in said
     assert not list(Path("cache").glob("*.partial*"))
     script.main(f"{SMALL} --data text.txt".split())  # nothing half written is taken for whole
+
+
+def test_a_full_disk_under_the_export_is_a_sentence_and_the_checkpoint_stays(capsys, monkeypatch):
+    def full(folder, *_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{folder}.partial/model.safetensors")
+
+    monkeypatch.setattr(huggingface, "save", full)
+    with pytest.raises(SystemExit) as stop:
+        script.main(f"{SMALL} --data text.txt --export after --checkpoint-dir kept".split())
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and said.count("\n") == 1
+    assert said.startswith("error: the weights cannot be exported to after: No space left on device")
+    assert Path("kept/1").is_dir() and "goes on from step 1, in" in said
 
 
 def run(arguments, **environment):

@@ -15,10 +15,17 @@ from pathlib import Path
 from random import Random
 from typing import Any, get_type_hints
 
+import code_size
+import gallery
 import numpy as np
+import parity
 
 import checkpoint
+import memory
+import overhead
+import reproduce
 import simulate
+import speed
 import train
 from command_line.options import or_fail, parse
 from fuzzing.cases import Action
@@ -29,6 +36,15 @@ from vocabpp_jax.data.megatron import HEADER, MAGIC
 from vocabpp_jax.schedules.simulation import formats
 
 Make = Callable[[Random, Inputs, Path], Action]
+_OTHERS = (
+    code_size.CodeSizeOptions,
+    gallery.GalleryOptions,
+    memory.MemoryOptions,
+    overhead.OverheadOptions,
+    parity.ParityOptions,
+    reproduce.ReproduceOptions,
+    speed.SpeedOptions,
+)
 _FILES = ["a.txt", "a.jsonl", "A.JSONL", "a.json", "a.parquet", "a", ".a", "README.md", "a.jsonl.gz", "b.csv", "ü.txt"]
 RECORDS = b'{"text": "alpha beta"}\n{"text": "gamma"}\n' * 40
 
@@ -216,6 +232,8 @@ def _quietly(action: Action) -> None:
 
 def command_lines(random: Random, inputs: Inputs, folder: Path) -> Action:
     """Options with values that they do not expect."""
+    if random.random() < 0.2:
+        return _parses(random, inputs)
     command = random.choice(("train", "train", "simulate", "checkpoint"))
     options = {"train": train.TrainOptions, "simulate": simulate.SimulateOptions}.get(command)
     if options is None:
@@ -238,6 +256,19 @@ def command_lines(random: Random, inputs: Inputs, folder: Path) -> Action:
     if random.random() < 0.1:
         arguments.insert(random.randrange(len(arguments)), word_of(random))
     return trains(arguments) if command == "train" else (lambda: _quietly(lambda: simulate.main(arguments)))
+
+
+def _parses(random: Random, inputs: Inputs) -> Action:
+    """The options of a command that has no input but them, and takes long."""
+    options = random.choice(_OTHERS)
+    fields = _fields(options)
+    arguments = []
+    for name in random.sample(sorted(fields), random.choice((1, 2, 4))):
+        arguments += [
+            f"--{name.replace('_', '-')}",
+            *([] if fields[name] is bool else [word_of(random, *_good(name, inputs))]),
+        ]
+    return lambda: parse(options, "", arguments) and None
 
 
 def _fields(options: type) -> dict[str, Any]:
