@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from command_line.options import ClusterOptions, OptionalStr, parse
+from command_line.options import ClusterOptions, OptionalStr, or_fail, parse
 from vocabpp_jax import Pipeline, make_mesh, models, schedules
 from vocabpp_jax.pipeline.mesh import all_devices
 
@@ -45,7 +45,7 @@ def measure(schedule: str, method: str, p: int, m: int) -> tuple[int, int, float
 
 def main() -> None:
     options = parse(CodeSizeOptions, __doc__)
-    ClusterOptions().join(max(options.stages))
+    or_fail(lambda: ClusterOptions().join(max(options.stages)))
     console = Console(stderr=True)
     lines = [
         "| schedule | method | devices | scans | instructions, m = 8p | m = 32p | seconds |",

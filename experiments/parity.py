@@ -73,7 +73,7 @@ def main() -> None:
         show_all(results, console, options.docs)
         write_json(options.json, results)
         sys.exit(not all(result["holds"] for result in results))
-    ClusterOptions().join(options.pipeline.devices)
+    or_fail(lambda: ClusterOptions().join(options.pipeline.devices))
     or_fail(lambda: prepare(options).program)
     result = compare(options)
     show(result, console)

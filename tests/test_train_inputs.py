@@ -148,7 +148,7 @@ def test_a_backend_that_is_not_there_is_a_sentence():
         assert done.stderr.startswith(f"error: JAX_PLATFORMS is '{platform}'; JAX can start no such backend")
 
 
-def test_settings_of_jax_change_no_number_or_are_taken():
+def test_settings_of_jax_change_no_number():
     losses = {}
     for name in ("JAX_ENABLE_X64", "JAX_DEFAULT_PRNG_IMPL", "PATH"):
         value = {"JAX_ENABLE_X64": "1", "JAX_DEFAULT_PRNG_IMPL": "rbg"}.get(name, os.environ["PATH"])
@@ -156,8 +156,8 @@ def test_settings_of_jax_change_no_number_or_are_taken():
         done = run(f"{SMALL} --data text.txt --checkpoint-dir checkpoints-{name}", **{name: value})
         assert done.returncode == 0, done.stderr
         losses[name] = json.loads(Path("out/metrics.jsonl").read_text().splitlines()[0])["loss"]
+    assert losses["JAX_DEFAULT_PRNG_IMPL"] == losses["PATH"]
     assert losses["JAX_ENABLE_X64"] == pytest.approx(losses["PATH"], rel=1e-6)
-    assert losses["JAX_DEFAULT_PRNG_IMPL"] == pytest.approx(losses["PATH"], abs=0.2)  # other initial weights
 
 
 def test_reports_of_gpus_that_are_not_there_are_kept_out_of_sight(monkeypatch, caplog):

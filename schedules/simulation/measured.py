@@ -104,7 +104,7 @@ def read_pass_times(text: str) -> tuple[MeasuredRun, ...]:
             raise ValueError(f"the pass times have no column {missing.args[0]!r}") from missing
         except (AttributeError, TypeError, ValueError) as problem:
             raise ValueError(f"row {number} of the pass times cannot be read: {problem}") from problem
-        if not all(0 <= x < math.inf for cell in times.values() for x in cell) or not 0 < run.iteration_ms < math.inf:
+        if not all(0 <= x < math.inf for cell in times.values() for x in cell) or not _is_time(run.iteration_ms):
             raise ValueError(f"row {number} of the pass times has a negative or infinite time; give microseconds")
         counts = {len(x) for x in times.values()}
         if len(counts) != 1 or 0 in counts:
@@ -115,6 +115,11 @@ def read_pass_times(text: str) -> tuple[MeasuredRun, ...]:
     if not runs:
         raise ValueError("the pass times have no rows")
     return tuple(runs)
+
+
+def _is_time(ms: float | None) -> bool:
+    """Whether an iteration took so long, or was not measured."""
+    return ms is None or 0 < ms < math.inf
 
 
 def errors(runs: Sequence[MeasuredRun], predicted: Sequence[float]) -> tuple[float, float] | None:

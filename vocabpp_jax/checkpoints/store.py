@@ -87,19 +87,22 @@ def load(
 ) -> Loaded | None:
     """The newest checkpoint that is whole, in the pipeline's layout; None where the folder holds none.
 
-    Newer ones that are damaged are renamed to ``damaged-STEP``, which ``say`` is told.
+    Newer ones that are damaged are renamed to ``damaged-STEP``; ``say`` gets a sentence about each. All processes call
+    it together, and what is damaged for one of them is damaged for all.
 
     Args:
         identity: what must be as it was for the run to go on as if never stopped: JSON values by name.
         accept_changes: go on although the identity has changed.
 
     Raises:
-        ValueError: the identity or the model has changed, the folder holds something else, or nothing in it is whole.
+        ValueError: the identity or the model has changed, the folder holds something else, nothing in it is whole, or
+            the file system refuses to read. If it happens in one process, all raise it.
     """
     hosts.check_same("the identity of the run", identity)
     path, damaged = hosts.agree(lambda: folder_path(folder)), []
     steps = hosts.agree(lambda: steps_in(path) if jax.process_index() == 0 else None)
     for step in reversed(hosts.from_first(steps)):
+        flat = None  # what was read of a damaged one need not stay in memory
         record, why = _everywhere(lambda step=step: _checked(path, step, canonical, identity, accept_changes))
         if not why:
             record = hosts.from_first(record)
