@@ -31,10 +31,12 @@ from the statistics that are exchanged anyway.
 * The soft cap is a factor an element, known before it: S stores ``P' ∘ ∂`` for P', and ``A = (P' ∘ ∂) W_k``.
 * Smoothing subtracts ``ε/V ∘ ∂`` from every row. ``Σ G' Y`` adds up over shards where ``Y[label]`` did. The uniform
   part's product with W is ``Σ_rows ∂ W``: without a cap one vector for all tokens and microbatches, with a cap one more
-  product in S (and ∂ is stored for T, which then makes the whole matrix). P' and ε/V may be close on every row; so S
-  stores ``P' - b``, with b the mean of P' over the rows, and ``b f (1 + 2λ lse) - ε/V`` is made in float32.
+  product in S (and ∂ is stored for T, which then makes the whole matrix). P' f and ε/V may be close on every row; so S
+  stores ``P' - b``, with b the mean of P' over the other rows (weighted by ∂², which leaves least to be rounded), and
+  ``b f (1 + 2λ lse) - ε/V`` is made in float32.
 
-So each algorithm has the barriers it had. Rows of the padding have ``Y = -inf`` and ``∂ = 0``.
+So each algorithm has the barriers it had. Rows of the padding have ``Y = -inf`` and ``∂ = 0``. In which form ∇X is
+summed over shards is in :mod:`.sums`.
 
 Shapes, per device: N tokens, D model width, R rows of the local shard, K shards. ``weight [N]`` is the loss mask over
 the global count of valid tokens, so that gradients come out normalised.

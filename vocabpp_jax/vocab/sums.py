@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 
 F32 = jnp.float32
-_HEADROOM = 2.0**-8  # of float16's range, 2^-14 to 2^16, how far a bound lies below the top: 2^8 units
+# A bound is 2^8 to 2^9 units. float16 goes to 2^16, so sums of many times the bound fit; it is exact to 11 bits down to
+# 2^-14, so an element may be a millionth of the bound, as for a token with p(label) = 0.999999.
+_UNITS = 2.0**-8
 
 
 def summed_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -23,7 +25,7 @@ def summed_dtype(dtype: jnp.dtype) -> jnp.dtype:
 
 def unit(bound: jax.Array) -> jax.Array:
     """For each token the power of two to divide by, from a bound ``[N]`` on what is summed, in float32 too."""
-    power = lax.bitcast_convert_type(lax.bitcast_convert_type(bound * _HEADROOM, jnp.int32) & 0x7F800000, F32)
+    power = lax.bitcast_convert_type(lax.bitcast_convert_type(bound * _UNITS, jnp.int32) & 0x7F800000, F32)
     return jnp.where(power > 0, power, 1)
 
 
