@@ -76,7 +76,8 @@ def instructions(pipe: Pipeline) -> int:
 
 @pytest.mark.parametrize("method", ["baseline", "vocab-2"])
 def test_the_compiled_program_is_as_long_for_64_microbatches_as_for_8(method):
-    assert len({instructions(pipeline(schedules.build("1f1b", method, p=4, m=m))) for m in (8, 64)}) == 1
+    few, many = (instructions(pipeline(schedules.build("1f1b", method, p=4, m=m))) for m in (8, 64))
+    assert abs(many - few) <= few // 100  # XLA splits a sum over many numbers in two
 
 
 @pytest.mark.newest

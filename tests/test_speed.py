@@ -45,7 +45,7 @@ def test_a_sweep_measures_and_predicts_in_processes_of_its_own_and_goes_on_where
         (["--minutes", "0"], "minutes is 0"),
         (["--z-loss", "0.1"], "z_loss=0.1"),
         (["--comparators", "luck"], "comparators has 'luck'"),
-        (["--stages", "4096", "--layers", "4096"], "stages is 4096; there are"),
+        (["--stages", "512", "--layers", "512"], "stages is 512; there are"),
         (["--output", "/proc/nowhere"], "/proc/nowhere"),
     ],
 )

@@ -62,11 +62,17 @@ def _program(schedule: Schedule) -> Program:
 
 @functools.cache
 def _schedule(row: Setting, rules: Rules) -> Schedule:
-    return row.pipeline.build(row.model.config(), frozen(row.table), rules)
+    options, config = row.pipeline, row.model.config()
+    if rules is not FREE:
+        return options.build(config, frozen(row.table), rules)
+    plain = options.build(config)
+    counts = plain.layer_counts if row.method == "redis" else None
+    return build(row.order, row.method, p=plain.p, m=plain.m, layer_counts=counts, reordered=True)
 
 
 def program(row: Setting, rules: Rules = FREE) -> Program:
-    """The row's lowered schedule, fitted to the smallest vocabulary; rows that differ in theirs alone share it."""
+    """The row's lowered schedule: by FREE, as the published system has it, for passes of equal length; by other rules,
+    ours, fitted to the smallest vocabulary. Rows that differ in their vocabulary alone share it."""
     smallest = dataclasses.replace(row, vocab_size=32_000, mfu=None, memory=None)
     # The layers of redis depend on the vocabulary.
     return _program(_schedule(row if row.method == "redis" else smallest, rules))
