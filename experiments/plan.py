@@ -36,7 +36,7 @@ from command_line.options import (
     write_text,
 )
 from planning_run.compiling import Job, results
-from planning_run.report import GIB, Refused, draw, reasons, table
+from planning_run.report import GIB, Refused, draw, reasons, table, table_of_timed
 from vocabpp_jax import plan
 from vocabpp_jax.planning import Choice, Plan, Ranked, Request
 from vocabpp_jax.schedules import METHODS, SCHEDULES
@@ -92,6 +92,8 @@ class PlanOptions:
     """Folder for what has been compiled."""
     measure_cpu: OptionalStr = None
     """Measure this machine's cores instead, and write them to this .toml file, which --gpu takes."""
+    time_steps: bool = False
+    """Also time a step of every plan that is ranked, on this machine's cores, a process for each stage."""
     model: ModelOptions = field(default_factory=lambda: ModelOptions(model="4B"))
 
     def __post_init__(self) -> None:
@@ -224,6 +226,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seconds = time.monotonic() - began
     console.print(f"{ranked.choices:,} choices ranked in {seconds:.0f} s, {ranked.simulated} simulations")
     plans, refused = list(ranked.plans), []
+    if options.time_steps:
+        from planning_run.cpu import timed
+
+        found = or_fail(lambda: timed(plans, lambda choice: options.run_of(request, choice)))
+        console.print(table_of_timed(found))
     if not options.no_compile and request.gpu.target:
         plans, refused = compiled(options, ranked, console)
         if not plans:

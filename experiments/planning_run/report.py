@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from rich.table import Table
 
@@ -23,6 +24,37 @@ class Refused:
     reason: str
 
 
+@dataclass(frozen=True)
+class Timed:
+    """A plan, and what its step took in every round, without the optimizer."""
+
+    plan: Plan
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        """Of the rounds."""
+        return median(self.seconds)
+
+
+def table_of_timed(found: Sequence[Timed]) -> Table:
+    """A line a plan, as ranked, with what it took beside what was expected."""
+    fastest = min(each.median for each in found)
+    shown_as = Table("schedule", "method", "microbatches", "expected, s", "measured, s", "rounds", "over the fastest")
+    for each in found:
+        c = each.plan.choice
+        shown_as.add_row(
+            c.schedule,
+            c.method,
+            f"{each.plan.request.microbatches(c)} of {c.microbatch_size}",
+            f"{each.plan.step_seconds:.3f}",
+            f"{each.median:.3f}",
+            f"{min(each.seconds):.3f} to {max(each.seconds):.3f}",
+            f"{each.median / fastest - 1:.1%}",
+        )
+    return shown_as
+
+
 def bounded_by(plan: Plan, dropped: Sequence[Dropped]) -> str:
     """What a plan would be faster without: memory, where a neighbour that does not fit might be; or else what most of
     the rest of the step goes to."""
@@ -34,7 +66,7 @@ def bounded_by(plan: Plan, dropped: Sequence[Dropped]) -> str:
 
 def table(plans: Sequence[Plan], dropped: Sequence[Dropped], title: str) -> Table:
     """A line a plan, best first."""
-    head = ("stages × tensor × data", "schedule", "method", "microbatches", "residuals", "optimizer")
+    head = ("layout", "schedule", "method", "microbatches", "residuals", "optimizer")
     numbers = ("step, s", "tokens/s", "MFU", "bubble", "comm.", "GiB", "compiled", "bound by")
     found = Table(*head, *numbers, title=title)
     for plan in plans:

@@ -309,7 +309,7 @@ class Ranking:
         """Microbatches to simulate: enough for the steady state, and a remainder like the whole number's where they
         come in groups."""
         m, p = self.request.microbatches(choice), choice.stages
-        enough = 3 * p + 8
+        enough = (4 if choice.chunks else 3) * p + 8
         if choice.schedule == "gpipe" or m <= enough:  # all of gpipe's forwards come first
             return m
         return enough + (m - enough) % p if choice.chunks else enough
@@ -357,7 +357,7 @@ def least_seconds(schedule: Schedule, durations: Durations, m: int, overlaps: bo
     hops = np.array([0.0, *(send[a, b] for a, b in zip(stages, stages[1:], strict=False))])
     before = np.concatenate([[0.0], np.cumsum(F + np.append(hops[1:], 0.0))[:-1]])
     behind = np.concatenate([[0.0], np.cumsum(B + np.append(hops[1:], 0.0))[:-1]])
-    own = np.bincount(stages, F + B + W, p)
+    own = np.bincount(stages, F + B + (W if schedule.splits_backward else 0.0), p)
     if schedule.sharded:
         names = {step.name for step in schedule.vocabulary.steps if step.op == "run"}
         own = own + sum(getattr(durations, name) for name in ON_ALL if name in names)

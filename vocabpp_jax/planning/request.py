@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -139,7 +139,8 @@ class Request:
 
     def layer_part(self, tensor: int, residuals: str, split: bool) -> LayerPart:
         """What one of ``tensor`` devices holds of a layer."""
-        return layer_part(self.config, tensor, residuals, split, "gpu" if self.gpu.overlaps else "cpu")
+        config = replace(self.config, vocab_size=2)  # of which a layer knows nothing
+        return layer_part(config, tensor, residuals, split, "gpu" if self.gpu.overlaps else "cpu")
 
     # --- enumeration -------------------------------------------------------------------------------------------------
 
