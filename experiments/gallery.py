@@ -12,8 +12,9 @@ from pathlib import Path
 
 from command_line.options import parse
 from vocabpp_jax.schedules import GPU, SCHEDULES, build, lower, methods_of
+from vocabpp_jax.schedules.simulation.durations import Durations
 from vocabpp_jax.schedules.simulation.pictures import draw, save
-from vocabpp_jax.schedules.simulation.simulator import Durations, simulate
+from vocabpp_jax.schedules.simulation.simulator import simulate
 from vocabpp_jax.schedules.simulation.timeline import Timeline
 
 HEAD = 3.0  # forward and backward of the whole output layer

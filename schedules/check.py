@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from .schedule import AFTER, PASSES, TRANSFERS, Schedule, Step
-from .vocabulary import sums_before_T
 
 KINDS = ("F", "B", "W")
 
@@ -231,7 +230,7 @@ def _dependencies(schedule: Schedule) -> Iterator[tuple[str, str, bool]]:
         ("IB", "done CB", False),
         ("start CB", "IB", True),
     )
-    if sums_before_T(schedule):
+    if schedule.sums_before_T:
         yield "S", "start big", True
     else:
         yield from (("start big", "T", False), ("T", "start big", True))

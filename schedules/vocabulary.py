@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from .blocks import Block
-from .schedule import AFTER, BEFORE, LANDINGS, Op, Schedule, Step, Vocabulary
+from .schedule import AFTER, BEFORE, LANDINGS, Op, Step, Vocabulary
 
 BARRIERS = {"baseline": 0, "redis": 0, "interlaced": 0, "vocab-2": 1, "vocab-1": 2, "vocab-naive": 3}
 METHODS = tuple(BARRIERS)
@@ -223,13 +223,3 @@ def _stand(block: Block, slot: int, steps: Iterable[str]) -> Iterator[Step]:
     for step in steps:
         op, name = step.split()
         yield _everywhere(block, op, name, slot)
-
-
-def sums_before_T(schedule: Schedule) -> bool:
-    """Whether the sum of input gradients starts before T, from what S left (Algorithm 2), and so needs S's record."""
-    place = {
-        (s.op, s.name): (max(t for t in s.at if t is not None), s.place, n)
-        for n, s in enumerate(schedule.vocabulary.steps)
-    }
-    T, big = place.get(("run", "T")), place.get(("start", "big"))
-    return T is not None and big is not None and T > big

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from vocabpp_jax.schedules import SCHEDULES, build, evaluation, lower, methods_of
 from vocabpp_jax.schedules.simulation import formats
+from vocabpp_jax.schedules.simulation.durations import Durations
 from vocabpp_jax.schedules.simulation.formats import Action
-from vocabpp_jax.schedules.simulation.simulator import Durations, simulate
+from vocabpp_jax.schedules.simulation.simulator import simulate
 
 CASES = [(schedule, method) for schedule in SCHEDULES for method in methods_of(schedule)]
 

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vocabpp_jax.schedules import build, lower
+from vocabpp_jax.schedules.simulation.durations import Durations
 from vocabpp_jax.schedules.simulation.measured import errors, read_pass_times
-from vocabpp_jax.schedules.simulation.simulator import COMPILED, FREE, ON_CPUS, Durations, Rules, simulate
+from vocabpp_jax.schedules.simulation.simulator import COMPILED, FREE, ON_CPUS, Rules, simulate
 
 PUBLISHED = Path(__file__).parent.parent / "docs" / "paper"
 ASYNCHRONOUS = Rules("asynchronous")

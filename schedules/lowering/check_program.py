@@ -38,9 +38,7 @@ class _Replay:
     def __init__(self, program: Program):
         self.program, self.schedule = program, program.schedule
         s = self.schedule
-        self.stage_of = np.zeros((s.chunks, s.p), int)
-        for stage, device in enumerate(s.placement):
-            self.stage_of[s.chunk(stage), device] = stage
+        self.stage_of = s.stage_of
         self.touches: dict[str, list[tuple]] = defaultdict(list)
         self.counts: dict[tuple[str, int], np.ndarray] = defaultdict(lambda: np.zeros((s.p, s.m), int))
         self.time = 0

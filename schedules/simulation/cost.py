@@ -18,7 +18,7 @@ import numpy as np
 
 from ..layers import even_split
 from ..schedule import Schedule
-from .simulator import Durations
+from .durations import Durations
 from .timeline import Timeline
 
 GPUS = Path(__file__).parent / "gpus"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..schedules import Instruction, Program, Segment
+from ..schedules import KINDS, Instruction, Program, Segment
 from ..vocab.instructions import VocabularySteps, flight
 from .buffers import Cells, State, after, before_later_passes, behind_earlier_passes, get, put, put_if, when, zeros
 from .layout import Layout
@@ -110,29 +111,28 @@ class Executor:
 
     def execute(self, instruction: Instruction, cells: Cells, state: State) -> State:
         """One instruction that is not a transfer between devices."""
-        c = instruction.chunk
-        match instruction.op, instruction.name:
-            case "keep", _:
-                return state | {"inbox": put_if(state["inbox"], cells["deliver"], state["out"])}
-            case "run", "F":
-                names = ("out", *self._stored("outbox", "residual", "kept"), *self._counters())
-                return self._pass(instruction, cells, state, names, self.forward)
-            case "run", "B":
-                frees = () if self.program.schedule.splits_backward else self._counters()
-                names = ("out", f"grads.blocks.{c}", *self._stored("outbox", "carried"), *frees)
-                return self._pass(instruction, cells, state, names, self.backward)
-            case "run", "W":
-                names = (f"grads.blocks.{c}", *self._counters())
-                return self._pass(instruction, cells, state, names, self.weights)
+        if instruction.op == "keep":
+            return state | {"inbox": put_if(state["inbox"], cells["deliver"], state["out"])}
+        if instruction.name in self.passes:
+            return self._pass(instruction, cells, state)
         return self.steps.execute(instruction, cells, state)
 
-    def _pass(
-        self, instruction: Instruction, cells: Cells, state: State, names: tuple[str, ...], run: Callable
-    ) -> State:
+    @cached_property
+    def passes(self) -> dict[str, Callable[[State, Cells, int], State]]:
+        """What runs each row of the table of instructions that is a stage's."""
+        return {"F": self.forward, "B": self.backward, "W": self.weights}
+
+    def _pass(self, instruction: Instruction, cells: Cells, state: State) -> State:
         """A stage's pass where it is this device's turn, named as profiles and compiled code will show it."""
-        c = instruction.chunk
-        with jax.named_scope(f"{instruction.name}{c}"):
-            return when(cells["microbatch"] >= 0, state, names, lambda s: run(s, cells, c))
+        c, kind = instruction.chunk, KINDS[instruction.name]
+        updates = kind.rings(self.program.schedule) + self._counters()
+        if kind.sends:
+            updates += ("out", *(("outbox",) if "outbox" in state else ()))
+        if kind.name != "F":
+            updates += (f"grads.blocks.{c}",)
+        with jax.named_scope(f"{kind.name}{c}"):
+            run = self.passes[kind.name]
+            return when(cells["microbatch"] >= 0, state, updates, lambda s: run(s, cells, c))
 
     # --- passes ------------------------------------------------------------------------------------------------------
 
@@ -149,7 +149,7 @@ class Executor:
                     s = s | {ring: _replaced(s[ring], j, put(s[ring][j], cells[ring], values))}
             return s
 
-        names = ("out", *self._stored("residual", "kept"))
+        names = ("out", *KINDS["F"].rings(self.program.schedule))
         state = self._each_layer(state, c, range(self.layout.depth), layer, names)
         return self._occupy(_left(state, cells), cells, True)
 
@@ -170,7 +170,7 @@ class Executor:
                 s = s | {"carried": _replaced(s["carried"], j, put(s["carried"][j], cells["carried"], carried))}
             return s
 
-        names = ("out", grads, *self._stored("carried"))
+        names = ("out", grads, *KINDS["B"].rings(self.program.schedule))
         state = _left(self._each_layer(state, c, range(self.layout.depth)[::-1], layer, names), cells)
         return state if self.program.schedule.splits_backward else self._occupy(state, cells, False)
 
@@ -211,9 +211,6 @@ class Executor:
             else:
                 state = when(j < mine, state, names, lambda s, j=j: layer(s, j))
         return state
-
-    def _stored(self, *rings: str) -> tuple[str, ...]:
-        return tuple(r for r in rings if r in self.program.rings)
 
     # --- observation -------------------------------------------------------------------------------------------------
 

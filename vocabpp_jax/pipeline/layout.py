@@ -98,10 +98,7 @@ class Layout:
     @cached_property
     def stage_of(self) -> tuple[tuple[int, ...], ...]:
         """The stage that is chunk c of device d, ``[chunks][p]``."""
-        table = [[0] * self.schedule.p for _ in range(self.schedule.chunks)]
-        for stage, device in enumerate(self.schedule.placement):
-            table[self.schedule.chunk(stage)][device] = stage
-        return tuple(map(tuple, table))
+        return tuple(map(tuple, self.schedule.stage_of.tolist()))
 
     @cached_property
     def depth(self) -> int:

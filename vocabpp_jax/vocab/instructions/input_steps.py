@@ -7,11 +7,20 @@ import jax.numpy as jnp
 
 from ... import vocab
 from ...pipeline.buffers import Cells, State, get, put, put_if, when
-from .vocabulary_layer import Start, VocabularyLayer, flight, sent
+from .vocabulary_layer import Collective, Run, Start, VocabularyLayer, flight
 
 
 class InputSteps(VocabularyLayer):
     """What each step of the input layer does to a device's state."""
+
+    def input_steps(self) -> dict[str, Run | Collective]:
+        """The steps by their names in the table of instructions."""
+        return {
+            "IF": self.run_IF,
+            "IB": self.run_IB,
+            "CI": Collective(self.start_CI, self.done_CI, self.stream),
+            "CB": self._broadcast("CB", 0, self.done_CB),
+        }
 
     @property
     def _scale(self) -> jax.Array:
@@ -48,12 +57,6 @@ class InputSteps(VocabularyLayer):
     def done_CI(self, state: State, cells: Cells, x: jax.Array) -> State:
         inbox = state["inbox"]
         return {"inbox": put_if(inbox, cells["deliver"], x.reshape(inbox.shape[1:]))}
-
-    def make_CB(self, state: State, cells: Cells) -> State:
-        return self._taken(state, cells, "CB")
-
-    def start_CB(self, state: State, cells: Cells) -> Start:
-        return state[sent("CB")], self._broadcast_from(0)
 
     def done_CB(self, state: State, cells: Cells, g: jax.Array) -> State:
         return {flight("CB"): g}

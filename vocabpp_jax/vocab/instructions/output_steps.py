@@ -16,9 +16,8 @@ from jax import lax
 
 from ... import vocab
 from ...pipeline.buffers import Cells, State, get, put, put_if, when, zeros
-from ...schedules import sums_before_T
 from .. import Coefficients, Kept, Loss, Shard, Stats, Target
-from .vocabulary_layer import Start, VocabularyLayer, flight, sent
+from .vocabulary_layer import Collective, Run, Start, VocabularyLayer, flight
 
 F32 = jnp.float32
 
@@ -26,10 +25,32 @@ F32 = jnp.float32
 class OutputSteps(VocabularyLayer):
     """What each step of the output layer does to a device's state."""
 
+    def output_steps(self) -> dict[str, Run | Collective]:
+        """The steps by their names in the table of instructions."""
+        vector = jax.ShapeDtypeStruct(self.stream.shape[:1], F32)
+        gathered = jax.ShapeDtypeStruct((self.layout.shards, 3, *vector.shape), F32)
+        return {
+            "S": self.run_S,
+            "S1": self.run_S1,
+            "S2": self.run_S2,
+            "T": self.run_T,
+            "G": self.run_G,
+            "H": self.run_H,
+            "C0": self._broadcast("C0", -1, self.done_C0),
+            "max": Collective(self.start_max, self.done_max, vector),
+            "stats": Collective(self.start_stats, self.done_stats, gathered),
+            "big": Collective(self.start_big, self.done_big, self.summed, self.make_big, lands_first=True),
+        }
+
+    @property
+    def summed(self) -> jax.ShapeDtypeStruct:
+        """What a shard puts into the sum of the input gradient."""
+        return jax.ShapeDtypeStruct(self.stream.shape, vocab.summed_dtype(self.dtype))
+
     @property
     def early(self) -> bool:
         """Whether the input gradient is computed before the barrier, in S, because its sum starts before T."""
-        return sums_before_T(self.layout.schedule)
+        return self.layout.schedule.sums_before_T
 
     @property
     def head_gradient(self) -> str:
@@ -45,12 +66,6 @@ class OutputSteps(VocabularyLayer):
     def shard(self) -> Shard:
         """The rows of the head's table that this device holds."""
         return Shard(self._first_row(self.head), self.layout.model.vocab_size)
-
-    def make_C0(self, state: State, cells: Cells) -> State:
-        return self._taken(state, cells, "C0")
-
-    def start_C0(self, state: State, cells: Cells) -> Start:
-        return state[sent("C0")], self._broadcast_from(-1)
 
     def done_C0(self, state: State, cells: Cells, x: jax.Array) -> State:
         return {"X": put_if(state["X"], cells["X"], x)}
