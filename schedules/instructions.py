@@ -205,7 +205,7 @@ _ROWS = (
         (_reads("X", _RECORD), _writes("inbox", _HIDDEN_GRADIENT)),
     ),
     Kind(
-        "C0",
+        "hidden_broadcast",
         "broadcast of X",
         "#7A6A53",
         "together",
@@ -213,10 +213,10 @@ _ROWS = (
     ),
     Kind("max", "maxima", "#E0C04C", "together", _RECORDED),
     Kind("stats", "softmax sums", "#C9A227", "together", _RECORDED),
-    Kind("big", "sum of ∇X", "#A3123F", "together", (_reads("P", _RECORD, _sums_before_T, op="start"),)),
-    Kind("CI", "sum of embeddings", "#B07AA1", "together", (_writes("inbox", _EMBEDDED, op="done"),)),
+    Kind("grad_sum", "sum of ∇X", "#A3123F", "together", (_reads("P", _RECORD, _sums_before_T, op="start"),)),
+    Kind("embed_sum", "sum of embeddings", "#B07AA1", "together", (_writes("inbox", _EMBEDDED, op="done"),)),
     Kind(
-        "CB",
+        "embed_grad_broadcast",
         "broadcast of ∇embeddings",
         "#D4A6C8",
         "together",

@@ -188,7 +188,9 @@ class Schedule:
     def opens(self) -> int:
         """A slot that opens an interval: where the broadcast of the last stage's output starts before passes, so that
         the end of a scan step does not cut it; else slot 0."""
-        starts = (s.at[0] for s in self.vocabulary.steps if (s.op, s.name, s.place) == ("start", "C0", BEFORE))
+        starts = (
+            s.at[0] for s in self.vocabulary.steps if (s.op, s.name, s.place) == ("start", "hidden_broadcast", BEFORE)
+        )
         return next(starts, 0)
 
     @property
@@ -198,7 +200,7 @@ class Schedule:
             (s.op, s.name): (max(t for t in s.at if t is not None), s.place, n)
             for n, s in enumerate(self.vocabulary.steps)
         }
-        T, total = place.get(("run", "T")), place.get(("start", "big"))
+        T, total = place.get(("run", "T")), place.get(("start", "grad_sum"))
         return T is not None and total is not None and T > total
 
     @cached_property

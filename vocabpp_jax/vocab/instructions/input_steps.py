@@ -1,4 +1,4 @@
-"""The steps of the input layer: IF, IB and their collectives CI and CB."""
+"""The steps of the input layer: IF, IB and their collectives embed_sum and embed_grad_broadcast."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ... import vocab
-from ...pipeline.buffers import Cells, State, get, put, put_if, when
+from ...pipeline.buffers import Cells, State, get, put, put_if, run_if
 from .vocabulary_layer import Collective, Run, Start, VocabularyLayer, flight
 
 
@@ -18,8 +18,8 @@ class InputSteps(VocabularyLayer):
         return {
             "IF": self.run_IF,
             "IB": self.run_IB,
-            "CI": Collective(self.start_CI, self.done_CI, self.stream),
-            "CB": self._broadcast("CB", 0, self.done_CB),
+            "embed_sum": Collective(self.start_embed_sum, self.done_embed_sum, self.stream),
+            "embed_grad_broadcast": self._broadcast("embed_grad_broadcast", 0, self.done_embed_grad_broadcast),
         }
 
     @property
@@ -44,22 +44,22 @@ class InputSteps(VocabularyLayer):
         if self.layout.sharded:
             return state | {"part": embedded()}
         # The unsharded tables are whole on one device only; elsewhere a lookup would be of zeros.
-        return when(
+        return run_if(
             cells["microbatch"] >= 0,
             state,
             ("inbox",),
             lambda s: s | {"inbox": put(s["inbox"], cells["deliver"], embedded())},
         )
 
-    def start_CI(self, state: State, cells: Cells) -> Start:
+    def start_embed_sum(self, state: State, cells: Cells) -> Start:
         return state["part"].reshape(-1, self.layout.model.width), self._sum_for(0)
 
-    def done_CI(self, state: State, cells: Cells, x: jax.Array) -> State:
+    def done_embed_sum(self, state: State, cells: Cells, x: jax.Array) -> State:
         inbox = state["inbox"]
         return {"inbox": put_if(inbox, cells["deliver"], x.reshape(inbox.shape[1:]))}
 
-    def done_CB(self, state: State, cells: Cells, g: jax.Array) -> State:
-        return {flight("CB"): g}
+    def done_embed_grad_broadcast(self, state: State, cells: Cells, g: jax.Array) -> State:
+        return {flight("embed_grad_broadcast"): g}
 
     def run_IB(self, state: State, cells: Cells) -> State:
         """IB: scatter-adds the first stage's input gradient into this shard's rows."""
@@ -79,6 +79,6 @@ class InputSteps(VocabularyLayer):
             return s | grads
 
         if self.layout.sharded:
-            return scattered(state, state[flight("CB")])
+            return scattered(state, state[flight("embed_grad_broadcast")])
         names = tuple(f"grads.embed.{name}" for name in self.params["embed"])
-        return when(i >= 0, state, names, lambda s: scattered(s, get(s["inbox"], cells["inbox"])))
+        return run_if(i >= 0, state, names, lambda s: scattered(s, get(s["inbox"], cells["inbox"])))

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ...pipeline.buffers import Cells, State, get, when
-from ...pipeline.collectives import Native, OfPermutes
+from ...pipeline.buffers import Cells, State, get, run_if
+from ...pipeline.collectives import Native, PermuteTree
 from ...pipeline.layout import Layout
 
 Communicate = Callable[[jax.Array], jax.Array]
@@ -71,7 +71,7 @@ class VocabularyLayer:
     layout: Layout
     params: Any
     batch: dict[str, jax.Array]
-    collectives: Native | OfPermutes
+    collectives: Native | PermuteTree
 
     @property
     def trains(self) -> bool:
@@ -102,13 +102,13 @@ class VocabularyLayer:
     def _first_row(self, table: jax.Array) -> jax.Array | int:
         return lax.axis_index(self.layout.vocabulary_axes) * table.shape[0] if self.layout.sharded else 0
 
-    def _taken(self, state: State, cells: Cells, name: str) -> State:
+    def _copied_from_inbox(self, state: State, cells: Cells, name: str) -> State:
         """Takes what waits in the inbox ``[N, D]``; meaningful on the device that it is broadcast from."""
 
         def taken(s: State) -> State:
             return s | {sent(name): get(s["inbox"], cells["inbox"]).reshape(self.stream.shape)}
 
-        return when(cells["inbox"] >= 0, state, (sent(name),), taken)
+        return run_if(cells["inbox"] >= 0, state, (sent(name),), taken)
 
     def _sum_for(self, stage: int) -> Communicate:
         """The sum over all shards, for the device of one stage to read."""
@@ -121,4 +121,4 @@ class VocabularyLayer:
             source = self.layout.schedule.placement[stage]
             return state[sent(name)], partial(self.collectives.broadcast, source=source)
 
-        return Collective(start, done, self.stream, partial(self._taken, name=name), sends=True)
+        return Collective(start, done, self.stream, partial(self._copied_from_inbox, name=name), sends=True)

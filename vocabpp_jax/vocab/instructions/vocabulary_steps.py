@@ -10,7 +10,7 @@ from functools import cached_property
 import jax
 import jax.numpy as jnp
 
-from ...pipeline.buffers import Cells, State, before_later_passes, behind_earlier_passes, zeros
+from ...pipeline.buffers import Cells, State, passes_wait_for, wait_for_passes, zeros
 from ...schedules import Instruction
 from .input_steps import InputSteps
 from .output_steps import OutputSteps
@@ -61,8 +61,8 @@ class VocabularySteps(InputSteps, OutputSteps):
                 case "start":
                     return self._start(name, step, cells, state)
                 case "done":
-                    landed = behind_earlier_passes(state, state[flight(name)])
-                    return before_later_passes(state, landed) | step.done(state, cells, landed)
+                    landed = wait_for_passes(state, state[flight(name)])
+                    return passes_wait_for(state, landed) | step.done(state, cells, landed)
             return step(state, cells)
 
     def _start(self, name: str, collective: Collective, cells: Cells, state: State) -> State:
@@ -72,7 +72,7 @@ class VocabularySteps(InputSteps, OutputSteps):
             state = collective.make(state, cells)
         operand, communicate = collective.start(state, cells)
         if not collective.lands_first:
-            state = before_later_passes(state, operand)
+            state = passes_wait_for(state, operand)
         result = communicate(operand)
         # The sum's operand is spent: forgotten, it can hold the sum. What a broadcast sends stays, for its result may
         # be under way into the next interval, in which the next one is sent.
