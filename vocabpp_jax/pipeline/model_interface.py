@@ -68,7 +68,7 @@ class Model:
     init_final: Callable[[jax.Array], Params] = _nothing
     """``(key) -> final_params`` in float32."""
     final: Callable[[Params, jax.Array], jax.Array] = _identity
-    """What stands between the last block and the head, usually a norm: ``(final_params, x) -> x``."""
+    """From the last block to the head, usually a norm: ``(final_params, x [N, D]) -> x [N, D]``, N tokens."""
     positions: int | None = None
     """Rows of a learned position table, or None without one."""
     tied: bool = False
