@@ -67,8 +67,8 @@ def _refuse_idle_processes(devices: Sequence[jax.Device], mesh: str) -> None:
     if idle := {device.process_index for device in present} - {device.process_index for device in devices}:
         without = ", ".join(map(str, sorted(idle)))
         raise ValueError(
-            f"{jax.process_count()} processes have {len(present)} devices, and the mesh of {mesh} takes {len(devices)}, "
-            f"none of process {without}; start fewer processes, or make the mesh larger"
+            f"{jax.process_count()} processes have {len(present)} devices, and the mesh of {mesh} takes "
+            f"{len(devices)}, none of process {without}; start fewer processes, or make the mesh larger"
         )
 
 

@@ -25,17 +25,18 @@ def checked(batch: Batch, m: int, data: int, model: Model) -> Batch:
     if missing := {"tokens", "labels"} - set(batch):
         raise ValueError(f"the batch has {sorted(batch)}; it needs {', '.join(sorted(missing))} too")
     shape = jnp.shape(batch["tokens"])
-    for name in ("labels", "mask"):
-        if name in batch and jnp.shape(batch[name]) != shape:
-            raise ValueError(f"{name} has shape {list(jnp.shape(batch[name]))}; tokens has {list(shape)}")
-    if len(shape) == 2 and shape[0] % (m * data) == 0:
-        batch = jax.tree.map(lambda array: in_microbatches(array, m, data), batch)
-        shape = jnp.shape(batch["tokens"])
-    if len(shape) != 3 or shape[0] != m or shape[1] % data:
+    whole = len(shape) == 2 and shape[0] % (m * data) == 0
+    if not whole and (len(shape) != 3 or shape[0] != m or shape[1] % data):
         raise ValueError(
             f"tokens has shape {list(shape)}; it takes [m={m}, a multiple of {data}, length] or "
             f"[a multiple of {m * data}, length]"
         )
+    for name in ("labels", "mask"):
+        if name in batch and jnp.shape(batch[name]) != shape:
+            raise ValueError(f"{name} has shape {list(jnp.shape(batch[name]))}; tokens has {list(shape)}")
+    if whole:
+        batch = jax.tree.map(lambda array: in_microbatches(array, m, data), batch)
+        shape = jnp.shape(batch["tokens"])
     if model.positions is not None and shape[2] > model.positions:
         raise ValueError(f"tokens has length {shape[2]}; the model has {model.positions} positions")
     mask = batch.get("mask")
