@@ -1,4 +1,4 @@
-"""Makes the site stand alone: every file of the repository that a page links to becomes a page, and roles become code."""
+"""Makes the site stand alone: files of the repository that pages link to become pages, and roles become code."""
 
 from __future__ import annotations
 
