@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from vocabpp_jax.pipeline.mesh import GPU_PLATFORMS
-from vocabpp_jax.pipeline.model_interface import Side
+from vocabpp_jax.pipeline.model_interface import AuxInputs
 from vocabpp_jax.vocab import Loss
 
 _AUTO_CUDNN_HEAD = 128  # the widest head that cuDNN's flash attention takes on every GPU since Ampere
@@ -79,8 +79,8 @@ class Config:
     # --- what an architecture answers --------------------------------------------------------------------------------
 
     def block(self, rngs: nnx.Rngs, axis: str | None = None) -> nnx.Module:
-        """One layer, a module ``(x [B, L, D], side) -> x``; with ``axis``, for its part of the weights on a device
-        of that mesh axis, see :mod:`vocabpp_jax.pipeline.tensor`."""
+        """One layer, a module ``(x [B, L, D], aux_inputs) -> x``; with ``axis``, for its part of the weights on a
+        device of that mesh axis, see :mod:`vocabpp_jax.pipeline.tensor`."""
         raise NotImplementedError
 
     def norm(self, rngs: nnx.Rngs) -> nnx.Module:
@@ -118,7 +118,7 @@ class Config:
         return Loss()
 
     @property
-    def layer_side(self) -> tuple[Side, ...]:
+    def layer_aux_inputs(self) -> tuple[AuxInputs, ...]:
         """What differs between layers and is not trained, see :class:`vocabpp_jax.pipeline.Model`."""
         return ()
 

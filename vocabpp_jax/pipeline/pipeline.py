@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..schedules import Program, Schedule, check, evaluation, lower
-from ..vocab import Loss, counted, refuse_outside
+from ..vocab import Loss
 from ..vocab.instructions import VocabularySteps
 from .collectives import collectives
 from .executor import Executor
@@ -20,14 +20,14 @@ from .flags import compiler_options
 from .initialization import draw
 from .layout import Layout
 from .linearize import Linearized, linearize
-from .mesh import DATA, PIPE
+from .mesh import DATA, PIPE, automatic
+from .microbatches import Batch, checked, global_batch
 from .model_interface import Model
 from .nccl import keep_launch_order
 from .precision import exact_products
 from .tensor import TENSOR
 
 Params = Any
-Batch = dict[str, Any]
 _PER_MICROBATCH = PartitionSpec(None, DATA)
 
 
@@ -35,11 +35,11 @@ _PER_MICROBATCH = PartitionSpec(None, DATA)
 class Pipeline:
     """A model under a schedule on a mesh.
 
-    A batch is ``{"tokens", "labels": int32 [m, B, L], "mask": [m, B, L]}`` and, where the blocks take them, ``"side"``:
-    a dictionary of ``[m, B, ...]`` arrays. m microbatches, B microbatch size times the data axis, L length. The mask
-    may be absent. A label of -100 does not count either; of other ids outside the vocabulary the loss is NaN, or,
-    outside ``jax.jit``, they are refused. Parameters are a tree in :attr:`layout`, float32, sharded as
-    :attr:`shardings` says.
+    A batch is ``{"tokens", "labels": int32 [m, B, L]}``, and if need be ``"mask"`` of the same shape and
+    ``"aux_inputs"``, arrays ``[m, B, ...]`` by name that the blocks take: m microbatches, B microbatch size times the
+    data axis, L length. Or all of them ``[m · B, ...]``, which is split into microbatches. A label of -100 does not
+    count; of other ids outside the vocabulary the loss is NaN, or, outside ``jax.jit``, they are refused. Parameters
+    are a tree in :attr:`layout`, float32, sharded as :attr:`shardings` says.
 
     Raises:
         ValueError: the schedule is not sound, the mesh has no axis ``data`` or its axis ``pipe`` is not the schedule's
@@ -67,6 +67,7 @@ class Pipeline:
             )
         check(self.schedule)
         keep_launch_order()
+        object.__setattr__(self, "mesh", automatic(self.mesh))
         object.__setattr__(self, "layout", Layout(self.model, self.schedule, self.mesh.shape.get(TENSOR, 1)))
         block = self.model.block if self.layout.tensor == 1 else self.model.tensor.block
         platform = self.mesh.devices.flat[0].platform
@@ -94,6 +95,13 @@ class Pipeline:
     def shard(self, canonical: Params) -> Params:
         """Canonical parameters, placed on the mesh in the pipeline's layout."""
         return jax.jit(self.layout.pack, out_shardings=self.shardings)(canonical)
+
+    def global_batch(self, local: Batch) -> Batch:
+        """The global batch of which each process passes its own rows, ``[rows, L]``, as a data loader gives them.
+
+        Every process passes as many, and those with devices of the same copy of the model pass the same.
+        """
+        return global_batch(local, self.mesh)
 
     def jit(self, function: Callable, *, without_flags: tuple[str, ...] = (), **options: Any) -> Callable:
         """``jax.jit`` for a function that runs this pipeline: on GPUs with the XLA flags that overlap needs.
@@ -136,19 +144,19 @@ class Pipeline:
         rounded = jax.tree.map(lambda w: w.astype(dtype), params)
         return rounded if self.layout.head_is_embedding else rounded | {"embed": params["embed"]}
 
-    def activation_bytes(self, batch: int, length: int, side: Any = None) -> dict[str, int]:
+    def activation_bytes(self, batch: int, length: int, aux_inputs: Any = None) -> dict[str, int]:
         """Bytes that one microbatch in flight costs on a device, counted from the traced block.
 
         ``residual`` waits from F to B, ``kept`` from F to W, ``carried`` from B to W; ``batch`` is sequences a device.
         """
         dtype = jnp.dtype(self.compute_dtype)
         x = jax.ShapeDtypeStruct((batch, length, self.model.width), dtype)
-        side = (side or {}) | jax.tree.map(_shape, self._a_layer_s_side)
+        aux_inputs = (aux_inputs or {}) | jax.tree.map(_shape, self._one_layer_aux_inputs)
         traced = []
 
         def trace(layer: Params) -> None:
             block = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape[1:], dtype), layer)
-            traced.append(linearize(self._block, block, x, side, split=self.schedule.splits_backward))
+            traced.append(linearize(self._block, block, x, aux_inputs, split=self.schedule.splits_backward))
 
         layer, specs = self.layout.shapes()["blocks"][0][0], self.layout.specs()["blocks"][0][0]
         jax.eval_shape(jax.shard_map(trace, mesh=self.mesh, in_specs=(specs,), out_specs=None, check_vma=False), layer)
@@ -165,7 +173,12 @@ class Pipeline:
         """
         shape = (self.schedule.m, batch * self.mesh.shape[DATA], length)
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
-        batches = {"tokens": tokens, "labels": tokens, "mask": jax.ShapeDtypeStruct(shape, jnp.float32), "side": {}}
+        batches = {
+            "tokens": tokens,
+            "labels": tokens,
+            "mask": jax.ShapeDtypeStruct(shape, jnp.float32),
+            "aux_inputs": {},
+        }
         buffers = jax.shard_map(
             lambda params, batch: self._executor(self.program, False, params, batch).initial_state(),
             mesh=self.mesh,
@@ -177,7 +190,7 @@ class Pipeline:
         return {name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for name, tree in found.items()}
 
     def _run(self, program: Program, params: Params, batch: Batch, *, observe: bool) -> tuple:
-        batch = self._checked(batch)
+        batch = checked(batch, self.schedule.m, self.mesh.shape[DATA], self.model)
         specs = self.layout.specs()
         device = PartitionSpec(DATA, PIPE)
         out = (
@@ -193,32 +206,6 @@ class Pipeline:
             check_vma=False,
         )
         return run(params, batch)
-
-    def _checked(self, batch: Batch) -> Batch:
-        """The batch with a float32 mask, in which labels of -100 do not count; refuses one that does not fit."""
-        if missing := {"tokens", "labels"} - set(batch):
-            raise ValueError(f"the batch has {sorted(batch)}; it needs {', '.join(sorted(missing))} too")
-        shape = jnp.shape(batch["tokens"])
-        data = self.mesh.shape[DATA]
-        if len(shape) != 3 or shape[0] != self.schedule.m or shape[1] % data:
-            raise ValueError(
-                f"tokens has shape {list(shape)}; it takes [m={self.schedule.m}, a multiple of {data}, length]"
-            )
-        if self.model.positions is not None and shape[2] > self.model.positions:
-            raise ValueError(f"tokens has length {shape[2]}; the model has {self.model.positions} positions")
-        for name in ("labels", "mask"):
-            if name in batch and jnp.shape(batch[name]) != shape:
-                raise ValueError(f"{name} has shape {list(jnp.shape(batch[name]))}; tokens has {list(shape)}")
-        mask = batch.get("mask")
-        mask = jnp.ones(shape, jnp.float32) if mask is None else jnp.asarray(mask).astype(jnp.float32)
-        for name in ("tokens", "labels"):
-            if not jnp.issubdtype(kind := jnp.result_type(batch[name]), jnp.integer):
-                raise ValueError(f"{name} has dtype {kind}; token ids are integers")
-        V = self.model.vocab_size
-        refuse_outside(batch["tokens"], batch["labels"], mask, V)
-        tokens, labels = (jnp.asarray(batch[name]).astype(jnp.int32) for name in ("tokens", "labels"))
-        labels, mask = counted(tokens, labels, mask, V)
-        return {"tokens": tokens, "labels": labels, "mask": mask, "side": batch.get("side", {})}
 
     def _on_device(self, program: Program, observe: bool, params: Params, batch: Batch) -> tuple:
         """One device's whole iteration."""
@@ -254,25 +241,25 @@ class Pipeline:
         return Executor(
             program,
             layout,
-            self._linearized(program, x, blocks, batch["side"]),
+            self._linearized(program, x, blocks, batch["aux_inputs"]),
             vocabulary,
             tables | {"blocks": blocks},
-            batch["side"],
+            batch["aux_inputs"],
             x,
             observe,
         )
 
-    def _linearized(self, program: Program, x: jax.ShapeDtypeStruct, blocks: Params, side: Any) -> Linearized:
+    def _linearized(self, program: Program, x: jax.ShapeDtypeStruct, blocks: Params, aux_inputs: Any) -> Linearized:
         block = jax.tree.map(_shape, blocks[0][0])
-        one_side = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), side)
-        one_side |= jax.tree.map(_shape, self._a_layer_s_side)
+        one_side = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), aux_inputs)
+        one_side |= jax.tree.map(_shape, self._one_layer_aux_inputs)
         if not program.schedule.trains:
             return Linearized(lambda p, s, x: (self._block(p, x, s), (), ()), None, None, (), (), ())
         return linearize(self._block, block, x, one_side, split=program.schedule.splits_backward)
 
     @property
-    def _a_layer_s_side(self) -> dict[str, Any]:
-        return self.model.layer_side[0] if self.model.layer_side else {}
+    def _one_layer_aux_inputs(self) -> dict[str, Any]:
+        return self.model.layer_aux_inputs[0] if self.model.layer_aux_inputs else {}
 
     def _gradients(self, state: dict[str, Any], params: Params) -> Params:
         """The accumulated gradients as a tree like the parameters, summed over what they have to be summed over."""
