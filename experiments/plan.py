@@ -37,7 +37,7 @@ from command_line.options import (
 )
 from planning_run.compiling import Job, results
 from planning_run.report import GIB, Refused, draw, reasons, table, table_of_timed
-from vocabpp_jax import plan
+from vocabpp_jax import models, plan
 from vocabpp_jax.planning import Choice, Plan, Ranked, Request
 from vocabpp_jax.schedules import METHODS, SCHEDULES
 from vocabpp_jax.schedules.simulation.cost import load_gpu
@@ -121,8 +121,11 @@ class PlanOptions:
             raise ValueError(
                 f"memory is {self.memory:g}; {gpu.name} has {gpu.memory_bytes / GIB:.1f} GiB, so give less"
             )
+        kept = plan.RESIDUALS if self.model.residuals is None else (config.residuals,)
         return Request(
-            config,
+            models.cost_sizes(config),
+            {residuals: self.model.build(dataclasses.replace(config, residuals=residuals)) for residuals in kept},
+            config.dtype,
             gpu,
             self.gpus,
             memory,
@@ -130,7 +133,6 @@ class PlanOptions:
             self.max_tensor,
             self.schedules,
             self.methods,
-            residuals=plan.RESIDUALS if self.model.residuals is None else (config.residuals,),
             microbatch_sizes=self.microbatch_sizes,
             stages=self.stages,
             shard_optimizer=SHARDS,
@@ -181,7 +183,7 @@ def compiled(options: PlanOptions, ranked: Ranked, console: Console) -> tuple[li
 def show(plans: Sequence[Plan], ranked: Ranked, refused: Sequence[Refused], console: Console) -> None:
     """The table, and why what looked better is not in it."""
     request = plans[0].request
-    title = f"{request.gpus} × {request.gpu.name}, {request.global_batch} sequences of {request.config.seq} a step"
+    title = f"{request.gpus} × {request.gpu.name}, {request.global_batch} sequences of {request.sizes.seq} a step"
     console.print(table(plans, ranked.dropped, title))
     found = list(reasons(plans[0], ranked, refused))
     if found:

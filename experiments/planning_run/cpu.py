@@ -49,7 +49,7 @@ START = {
 LONG = 1e-2  # seconds from which a pass counts in full
 ROUNDS, MINUTES = 3, 20.0
 KINDS = ("F", "B", "S", "T", "H", "IB")
-SUMS = ("C0", "big", "transfer")
+SUMS = ("hidden_broadcast", "grad_sum", "transfer")
 Say = Callable[[str], None]
 
 

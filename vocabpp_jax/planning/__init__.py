@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .memory import MARGIN, Bytes
+from .footprint import MARGIN, Bytes
 from .ranking import Dropped, Plan, Ranked, Ranking
 from .request import RESIDUALS, Choice, Request
 

@@ -19,21 +19,20 @@ from typing import Any
 
 import numpy as np
 
-from ..models import cost_sizes, model_flops
 from ..schedules import Durations, Program, Schedule, lower, simulate
 from ..schedules.fit import Times
 from ..schedules.fitting import Fit, Fitter
+from ..schedules.instructions import COLLECTIVES
 from ..schedules.simulation.cost import Cost
 from ..schedules.simulation.simulator import GPU, ON_CPUS, Rules
-from ..schedules.simulation.step import StepCost
+from ..schedules.simulation.step_cost import StepCost
 from ..schedules.simulation.timeline import Timeline
-from .memory import MARGIN, Bytes, Footprint
+from .footprint import MARGIN, Bytes, Footprint
 from .request import Choice, Request
 
 SMALL = 4  # stages with which it is found out what fitting gains
 SMALLEST = 40  # choices of which the smallest is named where none fits
 AHEAD = 4  # choices to look ahead for what will have to be fitted
-COLLECTIVES = ("CI", "C0", "max", "stats", "big", "CB")
 ON_ALL = ("S", "T", "S1", "S2", "IF", "IB")
 
 
@@ -60,12 +59,12 @@ class Plan:
     @property
     def tokens_per_second(self) -> float:
         """All devices together."""
-        return self.request.global_batch * self.request.config.seq / self.step_seconds
+        return self.request.global_batch * self.request.sizes.seq / self.step_seconds
 
     @property
     def mfu(self) -> float:
         """Model FLOPs utilisation, 0 to 1."""
-        flops = model_flops(self.request.config, self.request.global_batch)
+        flops = self.request.sizes.iteration_flops(self.request.global_batch)
         return flops / (self.step_seconds * self.request.gpus * self.request.gpu.peak_flops)
 
     def json(self) -> dict[str, Any]:
@@ -238,10 +237,11 @@ class Ranking:
 
     def cost(self, choice: Choice) -> StepCost:
         """What a step costs."""
-        config = self.request.config
-        part, whole = (self.request.layer_part(n, "selective", False).stored for n in (choice.tensor, 1))
+        part, whole = (
+            self.request.layer_part(n, next(iter(self.request.models)), False).stored for n in (choice.tensor, 1)
+        )
         return StepCost(
-            Cost(cost_sizes(config, choice.microbatch_size), self.request.gpu),
+            Cost(replace(self.request.sizes, microbatch_size=choice.microbatch_size), self.request.gpu),
             choice.tensor,
             choice.data,
             choice.shard_optimizer,
@@ -359,13 +359,13 @@ def least_seconds(schedule: Schedule, durations: Durations, m: int, overlaps: bo
     behind = np.concatenate([[0.0], np.cumsum(B + np.append(hops[1:], 0.0))[:-1]])
     own = np.bincount(stages, F + B + (W if schedule.splits_backward else 0.0), p)
     if schedule.sharded:
-        names = {step.name for step in schedule.vocabulary.steps if step.op == "run"}
-        own = own + sum(getattr(durations, name) for name in ON_ALL if name in names)
-        if schedule.method == "interlaced" or not overlaps:
-            own = own + sum(getattr(durations, name) for name in COLLECTIVES if name != "max")
+        steps = {(step.op, step.name) for step in schedule.vocabulary.steps}
+        waits = schedule.method == "interlaced" or not overlaps
+        own = own + sum(getattr(durations, name) for name in ON_ALL if ("run", name) in steps)
+        own = own + sum(getattr(durations, name) for name in COLLECTIVES if waits and ("start", name) in steps)
     else:
-        own[stages[-1]] += durations.H
-        own[stages[0]] += durations.IF + durations.IB
+        own[stages[-1]] += np.max(durations.H)
+        own[stages[0]] += np.max(durations.IF) + np.max(durations.IB)
     first = np.array([np.flatnonzero(stages == d)[0] for d in range(p)])
     tail = 0.0 if schedule.splits_backward else behind[first]
     return float((before[first] + m * own + tail).max())

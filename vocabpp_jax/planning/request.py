@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..models import Config, head_flops, layer_flops
-from ..models import build as build_model
 from ..pipeline.model_interface import Model
 from ..schedules import METHODS, SCHEDULES, methods_of
 from ..schedules import build as build_schedule
 from ..schedules.layers import redistributed
 from ..schedules.schedule import Schedule
-from ..schedules.simulation.cost import GPU
-from .layers import LayerPart, layer_part
+from ..schedules.simulation.cost import GPU, Sizes
+from .layer_parts import LayerPart, layer_part
 
 MOST_PASSES = 2**19
 """Stages times microbatches, as of a run."""
 RESIDUALS = ("selective", "full")
-"""``everything`` is left out: it saves no matrix product, and moves the bytes that ``selective`` makes again."""
+"""What a layer may keep for its backward. ``everything`` is left out: it saves no matrix product, and moves the bytes
+that ``selective`` makes again."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +61,14 @@ class Request:
     """A model, the GPUs that it is to be trained on, and a step's batch.
 
     Attributes:
-        config: the model; ``seq`` and ``vocab_size`` are its own. ``residuals`` is for the planner to choose.
+        sizes: the model's dimensions, for microbatches of one sequence.
+        models: the model as a pipeline sees it, for each choice of residuals by name.
+        dtype: what passes compute in.
         gpu, gpus: what they are, and how many.
         memory_bytes: of each, for the compiled program.
         global_batch: sequences in a step, all copies of the model together.
         max_tensor: the largest tensor axis; it never leaves a node.
-        schedules, methods, residuals, microbatch_sizes, stages: what may be chosen; of the last two everything, if ().
+        schedules, methods, microbatch_sizes, stages: what may be chosen; of the last two everything, if ().
         shard_optimizer: whether a choice may divide master weights and moments over ``data``.
         redis_split: a rule of :data:`vocabpp_jax.schedules.layers.SPLITS`.
 
@@ -76,7 +76,9 @@ class Request:
         ValueError: a number below 1, or a name that there is not.
     """
 
-    config: Config
+    sizes: Sizes
+    models: Mapping[str, Model]
+    dtype: str
     gpu: GPU
     gpus: int
     memory_bytes: float
@@ -84,7 +86,6 @@ class Request:
     max_tensor: int = 8
     schedules: tuple[str, ...] = SCHEDULES
     methods: tuple[str, ...] = METHODS
-    residuals: tuple[str, ...] = RESIDUALS
     microbatch_sizes: tuple[int, ...] = ()
     stages: tuple[int, ...] = ()
     shard_optimizer: bool = True
@@ -99,16 +100,15 @@ class Request:
                 raise ValueError(f"{name} has {min(getattr(self, name))}; each must be at least 1")
         if not self.memory_bytes > 0:
             raise ValueError(f"memory is {self.memory_bytes}; it must be above 0")
-        known = {"schedules": SCHEDULES, "methods": METHODS, "residuals": Config.CHOICES["residuals"]}
-        for name, names in known.items():
+        for name, names in (("schedules", SCHEDULES), ("methods", METHODS)):
             for value in getattr(self, name):
                 if value not in names:
                     raise ValueError(f"{name} has {value!r}; they are {', '.join(names)}")
 
-    @cached_property
+    @property
     def model(self) -> Model:
-        """The model as a pipeline sees it."""
-        return build_model(self.config)
+        """The model, whatever it keeps."""
+        return next(iter(self.models.values()))
 
     def microbatches(self, choice: Choice) -> int:
         """Microbatches in a step."""
@@ -134,13 +134,14 @@ class Request:
         """Layers of every stage where they are not even: with method redis."""
         if choice.method != "redis":
             return None
-        rho = head_flops(self.config) / layer_flops(self.config)
-        return redistributed(self.redis_split, layers=self.config.layers, stages=choice.stages, rho=rho)
+        z = self.sizes
+        rho = z.head_flops / z.layer_flops
+        return redistributed(self.redis_split, layers=z.layers, stages=choice.stages, rho=rho)
 
     def layer_part(self, tensor: int, residuals: str, split: bool) -> LayerPart:
         """What one of ``tensor`` devices holds of a layer."""
-        config = replace(self.config, vocab_size=2)  # of which a layer knows nothing
-        return layer_part(config, tensor, residuals, split, "gpu" if self.gpu.overlaps else "cpu")
+        platform = "gpu" if self.gpu.overlaps else "cpu"
+        return layer_part(self.models[residuals], self.sizes.seq, self.dtype, tensor, split, platform)
 
     # --- enumeration -------------------------------------------------------------------------------------------------
 
@@ -156,7 +157,7 @@ class Request:
             for size in self._sizes(layout[2])
             if layout[0] * (self.global_batch // (layout[2] * size)) <= MOST_PASSES
             for order in self._orders(layout[0])
-            for residuals in self.residuals
+            for residuals in self.models
             for sharded in ((False, True) if layout[2] > 1 and self.shard_optimizer else (False,))
         ]
         if not found:
@@ -168,7 +169,7 @@ class Request:
         node = self.gpu.gpus_per_node
         tensors = [T for T in _divisors(self.gpus) if T <= self.max_tensor and node % T == 0 and self._splits(T)]
         found = [(p, T, self.gpus // (p * T)) for T in tensors for p in _divisors(self.gpus // T)]
-        return [(p, T, d) for p, T, d in found if p <= self.config.layers and p in (self.stages or (p,))]
+        return [(p, T, d) for p, T, d in found if p <= self.sizes.layers and p in (self.stages or (p,))]
 
     def _splits(self, tensor: int) -> bool:
         split = self.model.tensor
@@ -182,7 +183,7 @@ class Request:
 
     def _orders(self, stages: int) -> Iterator[tuple[str, str, int | None]]:
         """Schedule, method and chunks."""
-        layers = self.config.layers
+        layers = self.sizes.layers
         for name in self.schedules:
             interleaved = name == "interleaved-1f1b"
             chunks = [c for c in (2, 3, 4, 6, 8) if c * stages <= layers] if interleaved else [None]
@@ -194,7 +195,7 @@ class Request:
 
     def _why_nothing(self) -> str:
         """What stands in the way, and the nearest that would do."""
-        layers, layouts = self.config.layers, self.layouts()
+        layers, layouts = self.sizes.layers, self.layouts()
         if not layouts:
             possible = [n for n in range(1, self.gpus) if Request._with(self, gpus=n).layouts()]
             nearest = f"; the nearest number below is {possible[-1]}" if possible else ""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from ..models import Config, build
-from ..models.config import attention_implementation
 from ..pipeline.linearize import linearize
+from ..pipeline.model_interface import Model
 from ..pipeline.tensor import TENSOR
 
 
@@ -30,24 +28,23 @@ class LayerPart(NamedTuple):
 
 
 @cache
-def layer_part(config: Config, tensor: int, residuals: str, split: bool, platform: str = "gpu") -> LayerPart:
-    """A layer on one of ``tensor`` devices; ``split`` where weight gradients are a pass of their own. No device is
-    needed. What is counted is what :meth:`vocabpp_jax.Pipeline.activation_bytes` counts."""
-    config = replace(config, residuals=residuals)
-    model = build(replace(config, attention=attention_implementation(config, platform)))
-    block = (model.block if tensor == 1 else model.tensor.block).on(platform)
+def layer_part(model: Model, length: int, dtype: str, tensor: int, split: bool, platform: str) -> LayerPart:
+    """A layer on one of ``tensor`` devices, for sequences of a length; ``split`` where weight gradients are a pass of
+    their own. No device is needed. It is what :meth:`vocabpp_jax.Pipeline.activation_bytes` counts."""
+    block = model.block if tensor == 1 else model.tensor.block
+    block = block.on(platform) if hasattr(block, "on") else block
     layer = model.param_shapes()["blocks"][0]
     whole = jax.tree.map(lambda _: PartitionSpec(), layer)
-    x = jax.ShapeDtypeStruct((1, config.seq, config.hidden), config.dtype)
-    side = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), model.layer_side[:1])
+    x = jax.ShapeDtypeStruct((1, length, model.width), dtype)
+    own = model.layer_aux_inputs[0] if model.layer_aux_inputs else {}
+    aux_inputs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), own)
     found: list[LayerPart] = []
 
     def trace(layer) -> None:
-        part = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, config.dtype), layer)
-        passes = linearize(block, part, x, side[0] if side else {}, split=split)
-        stored = (
-            sum(s.size * s.dtype.itemsize for s in ring) for ring in (passes.residual, passes.kept, passes.carried)
-        )
+        part = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, dtype), layer)
+        passes = linearize(block, part, x, aux_inputs, split=split)
+        rings = (passes.residual, passes.kept, passes.carried)
+        stored = (sum(s.size * s.dtype.itemsize for s in ring) for ring in rings)
         found.append(LayerPart(sum(w.size for w in jax.tree.leaves(layer)), *stored))
 
     run = jax.shard_map(

@@ -71,8 +71,8 @@ class StepCost:
         return replace(
             found,
             **self.cost.vocabulary(rows, early=schedule.method == "vocab-2"),
-            CI=gpu.all_reduce(stream, p * T),
-            big=gpu.all_reduce(stream, p * T),
+            embed_sum=gpu.all_reduce(stream, p * T),
+            grad_sum=gpu.all_reduce(stream, p * T),
             max=gpu.all_reduce(vector, p * T),
             stats=gpu.all_reduce(3 * vector, p * T),
         )
