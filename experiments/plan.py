@@ -13,12 +13,15 @@ kept. What has been compiled is kept in a folder: the same command goes on behin
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs, and a GPU's plug-in would look for its GPU
 
 from rich.console import Console
 
