@@ -168,7 +168,8 @@ def checkpoints(random: Random, inputs: Inputs, folder: Path) -> Action:
     shutil.copytree(inputs.checkpoints, folder / "kept")
     files = sorted(path for path in (folder / "kept").rglob("*") if path.is_file())
     records = [path for path in files if path.name == "metadata" and path.parent.name == "run"]
-    for path in random.sample(files, min(len(files), random.choice((1, 1, 3)))) if random.random() < 0.6 else records[:1]:
+    some = random.sample(files, min(len(files), random.choice((1, 1, 3))))
+    for path in some if random.random() < 0.6 else records[:1]:
         if path.name == "metadata" and random.random() < 0.7:
             path.write_bytes(text_of_json(random, json.loads(path.read_bytes())))
         elif random.random() < 0.2:
