@@ -41,6 +41,7 @@ from command_line.options import (
 from planning_run.compiling import Job, results
 from planning_run.report import GIB, Refused, draw, reasons, table, table_of_timed
 from vocabpp_jax import models, plan
+from vocabpp_jax.compiled import target
 from vocabpp_jax.planning import Choice, Plan, Ranked, Request
 from vocabpp_jax.schedules import METHODS, SCHEDULES
 from vocabpp_jax.schedules.simulation.cost import load_gpu
@@ -223,6 +224,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         or_fail(lambda: measure(Path(options.measure_cpu), console.print))
         return
     request = or_fail(options.request)
+    compiles = not options.no_compile and bool(request.gpu.target)
+    if compiles:
+        or_fail(lambda: target.devices(load_gpu(options.gpu), options.gpus))  # says at once why it cannot
     ranking = plan.Ranking(request)
     began = time.monotonic()
     with console.status("ranking") as status:
@@ -236,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         found = or_fail(lambda: timed(plans, lambda choice: options.run_of(request, choice)))
         console.print(table_of_timed(found))
-    if not options.no_compile and request.gpu.target:
+    if compiles:
         plans, refused = compiled(options, ranked, console)
         if not plans:
             fail(f"none of the {len(refused)} best plans compiles and fits; the first: {refused[0].reason}")

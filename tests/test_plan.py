@@ -16,8 +16,9 @@ from paper.calibration import frozen
 from paper.settings import published
 from training_run.train_options import TrainOptions
 from vocabpp_jax import models, plan
+from vocabpp_jax.planning.bound import least_seconds
 from vocabpp_jax.planning.footprint import MARGIN
-from vocabpp_jax.planning.ranking import Ranking, least_seconds
+from vocabpp_jax.planning.ranking import Ranking
 from vocabpp_jax.schedules import SCHEDULES, Durations, build, lower, methods_of, simulate
 from vocabpp_jax.schedules.simulation.cost import Cost, Sizes, load_gpu
 from vocabpp_jax.schedules.simulation.simulator import GPU

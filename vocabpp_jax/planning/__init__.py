@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .footprint import MARGIN, Bytes
-from .ranking import Dropped, Plan, Ranked, Ranking
+from .plans import Dropped, Plan, Ranked
+from .ranking import Ranking
 from .request import RESIDUALS, Choice, Request
 
 __all__ = ["MARGIN", "RESIDUALS", "Bytes", "Choice", "Dropped", "Plan", "Ranked", "Ranking", "Request", "rank"]

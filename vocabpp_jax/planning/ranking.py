@@ -1,10 +1,10 @@
 """Choices ranked by the simulated time of a step, best first, with as few simulations as that takes.
 
-A step takes at least a bound that follows from the durations alone (:func:`bound`). Choices are taken in the order of
-their bounds: those that do not fit are put aside, the others simulated with few microbatches and the rest extrapolated
-by the steady state. Where the order of passes can be fitted to the durations, that is done once for every schedule,
-method and number of stages, and what was found is simulated with the durations of the others. It ends when as many
-plans are simulated as were asked for and no bound is below the last of them.
+A step takes at least a bound that follows from the durations alone (:func:`.bound.least_seconds`). Choices are taken
+in the order of their bounds: those that do not fit are put aside, the others simulated with few microbatches and the
+rest extrapolated by the steady state. Where the order of passes can be fitted to the durations, that is done once for
+every schedule, method and number of stages, and what was found is simulated with the durations of the others. It ends
+when as many plans are simulated as were asked for, and nothing is expected to be faster than the last of them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from math import inf
 from typing import Any
@@ -22,86 +22,18 @@ import numpy as np
 from ..schedules import Durations, Program, Schedule, lower, simulate
 from ..schedules.fit import Times
 from ..schedules.fitting import Fit, Fitter
-from ..schedules.instructions import COLLECTIVES
 from ..schedules.simulation.cost import Cost
 from ..schedules.simulation.simulator import GPU, ON_CPUS, Rules
 from ..schedules.simulation.step_cost import StepCost
 from ..schedules.simulation.timeline import Timeline
+from .bound import least_seconds
 from .footprint import MARGIN, Bytes, Footprint
+from .plans import Dropped, Plan, Ranked
 from .request import Choice, Request
 
 SMALL = 4  # stages with which it is found out what fitting gains
 SMALLEST = 40  # choices of which the smallest is named where none fits
 AHEAD = 4  # choices to look ahead for what will have to be fitted
-ON_ALL = ("S", "T", "S1", "S2", "IF", "IB")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A choice that fits, and what is expected of it.
-
-    Attributes:
-        step_seconds: passes, collectives, and the optimizer.
-        bubble, communication: shares of that in which a device waits for others' passes, and in which nothing but
-            communication is under way: sums over ``tensor`` and ``data``.
-        estimated: bytes of a device.
-        compiled_bytes: the compiler's peak, or None where nothing was compiled.
-    """
-
-    request: Request = field(repr=False)
-    choice: Choice
-    step_seconds: float
-    bubble: float
-    communication: float
-    estimated: Bytes
-    compiled_bytes: int | None = None
-
-    @property
-    def tokens_per_second(self) -> float:
-        """All devices together."""
-        return self.request.global_batch * self.request.sizes.seq / self.step_seconds
-
-    @property
-    def mfu(self) -> float:
-        """Model FLOPs utilisation, 0 to 1."""
-        flops = self.request.sizes.iteration_flops(self.request.global_batch)
-        return flops / (self.step_seconds * self.request.gpus * self.request.gpu.peak_flops)
-
-    def json(self) -> dict[str, Any]:
-        """Numbers and names; ``compiled_bytes`` only where there are any."""
-        compiled = {} if self.compiled_bytes is None else {"compiled_bytes": self.compiled_bytes}
-        return (
-            {name: getattr(self.choice, name) for name in self.choice.__dataclass_fields__}
-            | {
-                "microbatches": self.request.microbatches(self.choice),
-                "step_seconds": self.step_seconds,
-                "tokens_per_second": self.tokens_per_second,
-                "mfu": self.mfu,
-                "bubble": self.bubble,
-                "communication": self.communication,
-                "estimated_bytes": round(self.estimated.peak),
-            }
-            | compiled
-        )
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A choice that would not fit, the least time that it would take, and the bytes that it is estimated to need."""
-
-    choice: Choice
-    at_least: float
-    bytes: float
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """Plans, best first; what looked better than the last of them and does not fit; how many choices there were."""
-
-    plans: tuple[Plan, ...]
-    dropped: tuple[Dropped, ...]
-    choices: int
-    simulated: int
 
 
 class Ranking:
@@ -151,6 +83,7 @@ class Ranking:
             heapq.heappush(heap, (self.step_seconds(choice), next(number), "simulated", choice))
         if not plans:
             raise ValueError(self._why_none(dropped))
+        plans.sort(key=lambda plan: plan.step_seconds)
         return Ranked(tuple(plans), tuple(dropped), len(self._bounds), len(self._timelines))
 
     def smaller(self, plan: Plan, steps: int = 8) -> list[Plan]:
@@ -343,29 +276,3 @@ class Ranking:
             f"memory is {self.request.memory_bytes / gib:.1f} GiB, and no plan fits; the smallest, {least.choice}, "
             f"takes about {needed / (1 - MARGIN) / gib:.1f} GiB: give that much, or more GPUs than {self.request.gpus}"
         )
-
-
-def least_seconds(schedule: Schedule, durations: Durations, m: int, overlaps: bool = True) -> float:
-    """Seconds that ``m`` microbatches take at least under a schedule, whose own number does not matter.
-
-    Every device does its passes one after the other, not before its first stage's first input can be there; and what
-    leaves its first stage backward has all stages before it to pass.
-    """
-    p, stages = schedule.p, np.array(schedule.placement)
-    F, B, W = (np.broadcast_to(getattr(durations, kind), len(stages)) for kind in "FBW")
-    send = np.asarray(durations.transfer)
-    hops = np.array([0.0, *(send[a, b] for a, b in zip(stages, stages[1:], strict=False))])
-    before = np.concatenate([[0.0], np.cumsum(F + np.append(hops[1:], 0.0))[:-1]])
-    behind = np.concatenate([[0.0], np.cumsum(B + np.append(hops[1:], 0.0))[:-1]])
-    own = np.bincount(stages, F + B + (W if schedule.splits_backward else 0.0), p)
-    if schedule.sharded:
-        steps = {(step.op, step.name) for step in schedule.vocabulary.steps}
-        waits = schedule.method == "interlaced" or not overlaps
-        own = own + sum(getattr(durations, name) for name in ON_ALL if ("run", name) in steps)
-        own = own + sum(getattr(durations, name) for name in COLLECTIVES if waits and ("start", name) in steps)
-    else:
-        own[stages[-1]] += np.max(durations.H)
-        own[stages[0]] += np.max(durations.IF) + np.max(durations.IB)
-    first = np.array([np.flatnonzero(stages == d)[0] for d in range(p)])
-    tail = 0.0 if schedule.splits_backward else behind[first]
-    return float((before[first] + m * own + tail).max())
