@@ -31,6 +31,8 @@ def build(config: Config, mtp_depth: int = 0, mtp_weight: float = 0.3) -> Model:
     ``kernel [in, out]`` and perhaps ``bias [out]``. With ``mtp_depth`` it also predicts so many tokens further ahead,
     their losses weighted by ``mtp_weight`` together.
     """
+    if mtp_depth < 0:
+        raise ValueError(f"mtp_depth is {mtp_depth}; it must be 0, for none, or more")
     norm = _graphdef(config.norm)
 
     def final(params: Params, x_BLD: jax.Array) -> jax.Array:

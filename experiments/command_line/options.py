@@ -80,13 +80,21 @@ class ModelOptions:
     label_smoothing: float = 0.0
     """Share of the target that is spread over the whole vocabulary."""
 
+    mtp_depth: int = 0
+    """Tokens beyond the next that are predicted too, each by one more layer behind the last and the same LM head
+    (multi-token prediction as in DeepSeek-V3)."""
+    mtp_weight: float = 0.3
+    """With mtp_depth: what their losses weigh together beside that of the next token."""
+
     LOSS: ClassVar[tuple[str, ...]] = ("soft_cap", "z_loss", "label_smoothing")
+    TAIL: ClassVar[tuple[str, ...]] = ("mtp_depth", "mtp_weight")
 
     def config(self) -> Config:
         """The model's configuration. Raises ValueError for what makes no model."""
         if self.tie_embeddings and self.untie_embeddings:
             raise ValueError("tie_embeddings and untie_embeddings are both given; give one of them")
-        given = {name: value for name, value in dataclasses.asdict(self).items() if name not in ("model", *self.LOSS)}
+        apart = ("model", *self.LOSS, *self.TAIL)
+        given = {name: value for name, value in dataclasses.asdict(self).items() if name not in apart}
         given = {name: value for name, value in given.items() if value is not None and value is not False}
         if given.pop("untie_embeddings", False):
             given["tie_embeddings"] = False
@@ -102,7 +110,7 @@ class ModelOptions:
 
     def build(self, config: Config | None = None) -> Model:
         """The model with its loss, as ``config`` says where one is given. Raises ValueError for what makes none."""
-        model = models.build(config or self.config())
+        model = models.build(config or self.config(), self.mtp_depth, self.mtp_weight)
         given = {name: getattr(self, name) for name in self.LOSS if getattr(self, name) is not None}
         return dataclasses.replace(model, loss=dataclasses.replace(model.loss, **given))
 

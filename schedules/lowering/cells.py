@@ -4,6 +4,12 @@
     residual  what F leaves for B        kept  what F leaves for W too       P  what S leaves for the reductions and T
     carried   what B leaves for W        outbox  what F and B leave for a transfer of the next interval
 
+Where further tokens than the next are predicted, on the last stage's device:
+
+    ahead     the input layer's sums, until the last stage's F     streams   what its F leaves for the output layer
+    behind    their gradients from its B, until the broadcast CB   returned  the gradients of that, until its B
+    tail_residual, tail_kept, tail_carried  as those of the layers
+
 A value is alive from the event that writes it to its last reader. Cells are given out first freed, first used, so that
 a ring never has more cells than values alive at once.
 """
@@ -18,7 +24,8 @@ from ..schedule import DEFERRED, Schedule
 from ..vocabulary import sums_before_T
 from .events import Events
 
-RINGS = ("inbox", "outbox", "residual", "kept", "carried", "X", "P")
+TAIL = ("ahead", "behind", "streams", "returned", "tail_residual", "tail_kept", "tail_carried")
+RINGS = ("inbox", "outbox", "residual", "kept", "carried", "X", "P", *TAIL)
 FORWARD, BACKWARD = 0, 1
 
 
@@ -91,6 +98,16 @@ def _written(schedule: Schedule, events: Events) -> Values:
     makes.add("inbox", events.are(("done", "CI") if sharded else ("run", "IF")) & (on == first), FORWARD, stage=-1)
     makes.add("X", events.are(("done", "C0")), FORWARD)
     makes.add("P", events.are(("run", "S"), ("run", "S1")), FORWARD)
+    if schedule.depths:
+        F, B = (events.are(("run", kind)) & (events.stage == schedule.stages - 1) for kind in "FB")
+        makes.add("ahead", events.are(("done", "CI")) & (on == last), FORWARD, stage=0)
+        makes.add("streams", F, FORWARD)
+        output = events.are(("run", "G"), ("run", "H")) & (on == last)
+        makes.add("returned", output & schedule.trains, BACKWARD, stage=0)
+        makes.add("behind", B & sharded, BACKWARD)
+        makes.add("tail_residual", F & schedule.trains, FORWARD)
+        makes.add("tail_kept", F & schedule.splits_backward, FORWARD)
+        makes.add("tail_carried", B & schedule.splits_backward, BACKWARD)
     return makes.values
 
 
@@ -118,6 +135,16 @@ def _read(schedule: Schedule, events: Events) -> Values:
     )
     if sums_before_T(schedule):
         reads.add("P", events.are(("start", "big")), FORWARD)
+    if schedule.depths:
+        F, B, W = (x & (events.stage == schedule.stages - 1) for x in (F, B, W))
+        output = events.are(("start", "C0"), ("run", "H")) & (on == last)
+        reads.add("ahead", F & sharded, FORWARD, stage=0)
+        reads.add("streams", output, FORWARD, stage=schedule.stages - 1)
+        reads.add("returned", B, BACKWARD, stage=0)
+        reads.add("behind", events.are(("start", "CB")) & (on == last), BACKWARD, stage=schedule.stages - 1)
+        reads.add("tail_residual", B, FORWARD)
+        reads.add("tail_kept", (B | W) & schedule.splits_backward, FORWARD)
+        reads.add("tail_carried", W, BACKWARD)
     return reads.values
 
 

@@ -241,6 +241,13 @@ _WRITERS = {
     "carried": {("run", "B")},
     "X": {("done", "C0")},
     "P": {("run", "S"), ("run", "S1")},
+    "ahead": {("done", "CI")},
+    "behind": {("run", "B")},
+    "streams": {("run", "F")},
+    "returned": {("run", "G"), ("run", "H")},
+    "tail_residual": {("run", "F")},
+    "tail_kept": {("run", "F")},
+    "tail_carried": {("run", "B")},
 }
 
 

@@ -24,10 +24,24 @@ from jax import lax
 
 from ..schedules import Instruction, Program, Segment
 from ..vocab.instructions import VocabularySteps, flight
-from .buffers import Cells, State, after, before_later_passes, behind_earlier_passes, get, put, put_if, when, zeros
+from .buffers import (
+    Cells,
+    State,
+    accumulated,
+    after,
+    before_later_passes,
+    behind_earlier_passes,
+    get,
+    put,
+    put_if,
+    replaced,
+    when,
+    zeros,
+)
 from .layout import Layout
 from .linearize import Linearized
 from .mesh import PIPE
+from .tail import CELL, Tail
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,7 @@ class Executor:
             axis.
         side: per-microbatch inputs of the blocks, ``[m, B, ...]``.
         x: shape and dtype of the stream between blocks.
+        tail: what predicts further tokens, where the model has it.
         observe: count the activations in flight while running.
     """
 
@@ -52,6 +67,7 @@ class Executor:
     params: Any
     side: Any
     x: jax.ShapeDtypeStruct
+    tail: Tail | None = None
     observe: bool = False
 
     def __call__(self) -> State:
@@ -84,6 +100,8 @@ class Executor:
                 "in_flight": jnp.zeros((), jnp.int32),
                 "clobbered": jnp.zeros((), bool),
             }
+        if self.tail:
+            state |= self.tail.initial_state(rings, self.x)
         return state | self.steps.initial_state(rings)
 
     def run_segment(self, segment: Segment, state: State) -> State:
@@ -116,13 +134,15 @@ class Executor:
                 return state | {"inbox": put_if(state["inbox"], cells["deliver"], state["out"])}
             case "run", "F":
                 names = ("out", *self._stored("outbox", "residual", "kept"), *self._counters())
+                names += self._of_tail("F", cells, state)
                 return self._pass(instruction, cells, state, names, self.forward)
             case "run", "B":
                 frees = () if self.program.schedule.splits_backward else self._counters()
                 names = ("out", f"grads.blocks.{c}", *self._stored("outbox", "carried"), *frees)
+                names += self._of_tail("B", cells, state)
                 return self._pass(instruction, cells, state, names, self.backward)
             case "run", "W":
-                names = (f"grads.blocks.{c}", *self._counters())
+                names = (f"grads.blocks.{c}", *self._counters(), *self._of_tail("W", cells, state))
                 return self._pass(instruction, cells, state, names, self.weights)
         return self.steps.execute(instruction, cells, state)
 
@@ -146,16 +166,18 @@ class Executor:
             s = s | {"out": y}
             for ring, values in (("residual", residual), ("kept", kept)):
                 if ring in s:
-                    s = s | {ring: _replaced(s[ring], j, put(s[ring][j], cells[ring], values))}
+                    s = s | {ring: replaced(s[ring], j, put(s[ring][j], cells[ring], values))}
             return s
 
         names = ("out", *self._stored("residual", "kept"))
         state = self._each_layer(state, c, range(self.layout.depth), layer, names)
+        state = self._with_tail(state, cells, "F")
         return self._occupy(_left(state, cells), cells, True)
 
     def backward(self, state: State, cells: Cells, c: int) -> State:
         """B: a stage's layers in reverse, from the gradient that arrived."""
         state = state | {"out": get(state["inbox"], cells["inbox"])}
+        state = self._with_tail(state, cells, "B")
         grads = f"grads.blocks.{c}"
 
         def layer(s: State, j: int) -> State:
@@ -165,9 +187,9 @@ class Executor:
             residual = get(s["residual"][j], after(cells["residual"], made))
             kept = get(s["kept"][j], after(cells["kept"], made)) if "kept" in s else ()
             dparams, dx, carried = self.block.backward(self.params["blocks"][c][j], side, residual, kept, s["out"])
-            s = s | {"out": dx, grads: _replaced(s[grads], j, _accumulated(s[grads][j], dparams))}
+            s = s | {"out": dx, grads: replaced(s[grads], j, accumulated(s[grads][j], dparams))}
             if "carried" in s:
-                s = s | {"carried": _replaced(s["carried"], j, put(s["carried"][j], cells["carried"], carried))}
+                s = s | {"carried": replaced(s["carried"], j, put(s["carried"][j], cells["carried"], carried))}
             return s
 
         names = ("out", grads, *self._stored("carried"))
@@ -190,9 +212,10 @@ class Executor:
                 get(s["kept"][j], cell("kept")),
                 get(s["carried"][j], cell("carried")),
             )
-            return s | {grads: _replaced(s[grads], j, _accumulated(s[grads][j], dparams))}
+            return s | {grads: replaced(s[grads], j, accumulated(s[grads][j], dparams))}
 
         state = self._each_layer(state, c, range(self.layout.depth), layer, (grads,))
+        state = self._with_tail(state, cells, "W")
         return self._occupy(state, cells, False)
 
     def side_of(self, cells: Cells, c: int, j: int) -> Any:
@@ -211,6 +234,17 @@ class Executor:
             else:
                 state = when(j < mine, state, names, lambda s, j=j: layer(s, j))
         return state
+
+    def _with_tail(self, state: State, cells: Cells, kind: str) -> State:
+        """What of a pass is the tail's, where the pass has a cell for it: only the last stage's has."""
+        if not (names := self._of_tail(kind, cells, state)):
+            return state
+        run = {"F": self.tail.forward, "B": self.tail.backward, "W": self.tail.weights}[kind]
+        return when(cells[CELL[kind]] >= 0, state, names, lambda s: run(s, cells))
+
+    def _of_tail(self, kind: str, cells: Cells, state: State) -> tuple[str, ...]:
+        """What the tail's part of a pass writes, nothing where it has none."""
+        return tuple(name for name in self.tail.written[kind] if name in state) if CELL[kind] in cells else ()
 
     def _stored(self, *rings: str) -> tuple[str, ...]:
         return tuple(r for r in rings if r in self.program.rings)
@@ -255,17 +289,6 @@ def _landed(state: State, arriving: jax.Array, cells: Cells) -> State:
     """Puts what has arrived into the inbox, and no sooner: the passes until then need not wait for it."""
     arrived = behind_earlier_passes(state, arriving)
     return state | {"inbox": put_if(state["inbox"], cells["deliver"], arrived)}
-
-
-def _replaced(items: tuple, j: int, item: Any) -> tuple:
-    return (*items[:j], item, *items[j + 1 :])
-
-
-def _accumulated(total: Any, gradients: Any) -> Any:
-    """Adds gradients in float32; None where this pass makes none."""
-    return jax.tree.map(
-        lambda g, t: t if g is None else t + g.astype(jnp.float32), gradients, total, is_leaf=lambda g: g is None
-    )
 
 
 def _columns(segment: Segment) -> tuple[list[dict[str, int]], np.ndarray]:

@@ -1,6 +1,7 @@
 """What the steps of both vocabulary layers share: one device's tables, its batch, and what it sends.
 
-Shapes, per device: B microbatch, L length, N = B·L tokens, D width, R rows of the local shard.
+Shapes, per device: B microbatch, L length, N tokens: B·L, or for
+the output layer as many for each of 1 + depths streams; D width, R rows of the local shard.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ...pipeline.buffers import Cells, State, get, when
+from ...pipeline.buffers import Cells, State, when
 from ...pipeline.collectives import Native, OfPermutes
 from ...pipeline.layout import Layout
 
@@ -44,8 +45,8 @@ class VocabularyLayer:
         layout: the model, the schedule, and where the tables are.
         params: this device's ``embed``, ``final`` and, where it is not the embedding, ``head``, as
             :meth:`.Pipeline.rounded` leaves them.
-        batch: ``tokens`` and ``labels`` ``[m, B, L]``; ``weight`` ``[m, B, L]`` float32, the mask over the global
-            count of valid tokens.
+        batch: ``tokens`` ``[m, B, L]``; ``labels`` and ``weight`` ``[m, 1 + depths, B, L]`` for the next token and
+            each further one, the weight in float32: the mask over the global count of valid tokens.
         collectives: how the shards communicate.
     """
 
@@ -58,6 +59,11 @@ class VocabularyLayer:
     def trains(self) -> bool:
         """Whether there is a backward."""
         return self.layout.schedule.trains
+
+    @property
+    def depths(self) -> int:
+        """Tokens beyond the next that are predicted. The output layer takes so many more streams of a microbatch."""
+        return self.layout.model.depths
 
     @property
     def names(self) -> set[str]:
@@ -77,17 +83,15 @@ class VocabularyLayer:
     def _first_row(self, table: jax.Array) -> jax.Array | int:
         return lax.axis_index(self.layout.vocabulary_axes) * table.shape[0] if self.layout.sharded else 0
 
-    def _taken(self, state: State, cells: Cells, name: str) -> State:
-        """Takes what waits in the inbox ``[N, D]`` for a broadcast; meaningful on the device that it comes from."""
+    def _taken(self, state: State, cells: Cells, name: str, taken: Callable[[State], jax.Array]) -> State:
+        """Takes what waits in the inbox for a broadcast, ``[..., D]``; meaningful on the device that it comes from."""
+        width = self.layout.model.width
+        update = lambda s: s | {sent(name): taken(s).reshape(-1, width)}  # noqa: E731
+        return when(cells["inbox"] >= 0, state, (sent(name),), update)
 
-        def taken(s: State) -> State:
-            return s | {sent(name): get(s["inbox"], cells["inbox"]).reshape(-1, self.layout.model.width)}
-
-        return when(cells["inbox"] >= 0, state, (sent(name),), taken)
-
-    def _sum_for(self, stage: int) -> Collective:
-        """The sum over all shards, for the device of one stage to read."""
-        return partial(self.collectives.total, target=self.layout.schedule.placement[stage])
+    def _sum_for(self, stage: int, also: int | None = None) -> Collective:
+        """The sum over all shards, for the device of one stage to read, and another device where one is named."""
+        return partial(self.collectives.total, target=self.layout.schedule.placement[stage], also=also)
 
     def _broadcast_from(self, stage: int) -> Collective:
         """One stage's array on all devices."""

@@ -5,8 +5,6 @@ The names are those of :mod:`vocabpp_jax.schedules.vocabulary`; the arithmetic i
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -30,31 +28,29 @@ class VocabularySteps(InputSteps, OutputSteps):
 
     def initial_state(self, rings: dict[str, int]) -> State:
         """The output layer's records, zero gradients of the tables and the final function, zero loss."""
-        state: State = {"loss": jnp.zeros((), F32)}
+        state: State = {"loss": jnp.zeros(1 + self.depths, F32)}
         if self.trains:
             grads = jax.tree.map(
                 lambda w: jnp.zeros(w.shape, F32), {k: v for k, v in self.params.items() if k != "blocks"}
             )
-            state |= {f"grads.embed.{k}": g for k, g in grads.pop("embed").items()}
+            for part in ("embed", "ahead"):
+                state |= {f"grads.{part}.{k}": g for k, g in grads.pop(part, {}).items()}
             state |= {f"grads.{k}": g for k, g in grads.items()}
         if not self.layout.sharded:
             return state
         _, B, L = self.batch["tokens"].shape
-        wide, dtype = (B * L, self.layout.model.width), self.dtype
-        state |= {"X": jnp.zeros((rings["X"], *wide), dtype), "P": self.empty_records(rings["P"], B * L)}
+        width, dtype, tokens = self.layout.model.width, self.dtype, (1 + self.depths) * B * L
+        state |= {"X": jnp.zeros((rings["X"], tokens, width), dtype), "P": self.empty_records(rings["P"], tokens)}
         if self.trains:
-            state["A"] = jnp.zeros(wide, vocab.summed_dtype(dtype))
-            state |= self.initial_uniform(B * L) | self.initial_span()
-        state |= {sent(name): jnp.zeros(wide, dtype) for name in ("C0", "CB") if name in self.names}
-        return state | {flight(name): value for name, value in self._flights(wide, dtype).items()}
-
-    def _flights(self, wide: tuple[int, int], dtype: jnp.dtype) -> dict[str, Any]:
-        """What every collective leaves, before the first has run."""
-        vector, matrix = jnp.zeros(wide[:1], F32), jnp.zeros(wide, dtype)
-        gathered = jnp.zeros((self.layout.shards, 3, *wide[:1]), F32)
-        summed = jnp.zeros(wide, vocab.summed_dtype(dtype))
-        made = {"CI": matrix, "C0": matrix, "CB": matrix, "big": summed, "max": vector, "stats": gathered}
-        return {name: made[name] for name in made if name in self.names}
+            state["A"] = jnp.zeros((tokens, width), vocab.summed_dtype(dtype))
+            state |= self.initial_uniform(tokens) | self.initial_span()
+        narrow, wide = jnp.zeros((B * L, width), dtype), jnp.zeros((tokens, width), dtype)
+        state |= {sent(name): x for name, x in (("C0", wide), ("CB", narrow)) if name in self.names}
+        vector, gathered = jnp.zeros(tokens, F32), jnp.zeros((self.layout.shards, 3, tokens), F32)
+        summed = wide.astype(vocab.summed_dtype(dtype))
+        # What every collective leaves, before the first has run.
+        made = {"CI": narrow, "C0": wide, "CB": narrow, "big": summed, "max": vector, "stats": gathered}
+        return state | {flight(name): x for name, x in made.items() if name in self.names}
 
     def execute(self, instruction: Instruction, cells: Cells, state: State) -> State:
         """One instruction of the vocabulary layers."""
