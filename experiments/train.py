@@ -30,7 +30,7 @@ from training_run.train_run import (
     sample,
     say_once,
     summarise,
-    validation_loss,
+    validation_losses,
     whole_ones,
     write_prediction,
 )
@@ -66,7 +66,7 @@ def join(options: TrainOptions) -> tuple[Config, Schedule]:
     try:
         options.check()
         config = options.model.config()
-        schedule = options.pipeline.build(config)
+        schedule = options.pipeline.build(config, mtp_depth=options.model.mtp_depth)
     except ValueError as problem:
         options.cluster.tell_and_fail(problem)
     options.cluster.join(simulated_devices=options.pipeline.devices)
@@ -83,7 +83,7 @@ def prepare(options: TrainOptions, config: Config, schedule: Schedule) -> Run:
     hosts.check_same("the options", options.shared())
     mesh = hosts.agree(options.pipeline.mesh)
     if (gpu := known_gpu(jax.devices()[0])) is not None:
-        schedule = hosts.agree(lambda: options.pipeline.build(config, gpu))
+        schedule = hosts.agree(lambda: options.pipeline.build(config, gpu, mtp_depth=options.model.mtp_depth))
     pipe = Pipeline(options.model.build(), schedule, mesh, compute_dtype=config.dtype)
     if options.pretrained:
         hosts.agree(lambda: huggingface.check(options.model.folder, pipe))
@@ -198,10 +198,10 @@ class Training:
                 "damaged_data": len(self.run.tokens.damaged),
             }
 
-    def validation_loss(self) -> float:
-        """Mean loss over the validation batches."""
+    def validation_losses(self) -> list[float]:
+        """Mean losses over the validation batches, of the next token and of those beyond."""
         jax.block_until_ready(self.state)  # one program with collectives at a time on devices that share threads
-        return validation_loss(self.run, self._validation, self._evaluate, self.state.params)
+        return validation_losses(self.run, self._validation, self._evaluate, self.state.params)
 
     def save(self) -> None:
         """Begin a checkpoint, where there is a folder for it."""
@@ -240,7 +240,8 @@ def run_training(run: Run) -> str | None:
                     progress.say(f"traced {options.watch.profile} steps to {run.output / 'profile'}")
                 if step % options.eval_every == 0 or last:
                     with progress.paused():
-                        record["validation_loss"] = training.validation_loss()
+                        record["validation_loss"], *further = training.validation_losses()
+                        record |= {f"validation_loss_depth_{k}": x for k, x in enumerate(further, start=1)}
                     progress.say(f"step {step}/{options.steps}  validation loss {record['validation_loss']:.4f}")
                 records.write(**record)
                 if record["skipped_steps"] > kept.max_skipped:

@@ -36,6 +36,9 @@ Result = TypeVar("Result")
 MOST_PASSES = 2**19
 """Stages times microbatches: a schedule names every pass, and this many take about a minute to check and lower."""
 
+MOST_DEPTHS = 16
+"""Further tokens that can be predicted; published models have 1 to 4."""
+
 # Without these, tyro writes "{None}|INT" and "(default: None)" for what may be left out.
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(optional)")]
 OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(optional)")]
@@ -93,6 +96,7 @@ class ModelOptions:
         """The model's configuration. Raises ValueError for what makes no model."""
         if self.tie_embeddings and self.untie_embeddings:
             raise ValueError("tie_embeddings and untie_embeddings are both given; give one of them")
+        check_tail(self.mtp_depth, self.mtp_weight)
         apart = ("model", *self.LOSS, *self.TAIL)
         given = {name: value for name, value in dataclasses.asdict(self).items() if name not in apart}
         given = {name: value for name, value in given.items() if value is not None and value is not False}
@@ -121,6 +125,14 @@ class ModelOptions:
                 f"the loss is {loss}; what it is compared with has the plain cross entropy, so leave out "
                 f"{', '.join(self.LOSS)}, and take a model without a soft cap"
             )
+
+
+def check_tail(depth: int, weight: float = 1.0) -> None:
+    """Raises ValueError for what predicts no further tokens."""
+    if not 0 <= depth <= MOST_DEPTHS:
+        raise ValueError(f"mtp_depth is {depth}; it must be 0, for none, or up to {MOST_DEPTHS}")
+    if not 0 < weight < float("inf"):
+        raise ValueError(f"mtp_weight is {weight}; it must be above 0 and finite")
 
 
 @dataclass(frozen=True)
@@ -159,7 +171,9 @@ class PipelineOptions:
         """The same for what it is to be timed on: a CPU that waits for a collective does nothing else meanwhile."""
         return dataclasses.replace(self, no_overlap=self.no_overlap or platform == "cpu")
 
-    def build(self, config: Config, at_hand: GPU | None = None, rules: Rules = schedules.GPU) -> Schedule:
+    def build(
+        self, config: Config, at_hand: GPU | None = None, rules: Rules = schedules.GPU, mtp_depth: int = 0
+    ) -> Schedule:
         """The schedule for a model, fitted to the GPU that the options name or that is at hand.
 
         Raises:
@@ -174,16 +188,11 @@ class PipelineOptions:
                 f"stages {self.stages} times microbatches {self.microbatches} is {passes}; a schedule can have up to "
                 f"{MOST_PASSES}"
             )
-        counts = None
+        sizes, counts = models.cost_sizes(config, self.microbatch_size, mtp_depth), None
         if self.method == "redis":
-            counts = redistributed(
-                self.redis_split,
-                layers=config.layers,
-                stages=self.stages,
-                rho=models.head_flops(config) / models.layer_flops(config),
-            )
+            counts = redistributed(self.redis_split, layers=config.layers, stages=self.stages, rho=sizes.ends_in_layers)
         gpu = at_hand if self.fit is None else None if self.fit == "none" else load_gpu(self.fit)
-        cost = gpu and Cost(models.cost_sizes(config, self.microbatch_size), gpu)
+        cost = gpu and Cost(sizes, gpu)
         return schedules.build(
             schedule=self.schedule,
             method=self.method,

@@ -94,13 +94,15 @@ class Layout:
 
     @cached_property
     def layer_counts(self) -> tuple[int, ...]:
-        """Layers of every stage; where the split is uneven, later stages have one more."""
+        """Layers of every stage; where the split is uneven, later stages have one more, a depth of the tail counted as
+        one of the last stage's."""
         if self.schedule.layer_counts is not None:
             return self.schedule.layer_counts
         stages, layers = self.schedule.stages, self.model.layers
-        if layers < stages:
-            raise ValueError(f"layers is {layers}; {stages} stages need at least one each, so {stages} or more")
-        return even_split(layers, stages)
+        needed = stages - (self.model.depths > 0 and stages > 1)
+        if layers < needed:
+            raise ValueError(f"layers is {layers}; {needed} stages need at least one each, so {needed} or more")
+        return even_split(layers, stages, self.model.depths)
 
     @cached_property
     def stage_of(self) -> tuple[tuple[int, ...], ...]:
