@@ -41,7 +41,7 @@ from .buffers import (
 from .layout import Layout
 from .linearize import Linearized
 from .mesh import PIPE
-from .tail import CELL, Tail
+from .tail_passes import CELL, Tail
 
 
 @dataclass(frozen=True)

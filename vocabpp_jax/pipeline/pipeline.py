@@ -24,7 +24,7 @@ from .mesh import DATA, PIPE
 from .model_interface import Model
 from .nccl import keep_launch_order
 from .precision import exact_products
-from .tail import Tail, shifting
+from .tail_passes import Tail, shifting
 from .tensor import TENSOR
 
 Params = Any
