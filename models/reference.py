@@ -11,7 +11,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
-from vocabpp_jax.pipeline.model_interface import Model, Params, Side
+from vocabpp_jax.pipeline.model_interface import AuxInputs, Model, Params
 from vocabpp_jax.pipeline.precision import exact_products
 from vocabpp_jax.vocab import IGNORED_LABEL
 
@@ -22,7 +22,7 @@ def reference_loss(
     tokens: jax.Array,
     labels: jax.Array,
     mask: jax.Array | None = None,
-    side: Side | None = None,
+    aux_inputs: AuxInputs | None = None,
     dtype: str | None = None,
 ) -> jax.Array:
     """Mean of ``model.loss`` in nats over the valid tokens of the global batch, a float32 scalar; 0 where none is.
@@ -31,11 +31,11 @@ def reference_loss(
 
     ``tokens`` and ``labels`` are ``[m, B, L]``, labels already shifted; ``mask`` of the same shape is true (nonzero)
     where a label counts, everywhere if None, and its labels may be anything elsewhere; a label of -100 never counts.
-    ``side`` arrays are
+    ``aux_inputs`` arrays are
     ``[m, B, ...]``. ``params`` are canonical and computed with as they are, or cast to ``dtype`` first; logits and
     loss are float32 either way.
     """
-    sums, counts = reference_sums(model, params, tokens, labels, mask, side, dtype)
+    sums, counts = reference_sums(model, params, tokens, labels, mask, aux_inputs, dtype)
     weights = jnp.array([1.0, *[model.tail.weight / model.depths] * model.depths] if model.tail else [1.0])
     return jnp.sum(weights * sums) / jnp.maximum(counts[0], 1)
 
@@ -46,7 +46,7 @@ def reference_sums(
     tokens: jax.Array,
     labels: jax.Array,
     mask: jax.Array | None = None,
-    side: Side | None = None,
+    aux_inputs: AuxInputs | None = None,
     dtype: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The sums of the main loss and of every depth's, and how many labels each counts: two arrays ``[1 + depths]``."""
@@ -58,11 +58,11 @@ def reference_sums(
     labels = jnp.where(valid, labels, 0)
 
     def microbatch(totals: tuple, batch: tuple) -> tuple[tuple, None]:
-        tokens_BL, labels_BL, valid_BL, side_B = batch
+        tokens_BL, labels_BL, valid_BL, aux_inputs_B = batch
         sums, counts = [], []
-        for k, logits_BLV in enumerate(_logits(model, params, tokens_BL, side_B)):
+        for k, logits_BLV in enumerate(_logits(model, params, tokens_BL, aux_inputs_B)):
             counted_BL = _ahead(valid_BL, k)
-            if (ids_BL := side_B.get("segment_ids")) is not None:
+            if (ids_BL := aux_inputs_B.get("segment_ids")) is not None:
                 counted_BL &= _ahead(ids_BL, k) == ids_BL
             losses_BL = _token_losses(model, logits_BLV, _ahead(labels_BL, k))
             sums.append(jnp.sum(jnp.where(counted_BL, losses_BL, 0.0)))
@@ -70,16 +70,16 @@ def reference_sums(
         return (totals[0] + jnp.stack(sums), totals[1] + jnp.stack(counts)), None
 
     start = jnp.zeros(1 + model.depths, jnp.float32), jnp.zeros(1 + model.depths, jnp.int32)
-    return jax.lax.scan(microbatch, start, (tokens, labels, valid, side or {}))[0]
+    return jax.lax.scan(microbatch, start, (tokens, labels, valid, aux_inputs or {}))[0]
 
 
-def reference_logits(model: Model, params: Params, tokens_BL: jax.Array, side: Side) -> jax.Array:
+def reference_logits(model: Model, params: Params, tokens_BL: jax.Array, aux_inputs: AuxInputs) -> jax.Array:
     """Float32 logits ``[B, L, V]`` of one microbatch, capped where the loss says so, computed in the dtype of
     ``params`` up to the last norm."""
-    return _logits(replace(model, tail=None), params, tokens_BL, side)[0]
+    return _logits(replace(model, tail=None), params, tokens_BL, aux_inputs)[0]
 
 
-def _logits(model: Model, params: Params, tokens_BL: jax.Array, side: Side) -> list[jax.Array]:
+def _logits(model: Model, params: Params, tokens_BL: jax.Array, aux_inputs: AuxInputs) -> list[jax.Array]:
     """The logits of the next token, and of the one after it for every depth of the tail."""
     with exact_products(params["embed"]["tokens"].dtype):
         embedded_BLD = params["embed"]["tokens"][tokens_BL] * model.embed_scale
@@ -87,11 +87,13 @@ def _logits(model: Model, params: Params, tokens_BL: jax.Array, side: Side) -> l
             embedded_BLD = embedded_BLD + params["embed"]["positions"][: tokens_BL.shape[1]]
         x_BLD = embedded_BLD
         for n, block_params in enumerate(params["blocks"]):
-            x_BLD = model.block(block_params, x_BLD, side | (model.layer_side[n] if model.layer_side else {}))
+            x_BLD = model.block(
+                block_params, x_BLD, aux_inputs | (model.layer_aux_inputs[n] if model.layer_aux_inputs else {})
+            )
         streams = [x_BLD]
         for k in range(1, 1 + model.depths):
             ahead_BLD = _ahead(embedded_BLD, k)
-            depth_params, own = params["tail"][k - 1], side | model.tail_side
+            depth_params, own = params["tail"][k - 1], aux_inputs | model.tail_aux_inputs
             streams.append(model.tail.depth(depth_params, streams[-1], ahead_BLD, own))
         finals = [model.final(params["final"], x_BLD) for x_BLD in streams]
     head_VD = params["embed"]["tokens"] if model.tied else params["head"]

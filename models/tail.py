@@ -23,12 +23,12 @@ from jax import lax
 
 from vocabpp_jax.models.config import Config, attention_implementation
 from vocabpp_jax.models.parts import cheap, linear, recomputed, row_linear
-from vocabpp_jax.pipeline.model_interface import Params, Side
+from vocabpp_jax.pipeline.model_interface import AuxInputs, Params
 from vocabpp_jax.pipeline.tensor import enter
 
 
 class Depth(nnx.Module):
-    """One depth: ``(h [B, L, D], embedded [B, L, D], side) -> h [B, L, D]``, its embeddings shifted already."""
+    """One depth: ``(h [B, L, D], embedded [B, L, D], aux_inputs) -> h [B, L, D]``, its embeddings shifted already."""
 
     def __init__(self, config: Config, axis: str | None, rngs: nnx.Rngs):
         self.config, self.axis = config, axis
@@ -49,19 +49,19 @@ class Depth(nnx.Module):
         norms = (self.stream_norm, self.token_norm)
         return cheap(self.config, project)(norms, self.project, h_BLD, embedded_BLD)
 
-    def depth(self, h_BLD: jax.Array, embedded_BLD: jax.Array, side: Side) -> jax.Array:
+    def depth(self, h_BLD: jax.Array, embedded_BLD: jax.Array, aux_inputs: AuxInputs) -> jax.Array:
         """The depth itself, whatever is recomputed of it."""
-        return self.block(self.joined(h_BLD, embedded_BLD), side)
+        return self.block(self.joined(h_BLD, embedded_BLD), aux_inputs)
 
-    def __call__(self, h_BLD: jax.Array, embedded_BLD: jax.Array, side: Side | None = None) -> jax.Array:
+    def __call__(self, h_BLD: jax.Array, embedded_BLD: jax.Array, aux_inputs: AuxInputs | None = None) -> jax.Array:
         depth = type(self).depth
         whole = recomputed(depth) if self.config.residuals == "full" else depth
-        return whole(self, h_BLD, embedded_BLD, side or {})
+        return whole(self, h_BLD, embedded_BLD, aux_inputs or {})
 
 
 @dataclass(frozen=True)
 class PureDepth:
-    """:class:`Depth` as a function of its parameters, ``(params, h, embedded, side) -> h``; with ``axis``, one
+    """:class:`Depth` as a function of its parameters, ``(params, h, embedded, aux_inputs) -> h``; with ``axis``, one
     device's part of it."""
 
     config: Config
@@ -72,8 +72,8 @@ class PureDepth:
         make = functools.partial(Depth, self.config, self.axis)
         object.__setattr__(self, "_graphdef", nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0)))))
 
-    def __call__(self, params: Params, h_BLD: jax.Array, embedded_BLD: jax.Array, side: Side) -> jax.Array:
-        return nnx.merge(self._graphdef, params)(h_BLD, embedded_BLD, side)
+    def __call__(self, params: Params, h_BLD: jax.Array, embedded_BLD: jax.Array, aux_inputs: AuxInputs) -> jax.Array:
+        return nnx.merge(self._graphdef, params)(h_BLD, embedded_BLD, aux_inputs)
 
     def on(self, platform: str) -> PureDepth:
         """The depth with the attention that the devices of a platform have."""

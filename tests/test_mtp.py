@@ -21,8 +21,11 @@ from vocabpp_jax.schedules.lowering.check_program import check_program
 def with_tail(layers: int, depths: int = 1, tied: bool = False, **changes):
     """The plain model with a tail of pure functions, and learned positions."""
 
-    def depth(w, h, embedded, side):
-        return h + jnp.tanh(jnp.concatenate([h, embedded * w["gain"]], -1) @ w["in"] + side.get("shift", 0)) @ w["out"]
+    def depth(w, h, embedded, aux_inputs):
+        return (
+            h
+            + jnp.tanh(jnp.concatenate([h, embedded * w["gain"]], -1) @ w["in"] + aux_inputs.get("shift", 0)) @ w["out"]
+        )
 
     def init_depth(key, depth):
         one, two = jax.random.split(key)
@@ -40,7 +43,7 @@ def batch_with_documents(m: int, data: int = 1):
     """A batch whose rows have two documents each."""
     batch = batch_of(m, data, side=True)
     ids = np.broadcast_to(np.arange(L) >= np.arange(m)[:, None, None] % L, batch["tokens"].shape)
-    return batch | {"side": batch["side"] | {"segment_ids": ids.astype(np.int32)}}
+    return batch | {"aux_inputs": batch["aux_inputs"] | {"segment_ids": ids.astype(np.int32)}}
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def sample(tokens: TokenizedCorpus, windows: int = 64, width: int = 1024) -> dic
     return found
 
 
-def whole_ones(run: Run) -> str:
+def how_to_resume(run: Run) -> str:
     """What of the run is kept."""
     folder = run.options.checkpoint.checkpoint_dir
     steps = checkpoints.steps_in(folder) if folder else []
@@ -146,7 +146,7 @@ def validation_losses(run: Run, batches: Any, evaluate: Any, params: Any) -> lis
     total, count = np.zeros(1 + depths), np.zeros(1 + depths)
     for i in range(len(batches)):
         batch = run.place(batches[i])
-        documents = batch.get("side", {}).get("segment_ids")
+        documents = batch.get("aux_inputs", {}).get("segment_ids")
         _, counted = ahead(batch["labels"], batch["mask"], depths, documents)
         valid = np.asarray(jnp.sum(counted, (0, 2, 3)), np.float64)
         total, count = total + np.asarray(evaluate(params, batch)) * valid, count + valid

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -22,20 +23,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..schedules import Instruction, Program, Segment
+from ..schedules import KINDS, Instruction, Program, Segment
 from ..vocab.instructions import VocabularySteps, flight
 from .buffers import (
     Cells,
     State,
     accumulated,
-    after,
-    before_later_passes,
-    behind_earlier_passes,
+    delay_until,
     get,
+    passes_wait_for,
     put,
     put_if,
     replaced,
-    when,
+    run_if,
+    wait_for_passes,
     zeros,
 )
 from .layout import Layout
@@ -65,7 +66,7 @@ class Executor:
     block: Linearized
     steps: VocabularySteps
     params: Any
-    side: Any
+    aux_inputs: Any
     x: jax.ShapeDtypeStruct
     tail: Tail | None = None
     observe: bool = False
@@ -128,31 +129,29 @@ class Executor:
 
     def execute(self, instruction: Instruction, cells: Cells, state: State) -> State:
         """One instruction that is not a transfer between devices."""
-        c = instruction.chunk
-        match instruction.op, instruction.name:
-            case "keep", _:
-                return state | {"inbox": put_if(state["inbox"], cells["deliver"], state["out"])}
-            case "run", "F":
-                names = ("out", *self._stored("outbox", "residual", "kept"), *self._counters())
-                names += self._of_tail("F", cells, state)
-                return self._pass(instruction, cells, state, names, self.forward)
-            case "run", "B":
-                frees = () if self.program.schedule.splits_backward else self._counters()
-                names = ("out", f"grads.blocks.{c}", *self._stored("outbox", "carried"), *frees)
-                names += self._of_tail("B", cells, state)
-                return self._pass(instruction, cells, state, names, self.backward)
-            case "run", "W":
-                names = (f"grads.blocks.{c}", *self._counters(), *self._of_tail("W", cells, state))
-                return self._pass(instruction, cells, state, names, self.weights)
+        if instruction.op == "keep":
+            return state | {"inbox": put_if(state["inbox"], cells["deliver"], state["out"])}
+        if instruction.name in self.passes:
+            return self._pass(instruction, cells, state)
         return self.steps.execute(instruction, cells, state)
 
-    def _pass(
-        self, instruction: Instruction, cells: Cells, state: State, names: tuple[str, ...], run: Callable
-    ) -> State:
+    @cached_property
+    def passes(self) -> dict[str, Callable[[State, Cells, int], State]]:
+        """What runs each row of the table of instructions that is a stage's."""
+        return {"F": self.forward, "B": self.backward, "W": self.weights}
+
+    def _pass(self, instruction: Instruction, cells: Cells, state: State) -> State:
         """A stage's pass where it is this device's turn, named as profiles and compiled code will show it."""
-        c = instruction.chunk
-        with jax.named_scope(f"{instruction.name}{c}"):
-            return when(cells["microbatch"] >= 0, state, names, lambda s: run(s, cells, c))
+        c, kind = instruction.chunk, KINDS[instruction.name]
+        updates = kind.rings(self.program.schedule) + self._counters()
+        if kind.sends:
+            updates += ("out", *(("outbox",) if "outbox" in state else ()))
+        if kind.name != "F":
+            updates += (f"grads.blocks.{c}",)
+        updates += self._of_tail(kind.name, cells)
+        with jax.named_scope(f"{kind.name}{c}"):
+            run = self.passes[kind.name]
+            return run_if(cells["microbatch"] >= 0, state, updates, lambda s: run(s, cells, c))
 
     # --- passes ------------------------------------------------------------------------------------------------------
 
@@ -161,38 +160,38 @@ class Executor:
         state = state | {"out": get(state["inbox"], cells["inbox"])}
 
         def layer(s: State, j: int) -> State:
-            side = self.side_of(cells, c, j)
-            y, residual, kept = self.block.forward(self.params["blocks"][c][j], side, s["out"])
+            aux_inputs = self.aux_inputs_of(cells, c, j)
+            y, residual, kept = self.block.forward(self.params["blocks"][c][j], aux_inputs, s["out"])
             s = s | {"out": y}
             for ring, values in (("residual", residual), ("kept", kept)):
                 if ring in s:
                     s = s | {ring: replaced(s[ring], j, put(s[ring][j], cells[ring], values))}
             return s
 
-        names = ("out", *self._stored("residual", "kept"))
-        state = self._each_layer(state, c, range(self.layout.depth), layer, names)
-        state = self._with_tail(state, cells, "F")
+        names = ("out", *KINDS["F"].rings(self.program.schedule))
+        state = self._with_tail(self._each_layer(state, c, range(self.layout.depth), layer, names), cells, "F")
         return self._occupy(_left(state, cells), cells, True)
 
     def backward(self, state: State, cells: Cells, c: int) -> State:
         """B: a stage's layers in reverse, from the gradient that arrived."""
-        state = state | {"out": get(state["inbox"], cells["inbox"])}
-        state = self._with_tail(state, cells, "B")
+        state = self._with_tail(state | {"out": get(state["inbox"], cells["inbox"])}, cells, "B")
         grads = f"grads.blocks.{c}"
 
         def layer(s: State, j: int) -> State:
-            side = self.side_of(cells, c, j)
+            aux_inputs = self.aux_inputs_of(cells, c, j)
             # One layer's residuals at a time: the next is read when this one's gradients are made.
             made = (s["out"], s[grads][j + 1] if j + 1 < self.layout.depth else ())
-            residual = get(s["residual"][j], after(cells["residual"], made))
-            kept = get(s["kept"][j], after(cells["kept"], made)) if "kept" in s else ()
-            dparams, dx, carried = self.block.backward(self.params["blocks"][c][j], side, residual, kept, s["out"])
+            residual = get(s["residual"][j], delay_until(cells["residual"], made))
+            kept = get(s["kept"][j], delay_until(cells["kept"], made)) if "kept" in s else ()
+            dparams, dx, carried = self.block.backward(
+                self.params["blocks"][c][j], aux_inputs, residual, kept, s["out"]
+            )
             s = s | {"out": dx, grads: replaced(s[grads], j, accumulated(s[grads][j], dparams))}
             if "carried" in s:
                 s = s | {"carried": replaced(s["carried"], j, put(s["carried"][j], cells["carried"], carried))}
             return s
 
-        names = ("out", grads, *self._stored("carried"))
+        names = ("out", grads, *KINDS["B"].rings(self.program.schedule))
         state = _left(self._each_layer(state, c, range(self.layout.depth)[::-1], layer, names), cells)
         return state if self.program.schedule.splits_backward else self._occupy(state, cells, False)
 
@@ -204,23 +203,22 @@ class Executor:
             # One layer's at a time. The first layer's wait for the clock alone: behind its own gradients, XLA may fuse
             # what is read with the addition to them, and copies them.
             def cell(ring: str) -> jax.Array:
-                return after(cells[ring], s[grads][j - 1]) if j else behind_earlier_passes(s, cells[ring])
+                return delay_until(cells[ring], s[grads][j - 1]) if j else wait_for_passes(s, cells[ring])
 
             dparams = self.block.weights(
                 self.params["blocks"][c][j],
-                self.side_of(cells, c, j),
+                self.aux_inputs_of(cells, c, j),
                 get(s["kept"][j], cell("kept")),
                 get(s["carried"][j], cell("carried")),
             )
             return s | {grads: replaced(s[grads], j, accumulated(s[grads][j], dparams))}
 
-        state = self._each_layer(state, c, range(self.layout.depth), layer, (grads,))
-        state = self._with_tail(state, cells, "W")
+        state = self._with_tail(self._each_layer(state, c, range(self.layout.depth), layer, (grads,)), cells, "W")
         return self._occupy(state, cells, False)
 
-    def side_of(self, cells: Cells, c: int, j: int) -> Any:
+    def aux_inputs_of(self, cells: Cells, c: int, j: int) -> Any:
         """Side inputs of one microbatch for this device's j-th layer of a chunk: the batch's and the layer's own."""
-        return get(self.side, cells["microbatch"]) | get(self.layout.layer_side[c][j], lax.axis_index(PIPE))
+        return get(self.aux_inputs, cells["microbatch"]) | get(self.layout.layer_aux_inputs[c][j], lax.axis_index(PIPE))
 
     def _each_layer(
         self, state: State, c: int, order: range, layer: Callable[[State, int], State], names: tuple[str, ...]
@@ -232,22 +230,20 @@ class Executor:
             if j < counts.min():
                 state = layer(state, j)
             else:
-                state = when(j < mine, state, names, lambda s, j=j: layer(s, j))
+                state = run_if(j < mine, state, names, lambda s, j=j: layer(s, j))
         return state
 
     def _with_tail(self, state: State, cells: Cells, kind: str) -> State:
         """What of a pass is the tail's, where the pass has a cell for it: only the last stage's has."""
-        if not (names := self._of_tail(kind, cells, state)):
+        if CELL[kind] not in cells:
             return state
+        updates = KINDS[kind].rings(self.program.schedule) + self._of_tail(kind, cells)
         run = {"F": self.tail.forward, "B": self.tail.backward, "W": self.tail.weights}[kind]
-        return when(cells[CELL[kind]] >= 0, state, names, lambda s: run(s, cells))
+        return run_if(cells[CELL[kind]] >= 0, state, updates, lambda s: run(s, cells))
 
-    def _of_tail(self, kind: str, cells: Cells, state: State) -> tuple[str, ...]:
-        """What the tail's part of a pass writes, nothing where it has none."""
-        return tuple(name for name in self.tail.written[kind] if name in state) if CELL[kind] in cells else ()
-
-    def _stored(self, *rings: str) -> tuple[str, ...]:
-        return tuple(r for r in rings if r in self.program.rings)
+    def _of_tail(self, kind: str, cells: Cells) -> tuple[str, ...]:
+        """What the tail's part of a pass changes beside the pass's rings, nothing where it has none."""
+        return self.tail.changes[kind] if CELL[kind] in cells else ()
 
     # --- observation -------------------------------------------------------------------------------------------------
 
@@ -280,14 +276,14 @@ def _sent(state: State, instruction: Instruction, cells: Cells) -> tuple[State, 
     """
     with jax.named_scope("transfer"):
         made = get(state["outbox"], jnp.maximum(cells["outbox"], 0)) if "outbox" in cells else state["out"]
-        leaving = behind_earlier_passes(state, made)
+        leaving = wait_for_passes(state, made)
         arriving = lax.ppermute(leaving, PIPE, instruction.pairs)
-    return before_later_passes(state, leaving), arriving
+    return passes_wait_for(state, leaving), arriving
 
 
 def _landed(state: State, arriving: jax.Array, cells: Cells) -> State:
     """Puts what has arrived into the inbox, and no sooner: the passes until then need not wait for it."""
-    arrived = behind_earlier_passes(state, arriving)
+    arrived = wait_for_passes(state, arriving)
     return state | {"inbox": put_if(state["inbox"], cells["deliver"], arrived)}
 
 

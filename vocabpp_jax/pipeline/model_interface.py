@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ..vocab import Loss
 
 Params = Any  # a pytree of arrays
-Side = dict[str, jax.Array]  # per-microbatch arrays that no gradient flows into, e.g. segment ids
+AuxInputs = dict[str, jax.Array]  # per-microbatch arrays that no gradient flows into, e.g. segment ids
 
 
 def _identity(params: Params, x: jax.Array) -> jax.Array:
@@ -31,7 +31,7 @@ def _nothing(key: jax.Array) -> Params:
 class TensorSplit:
     """How blocks are spread over the mesh axis ``tensor``; see :mod:`vocabpp_jax.pipeline.tensor`."""
 
-    block: Callable[[Params, jax.Array, Side], jax.Array]
+    block: Callable[[Params, jax.Array, AuxInputs], jax.Array]
     """A block for one device's part of its parameters, with the sums over the axis in it."""
     specs: Params
     """A tree like a block's parameters, of PartitionSpecs that name the axis where a parameter is split."""
@@ -45,14 +45,14 @@ class Tail:
 
     The loss is ``main + weight / depths · Σ depth losses``, each the sum over its tokens divided by the number of
     labels that count for the main loss, as published. Depth k of position i has the label of position i + k; it counts
-    where that does, and where both are in one document (``side["segment_ids"]``) of one row.
+    where that does, and where both are in one document (``aux_inputs["segment_ids"]``) of one row.
     """
 
     depths: int
     weight: float
     """λ: what all depths together weigh beside the main loss."""
-    depth: Callable[[Params, jax.Array, jax.Array, Side], jax.Array]
-    """One depth: ``(depth_params, h [B, L, D], embedded [B, L, D], side) -> h``, pure, same dtype out as in.
+    depth: Callable[[Params, jax.Array, jax.Array, AuxInputs], jax.Array]
+    """One depth: ``(depth_params, h [B, L, D], embedded [B, L, D], aux_inputs) -> h``, pure, same dtype out as in.
     ``embedded`` is the input layer's output so many tokens ahead, 0 beyond the row's end. May have ``on(platform)``."""
     init_depth: Callable[[jax.Array, jax.Array], Params]
     """``(key, depth) -> depth_params`` in float32, as :attr:`Model.init_block`."""
@@ -85,7 +85,7 @@ class Model:
     layers: int
     vocab_size: int
     width: int
-    block: Callable[[Params, jax.Array, Side], jax.Array]
+    block: Callable[[Params, jax.Array, AuxInputs], jax.Array]
     """One layer: ``(block_params, x [B, L, D], side) -> x [B, L, D]``, pure, same dtype out as in. One that chooses
     kernels by the devices has a method ``on(platform)``, which returns the block for them; a platform is what
     :attr:`jax.Device.platform` says."""
@@ -106,9 +106,9 @@ class Model:
     """Factor on the embedded input (Gemma: the square root of the width)."""
     loss: Loss = Loss()
     """What is minimised: plain cross entropy, or with a soft cap, a z-loss, smoothed labels."""
-    layer_side: tuple[Side, ...] = ()
+    layer_aux_inputs: tuple[AuxInputs, ...] = ()
     """What differs between layers and is not trained, one dictionary of arrays a layer with equal names and shapes,
-    or none: a block finds its own among ``side``. Gemma 2's local and global layers differ by such a number."""
+    or none: a block finds its own among ``aux_inputs``. Gemma 2's local and global layers differ by such a number."""
     tensor: TensorSplit | None = None
     """How blocks run on a mesh with an axis ``tensor``, or None if they cannot."""
     tail: Tail | None = None
@@ -119,7 +119,7 @@ class Model:
             raise ValueError(f"layers is {self.layers}; a model needs at least 1")
         if self.vocab_size < 2:
             raise ValueError(f"vocab_size is {self.vocab_size}; a vocabulary needs at least 2 tokens")
-        if self.layer_side and len(self.layer_side) != self.layers:
+        if self.layer_aux_inputs and len(self.layer_aux_inputs) != self.layers:
             raise ValueError(
                 f"layer_side has {len(self.layer_side)} entries; it takes one for each of {self.layers} layers"
             )
@@ -157,9 +157,9 @@ class Model:
         return self.tail.depths if self.tail else 0
 
     @property
-    def tail_side(self) -> Side:
-        """What the tail's layers find among ``side`` as their own: the last layer's."""
-        return self.layer_side[-1] if self.layer_side else {}
+    def tail_aux_inputs(self) -> AuxInputs:
+        """What the tail's layers find among ``aux_inputs`` as their own: the last layer's."""
+        return self.layer_aux_inputs[-1] if self.layer_aux_inputs else {}
 
     def draw_final(self, key: jax.Array) -> Params:
         """The initial parameters of the final function."""
@@ -167,7 +167,7 @@ class Model:
 
     def param_shapes(self) -> Params:
         """The canonical tree as :class:`jax.ShapeDtypeStruct` leaves; computes nothing."""
-        one = replace(self, layers=1, layer_side=self.layer_side[:1])
+        one = replace(self, layers=1, layer_aux_inputs=self.layer_aux_inputs[:1])
         shapes = jax.eval_shape(lambda: one.init(jax.random.key(0, impl=_KEYS)))
         return shapes | {"blocks": shapes["blocks"] * self.layers}
 

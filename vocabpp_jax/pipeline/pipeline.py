@@ -36,10 +36,10 @@ _PER_MICROBATCH = PartitionSpec(None, DATA)
 class Pipeline:
     """A model under a schedule on a mesh.
 
-    A batch is ``{"tokens", "labels": int32 [m, B, L], "mask": [m, B, L]}`` and, where the blocks take them, ``"side"``:
-    a dictionary of ``[m, B, ...]`` arrays. m microbatches, B microbatch size times the data axis, L length. The mask
-    may be absent. A label of -100 does not count either; of other ids outside the vocabulary the loss is NaN, or,
-    outside ``jax.jit``, they are refused. Parameters are a tree in :attr:`layout`, float32, sharded as
+    A batch is ``{"tokens", "labels": int32 [m, B, L], "mask": [m, B, L]}`` and, where the blocks take them,
+    ``"aux_inputs"``: a dictionary of ``[m, B, ...]`` arrays. m microbatches, B microbatch size times the data axis, L
+    length. The mask may be absent. A label of -100 does not count either; of other ids outside the vocabulary the loss
+    is NaN, or, outside ``jax.jit``, they are refused. Parameters are a tree in :attr:`layout`, float32, sharded as
     :attr:`shardings` says.
 
     Raises:
@@ -150,19 +150,19 @@ class Pipeline:
         looked_up = ("ahead",) if self.layout.head_is_embedding else ("embed", "ahead")
         return rounded | {name: params[name] for name in looked_up if name in params}
 
-    def activation_bytes(self, batch: int, length: int, side: Any = None) -> dict[str, int]:
+    def activation_bytes(self, batch: int, length: int, aux_inputs: Any = None) -> dict[str, int]:
         """Bytes that one microbatch in flight costs on a device, counted from the traced block.
 
         ``residual`` waits from F to B, ``kept`` from F to W, ``carried`` from B to W; ``batch`` is sequences a device.
         """
         dtype = jnp.dtype(self.compute_dtype)
         x = jax.ShapeDtypeStruct((batch, length, self.model.width), dtype)
-        side = (side or {}) | jax.tree.map(_shape, self._a_layer_s_side)
+        aux_inputs = (aux_inputs or {}) | jax.tree.map(_shape, self._one_layer_aux_inputs)
         traced = []
 
         def trace(layer: Params) -> None:
             block = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape[1:], dtype), layer)
-            traced.append(linearize(self._block, block, x, side, split=self.schedule.splits_backward))
+            traced.append(linearize(self._block, block, x, aux_inputs, split=self.schedule.splits_backward))
 
         layer, specs = self.layout.shapes()["blocks"][0][0], self.layout.specs()["blocks"][0][0]
         jax.eval_shape(jax.shard_map(trace, mesh=self.mesh, in_specs=(specs,), out_specs=None, check_vma=False), layer)
@@ -179,7 +179,12 @@ class Pipeline:
         """
         shape = (self.schedule.m, batch * self.mesh.shape[DATA], length)
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
-        batches = {"tokens": tokens, "labels": tokens, "mask": jax.ShapeDtypeStruct(shape, jnp.float32), "side": {}}
+        batches = {
+            "tokens": tokens,
+            "labels": tokens,
+            "mask": jax.ShapeDtypeStruct(shape, jnp.float32),
+            "aux_inputs": {},
+        }
         buffers = jax.shard_map(
             lambda params, batch: self._executor(self.program, False, params, batch).initial_state(),
             mesh=self.mesh,
@@ -236,7 +241,7 @@ class Pipeline:
         refuse_outside(batch["tokens"], batch["labels"], mask, V)
         tokens, labels = (jnp.asarray(batch[name]).astype(jnp.int32) for name in ("tokens", "labels"))
         labels, mask = counted(tokens, labels, mask, V)
-        return {"tokens": tokens, "labels": labels, "mask": mask, "side": batch.get("side", {})}
+        return {"tokens": tokens, "labels": labels, "mask": mask, "aux_inputs": batch.get("aux_inputs", {})}
 
     def _on_device(self, program: Program, observe: bool, params: Params, batch: Batch) -> tuple:
         """One device's whole iteration."""
@@ -268,15 +273,15 @@ class Pipeline:
         tail = None
         if model.tail:
             both = jax.ShapeDtypeStruct((2, *x.shape), x.dtype)
-            passes = self._linearized(program, shifting(self._depth), both, rounded["tail"][0], batch["side"])
-            tail = Tail(passes, vocabulary, rounded["tail"], batch["side"], model.tail_side)
+            passes = self._linearized(program, shifting(self._depth), both, rounded["tail"][0], batch["aux_inputs"])
+            tail = Tail(passes, vocabulary, rounded["tail"], batch["aux_inputs"], model.tail_aux_inputs)
         return Executor(
             program,
             layout,
-            self._linearized(program, self._block, x, rounded["blocks"][0][0], batch["side"]),
+            self._linearized(program, self._block, x, rounded["blocks"][0][0], batch["aux_inputs"]),
             vocabulary,
             tables | {"blocks": rounded["blocks"]},
-            batch["side"],
+            batch["aux_inputs"],
             x,
             tail,
             observe,
@@ -287,7 +292,7 @@ class Pipeline:
 
         In training all weigh what their losses do in the loss; in evaluation each loss is a mean of its own.
         """
-        labels, mask = ahead(batch["labels"], batch["mask"], self.model.depths, batch["side"].get("segment_ids"))
+        labels, mask = ahead(batch["labels"], batch["mask"], self.model.depths, batch["aux_inputs"].get("segment_ids"))
         count = jnp.maximum(jax.lax.psum(mask.sum((0, 2, 3)), DATA), 1)
         if trains and (tail := self.model.tail):
             count = count[0] / jnp.array([1.0] + [tail.weight / tail.depths] * tail.depths)
@@ -295,17 +300,17 @@ class Pipeline:
         return {"labels": labels, "weight": weight}
 
     def _linearized(
-        self, program: Program, function: Callable, x: jax.ShapeDtypeStruct, params: Params, side: Any
+        self, program: Program, function: Callable, x: jax.ShapeDtypeStruct, params: Params, aux_inputs: Any
     ) -> Linearized:
-        one_side = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), side)
-        one_side |= jax.tree.map(_shape, self._a_layer_s_side)
+        one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), aux_inputs)
+        one |= jax.tree.map(_shape, self._one_layer_aux_inputs)
         if not program.schedule.trains:
             return Linearized(lambda p, s, x: (function(p, x, s), (), ()), None, None, (), (), ())
-        return linearize(function, jax.tree.map(_shape, params), x, one_side, split=program.schedule.splits_backward)
+        return linearize(function, jax.tree.map(_shape, params), x, one, split=program.schedule.splits_backward)
 
     @property
-    def _a_layer_s_side(self) -> dict[str, Any]:
-        return self.model.layer_side[0] if self.model.layer_side else {}
+    def _one_layer_aux_inputs(self) -> dict[str, Any]:
+        return self.model.layer_aux_inputs[0] if self.model.layer_aux_inputs else {}
 
     def _gradients(self, state: dict[str, Any], params: Params) -> Params:
         """The accumulated gradients as a tree like the parameters, summed over what they have to be summed over."""

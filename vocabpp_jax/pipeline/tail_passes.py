@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from ..vocab.instructions import VocabularySteps
-from .buffers import Cells, State, accumulated, after, behind_earlier_passes, get, put, replaced, zeros
+from .buffers import Cells, State, accumulated, delay_until, get, put, replaced, wait_for_passes, zeros
 from .linearize import Linearized
 
 RINGS = ("tail_residual", "tail_kept", "tail_carried")
@@ -30,11 +30,11 @@ CELL = {"F": "streams", "B": "returned", "W": "tail_carried"}
 
 
 def shifting(depth: Callable) -> Callable:
-    """One depth as a function that keeps shape: ``(params, both [2, B, L, D], side) -> both [2, B, L, D]``."""
+    """One depth as a function that keeps shape: ``(params, both [2, B, L, D], aux_inputs) -> both [2, B, L, D]``."""
 
-    def shifted(params: Any, both: jax.Array, side: Any) -> jax.Array:
+    def shifted(params: Any, both: jax.Array, aux_inputs: Any) -> jax.Array:
         embedded = jnp.pad(both[1, :, 1:], ((0, 0), (0, 1), (0, 0)))
-        return jnp.stack([depth(params, both[0], embedded, side), embedded])
+        return jnp.stack([depth(params, both[0], embedded, aux_inputs), embedded])
 
     return shifted
 
@@ -47,14 +47,14 @@ class Tail:
         passes: those of one depth as :func:`shifting` makes it.
         steps: what the vocabulary layers' instructions do.
         params: a tree for each depth.
-        side: per-microbatch inputs of the blocks, ``[m, B, ...]``.
+        aux_inputs: per-microbatch inputs of the blocks, ``[m, B, ...]``.
         own: what a layer of the tail finds among them as its own.
     """
 
     passes: Linearized
     steps: VocabularySteps
     params: tuple[Any, ...]
-    side: Any
+    aux_inputs: Any
     own: Any
 
     def initial_state(self, rings: dict[str, int], x: jax.ShapeDtypeStruct) -> State:
@@ -71,11 +71,11 @@ class Tail:
 
     def forward(self, state: State, cells: Cells) -> State:
         """From the last layer's output ``out``, which stays, to the streams for the output layer."""
-        i, side = cells["microbatch"], self._side(cells)
+        i, aux_inputs = cells["microbatch"], self._aux_inputs(cells)
         embedded = get(state["ahead"], cells["ahead"]) if "ahead" in cells else self.steps.ahead(i)
         both, streams = jnp.stack([state["out"], embedded]), []
         for k, params in enumerate(self.params):
-            both, residual, kept = self.passes.forward(params, side, both)
+            both, residual, kept = self.passes.forward(params, aux_inputs, both)
             streams.append(both[0])
             for ring, values in (("tail_residual", residual), ("tail_kept", kept)):
                 if ring in cells:
@@ -84,13 +84,13 @@ class Tail:
 
     def backward(self, state: State, cells: Cells) -> State:
         """From the gradients of the streams; adds that of the last layer's output to ``out``."""
-        side, returned = self._side(cells), get(state["returned"], cells["returned"])
+        aux_inputs, returned = self._aux_inputs(cells), get(state["returned"], cells["returned"])
         g = jnp.stack([returned[-1], jnp.zeros_like(returned[-1])])
         for k in reversed(range(len(self.params))):
             made = (g, state["grads.tail"][k + 1] if k + 1 < len(self.params) else ())
-            residual = get(state["tail_residual"][k], after(cells["tail_residual"], made))
-            kept = get(state["tail_kept"][k], after(cells["tail_kept"], made)) if "tail_kept" in cells else ()
-            dparams, g, carried = self.passes.backward(self.params[k], side, residual, kept, g)
+            residual = get(state["tail_residual"][k], delay_until(cells["tail_residual"], made))
+            kept = get(state["tail_kept"][k], delay_until(cells["tail_kept"], made)) if "tail_kept" in cells else ()
+            dparams, g, carried = self.passes.backward(self.params[k], aux_inputs, residual, kept, g)
             g = g.at[0].add(returned[k - 1] if k else state["out"])
             state = self._added(state, k, dparams)
             if "tail_carried" in cells:
@@ -106,23 +106,19 @@ class Tail:
         for k, params in enumerate(self.params):
             # Waiting as the layers' do.
             before = state["grads.tail"][k - 1] if k else None
-            at = {r: after(cells[r], before) if k else behind_earlier_passes(state, cells[r]) for r in RINGS[1:]}
+            at = {r: delay_until(cells[r], before) if k else wait_for_passes(state, cells[r]) for r in RINGS[1:]}
             kept, carried = (get(state[ring][k], at[ring]) for ring in RINGS[1:])
-            state = self._added(state, k, self.passes.weights(params, self._side(cells), kept, carried))
+            state = self._added(state, k, self.passes.weights(params, self._aux_inputs(cells), kept, carried))
         return state
 
     @property
-    def written(self) -> dict[str, tuple[str, ...]]:
-        """What each pass writes, by its kind; those of the rings that the program has."""
+    def changes(self) -> dict[str, tuple[str, ...]]:
+        """What each pass changes beside rings, by its kind."""
         embedded = () if self.steps.layout.sharded else self.steps.ahead_gradients
-        return {
-            "F": ("streams", "tail_residual", "tail_kept"),
-            "B": ("out", "grads.tail", "behind", "tail_carried", *embedded),
-            "W": ("grads.tail",),
-        }
+        return {"F": (), "B": ("out", "grads.tail", *embedded), "W": ("grads.tail",)}
 
-    def _side(self, cells: Cells) -> Any:
-        return get(self.side, cells["microbatch"]) | self.own
+    def _aux_inputs(self, cells: Cells) -> Any:
+        return get(self.aux_inputs, cells["microbatch"]) | self.own
 
     def _added(self, state: State, k: int, gradients: Any) -> State:
         total = accumulated(state["grads.tail"][k], gradients)

@@ -1,4 +1,4 @@
-"""The steps of the input layer: IF, IB and their collectives CI and CB."""
+"""The steps of the input layer: IF, IB and their collectives embed_sum and embed_grad_broadcast."""
 
 from __future__ import annotations
 
@@ -7,13 +7,28 @@ import jax.numpy as jnp
 from jax import lax
 
 from ... import vocab
-from ...pipeline.buffers import Cells, State, get, put, put_if, when
+from ...pipeline.buffers import Cells, State, get, put, put_if, run_if
 from ...pipeline.mesh import PIPE
-from .vocabulary_layer import Start, VocabularyLayer, flight, sent
+from .vocabulary_layer import Collective, Run, Start, VocabularyLayer, flight, sent
 
 
 class InputSteps(VocabularyLayer):
     """What each step of the input layer does to a device's state."""
+
+    def input_steps(self) -> dict[str, Run | Collective]:
+        """The steps by their names in the table of instructions."""
+        return {
+            "IF": self.run_IF,
+            "IB": self.run_IB,
+            "embed_sum": Collective(self.start_embed_sum, self.done_embed_sum, self.stream),
+            "embed_grad_broadcast": Collective(
+                self.start_embed_grad_broadcast,
+                self.done_embed_grad_broadcast,
+                self.stream,
+                self.make_embed_grad_broadcast,
+                sends=True,
+            ),
+        }
 
     @property
     def _scale(self) -> jax.Array:
@@ -50,44 +65,43 @@ class InputSteps(VocabularyLayer):
         if self.layout.sharded:
             return state | {"part": self._embedded(tables, ids)}
         # The unsharded tables are whole on one device only; elsewhere a lookup would be of zeros.
-        return when(
+        return run_if(
             cells["microbatch"] >= 0,
             state,
             ("inbox",),
             lambda s: s | {"inbox": put(s["inbox"], cells["deliver"], self._embedded(tables, ids))},
         )
 
-    def start_CI(self, state: State, cells: Cells) -> Start:
-        placement = self.layout.schedule.placement
-        also = placement[-1] if self.depths else None
-        return state["part"].reshape(-1, self.layout.model.width), self._sum_for(0, also)
+    def start_embed_sum(self, state: State, cells: Cells) -> Start:
+        return state["part"].reshape(self.stream.shape), self._sum_for(0, also=-1 if self.depths else None)
 
-    def done_CI(self, state: State, cells: Cells, x: jax.Array) -> State:
+    def done_embed_sum(self, state: State, cells: Cells, x: jax.Array) -> State:
         x = x.reshape(state["inbox"].shape[1:])
         return {ring: put_if(state[ring], cells[at], x) for ring, at in _ARRIVES.items() if at in cells}
 
-    def make_CB(self, state: State, cells: Cells) -> State:
-        state = self._taken(state, cells, "CB", lambda s: get(s["inbox"], cells["inbox"]))
+    def make_embed_grad_broadcast(self, state: State, cells: Cells) -> State:
+        name = "embed_grad_broadcast"
+        state = self._copied(state, cells, name, lambda s, cells: get(s["inbox"], cells["inbox"]))
         if "behind" not in cells:
             return state
 
         def joined(s: State) -> State:
-            g = get(s["behind"], cells["behind"]).reshape(-1, self.layout.model.width)
-            return s | {sent("CB"): g if self.layout.apart else s[sent("CB")] + g}
+            g = get(s["behind"], cells["behind"]).reshape(self.stream.shape)
+            return s | {sent(name): g if self.layout.apart else s[sent(name)] + g}
 
-        return when(cells["behind"] >= 0, state, (sent("CB"),), joined)
+        return run_if(cells["behind"] >= 0, state, (sent(name),), joined)
 
-    def start_CB(self, state: State, cells: Cells) -> Start:
+    def start_embed_grad_broadcast(self, state: State, cells: Cells) -> Start:
         broadcast = self._broadcast_from(0)
         if not (self.depths and self.layout.apart):
-            return state[sent("CB")], broadcast
+            return state[sent("embed_grad_broadcast")], broadcast
         placement = self.layout.schedule.placement
         # What the tail has to add is on the last stage's device. Where nothing is sent, zeros arrive.
         to_first = [(placement[-1], placement[0])]
-        return state[sent("CB")], lambda g: broadcast(g + lax.ppermute(g, PIPE, to_first))
+        return state[sent("embed_grad_broadcast")], lambda g: broadcast(g + lax.ppermute(g, PIPE, to_first))
 
-    def done_CB(self, state: State, cells: Cells, g: jax.Array) -> State:
-        return {flight("CB"): g}
+    def done_embed_grad_broadcast(self, state: State, cells: Cells, g: jax.Array) -> State:
+        return {flight("embed_grad_broadcast"): g}
 
     def run_IB(self, state: State, cells: Cells) -> State:
         """IB: scatter-adds the first stage's input gradient into this shard's rows."""
@@ -100,8 +114,8 @@ class InputSteps(VocabularyLayer):
             return self._scattered(s, entries, ids, g)
 
         if self.layout.sharded:
-            return scattered(state, state[flight("CB")])
-        return when(i >= 0, state, tuple(entries.values()), lambda s: scattered(s, get(s["inbox"], cells["inbox"])))
+            return scattered(state, state[flight("embed_grad_broadcast")])
+        return run_if(i >= 0, state, tuple(entries.values()), lambda s: scattered(s, get(s["inbox"], cells["inbox"])))
 
     # --- for a tail behind the last stage, where the vocabulary is not sharded ----------------------------------------
 

@@ -1,7 +1,6 @@
 """What the steps of both vocabulary layers share: one device's tables, its batch, and what it sends.
 
-Shapes, per device: B microbatch, L length, N tokens: B·L, or for
-the output layer as many for each of 1 + depths streams; D width, R rows of the local shard.
+Shapes, per device: B microbatch, L length, N = B·L tokens, D width, R rows of the local shard.
 """
 
 from __future__ import annotations
@@ -9,18 +8,41 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ...pipeline.buffers import Cells, State, when
-from ...pipeline.collectives import Native, OfPermutes
+from ...pipeline.buffers import Cells, State, run_if
+from ...pipeline.collectives import Native, PermuteTree
 from ...pipeline.layout import Layout
 
-Collective = Callable[[jax.Array], jax.Array]
-Start = tuple[jax.Array, Collective]  # what a collective takes, and the collective
+Communicate = Callable[[jax.Array], jax.Array]
+Start = tuple[jax.Array, Communicate]  # what a collective takes, and what communicates it
+Run = Callable[[State, Cells], State]
+
+
+class Collective(NamedTuple):
+    """What a collective of the table of instructions does.
+
+    Attributes:
+        start: its operand, and what communicates it.
+        done: the entries of the state that change with its result.
+        result: shape and dtype of that.
+        make: a pass in front that makes the operand, if it needs one.
+        sends: whether it sends what ``make`` left in the state for it.
+        lands_first: whether it lands before any pass replaces its operand. The landing holds those passes back; to read
+            the operand for that, as of other collectives, would keep it alive beside the sum that the backend makes in
+            its place. In a schedule where such a pass does come first (gpipe), the compiler copies the operand.
+    """
+
+    start: Callable[[State, Cells], Start]
+    done: Callable[[State, Cells, jax.Array], State]
+    result: jax.ShapeDtypeStruct
+    make: Run | None = None
+    sends: bool = False
+    lands_first: bool = False
 
 
 def flight(name: str) -> str:
@@ -37,10 +59,6 @@ def sent(name: str) -> str:
 class VocabularyLayer:
     """One device's part of the vocabulary layers, for one batch.
 
-    A step ``run X`` is a method ``run_X(state, cells)`` that returns the state after it. A collective is two:
-    ``start_X`` returns its operand and what communicates it, ``done_X`` takes what arrived and returns what changes.
-    ``make_X``, where there is one, is a pass in front of ``start_X`` that makes the operand.
-
     Attributes:
         layout: the model, the schedule, and where the tables are.
         params: this device's ``embed``, ``final`` and, where it is not the embedding, ``head``, as
@@ -53,7 +71,7 @@ class VocabularyLayer:
     layout: Layout
     params: Any
     batch: dict[str, jax.Array]
-    collectives: Native | OfPermutes
+    collectives: Native | PermuteTree
 
     @property
     def trains(self) -> bool:
@@ -62,13 +80,25 @@ class VocabularyLayer:
 
     @property
     def depths(self) -> int:
-        """Tokens beyond the next that are predicted. The output layer takes so many more streams of a microbatch."""
+        """Tokens beyond the next that are predicted: the output layer takes so many more streams of a microbatch."""
         return self.layout.model.depths
 
     @property
     def names(self) -> set[str]:
         """The steps that occur."""
         return {step.name for step in self.layout.schedule.vocabulary.steps}
+
+    @property
+    def stream(self) -> jax.ShapeDtypeStruct:
+        """A microbatch between stages, as the vocabulary layers have it, ``[N, D]``."""
+        _, B, L = self.batch["tokens"].shape
+        return jax.ShapeDtypeStruct((B * L, self.layout.model.width), self.dtype)
+
+    @property
+    def streams(self) -> jax.ShapeDtypeStruct:
+        """What the output layer takes of it: as many tokens again for each further one, ``[(1 + depths) N, D]``."""
+        tokens, width = self.stream.shape
+        return jax.ShapeDtypeStruct(((1 + self.depths) * tokens, width), self.dtype)
 
     @property
     def head(self) -> jax.Array:
@@ -83,16 +113,19 @@ class VocabularyLayer:
     def _first_row(self, table: jax.Array) -> jax.Array | int:
         return lax.axis_index(self.layout.vocabulary_axes) * table.shape[0] if self.layout.sharded else 0
 
-    def _taken(self, state: State, cells: Cells, name: str, taken: Callable[[State], jax.Array]) -> State:
-        """Takes what waits in the inbox for a broadcast, ``[..., D]``; meaningful on the device that it comes from."""
-        width = self.layout.model.width
-        update = lambda s: s | {sent(name): taken(s).reshape(-1, width)}  # noqa: E731
-        return when(cells["inbox"] >= 0, state, (sent(name),), update)
+    def _copied(self, state: State, cells: Cells, name: str, waiting: Callable[[State, Cells], jax.Array]) -> State:
+        """Takes what waits in the inbox, ``[..., D]``; meaningful on the device that it is broadcast from."""
 
-    def _sum_for(self, stage: int, also: int | None = None) -> Collective:
-        """The sum over all shards, for the device of one stage to read, and another device where one is named."""
-        return partial(self.collectives.total, target=self.layout.schedule.placement[stage], also=also)
+        def taken(s: State) -> State:
+            return s | {sent(name): waiting(s, cells).reshape(-1, self.layout.model.width)}
 
-    def _broadcast_from(self, stage: int) -> Collective:
+        return run_if(cells["inbox"] >= 0, state, (sent(name),), taken)
+
+    def _sum_for(self, stage: int, also: int | None = None) -> Communicate:
+        """The sum over all shards, for the device of one stage to read, and of another where one is given."""
+        placement = self.layout.schedule.placement
+        return partial(self.collectives.total, target=placement[stage], also=None if also is None else placement[also])
+
+    def _broadcast_from(self, stage: int) -> Communicate:
         """One stage's array on all devices."""
         return partial(self.collectives.broadcast, source=self.layout.schedule.placement[stage])
