@@ -22,7 +22,7 @@ from flax import nnx
 from jax import lax
 
 from vocabpp_jax.models.config import Config, attention_implementation
-from vocabpp_jax.models.parts import cheap, linear, recomputed, row_linear
+from vocabpp_jax.models.parts import linear, recompute_if_selective, recomputed, row_linear
 from vocabpp_jax.pipeline.model_interface import AuxInputs, Params
 from vocabpp_jax.pipeline.tensor import enter
 
@@ -47,7 +47,7 @@ class Depth(nnx.Module):
             return row_linear(layer, both, self.axis)
 
         norms = (self.stream_norm, self.token_norm)
-        return cheap(self.config, project)(norms, self.project, h_BLD, embedded_BLD)
+        return recompute_if_selective(self.config, project)(norms, self.project, h_BLD, embedded_BLD)
 
     def depth(self, h_BLD: jax.Array, embedded_BLD: jax.Array, aux_inputs: AuxInputs) -> jax.Array:
         """The depth itself, whatever is recomputed of it."""

@@ -41,7 +41,7 @@ def with_tail(layers: int, depths: int = 1, tied: bool = False, **changes):
 
 def batch_with_documents(m: int, data: int = 1):
     """A batch whose rows have two documents each."""
-    batch = batch_of(m, data, side=True)
+    batch = batch_of(m, data, aux_inputs=True)
     ids = np.broadcast_to(np.arange(L) >= np.arange(m)[:, None, None] % L, batch["tokens"].shape)
     return batch | {"aux_inputs": batch["aux_inputs"] | {"segment_ids": ids.astype(np.int32)}}
 
