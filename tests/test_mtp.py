@@ -88,8 +88,7 @@ def test_evaluation_gives_a_mean_for_every_token_ahead(method):
 
 
 def test_an_architecture_with_a_tail_runs_on_a_tensor_axis():
-    options = case("1f1b", "vocab-2", 2, 3, False, model="llama-tiny", tensor=2)
-    result = compare(dataclasses.replace(options, model=dataclasses.replace(options.model, mtp_depth=1)))
+    result = compare(case("1f1b", "vocab-2", 2, 3, False, model="llama-tiny", tensor=2, mtp_depth=1))
     assert max(result.loss_error, result.max_grad_error) <= 1e-5, result.grad_errors
     assert result.in_flight == result.promised_in_flight and not result.clobbered
 

@@ -120,6 +120,10 @@ class ModelOptions:
 
     def refuse_other_losses(self) -> None:
         """Raises ValueError where the loss is more than the cross entropy, which is all that other programs compute."""
+        if self.mtp_depth:
+            raise ValueError(
+                f"mtp_depth is {self.mtp_depth}; what it is compared with predicts the next token only, so leave it out"
+            )
         if (loss := self.build().loss) != Loss():
             raise ValueError(
                 f"the loss is {loss}; what it is compared with has the plain cross entropy, so leave out "
