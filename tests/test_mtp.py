@@ -7,15 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from safetensors.numpy import load_file
 from test_pipeline import D, L, assert_parity, batch_of, pipeline, plain_model
 
 from parity_check.parity_compare import compare
 from parity_check.parity_matrix import case, combinations
 from vocabpp_jax import models, schedules
 from vocabpp_jax import training as train
-from vocabpp_jax.models import reference_sums
+from vocabpp_jax.checkpoints.canonical import Canonical
+from vocabpp_jax.models import huggingface, reference_sums
 from vocabpp_jax.pipeline.model_interface import Tail
 from vocabpp_jax.schedules.lowering.check_program import check_program
+from vocabpp_jax.schedules.simulation.cost import Cost, Sizes, load_gpu
 
 
 def with_tail(layers: int, depths: int = 1, tied: bool = False, **changes):
@@ -103,6 +106,18 @@ def test_a_key_gives_the_same_tail_in_every_layout():
         jax.tree.map(np.testing.assert_array_equal, params, pipe.shard(want))
 
 
+def test_a_checkpoint_takes_the_tail_and_its_moments_to_another_layout():
+    model, optimizer = with_tail(2), optax.adam(1e-3)
+    of, to = (pipeline(schedules.build("1f1b", method, p=2, m=2), model) for method in ("baseline", "vocab-2"))
+    state = train.init_state(of, optimizer, jax.random.key(0))
+    state = state._replace(optimizer=jax.tree.map(lambda x: x + 1, state.optimizer))
+    flat = Canonical(of, optimizer).flatten(state)
+    there = Canonical(to, optimizer).unflatten(jax.device_get(flat))
+    assert {"params.tail.0.in", "optimizer.0.mu.tail.0.in"} <= set(flat)
+    for before, after in ((state.params, there.params), (state.optimizer[0].mu, there.optimizer[0].mu)):
+        jax.tree.map(np.testing.assert_array_equal, of.layout.unpack(before), to.layout.unpack(after))
+
+
 @pytest.mark.parametrize(("schedule", "method"), combinations())
 def test_a_tail_adds_rings_and_changes_no_other(schedule, method):
     counts = (1,) * 4 if method == "redis" else None
@@ -114,6 +129,41 @@ def test_a_tail_adds_rings_and_changes_no_other(schedule, method):
     assert {ring: after.peaks[ring] for ring in before.peaks} == before.peaks
     in_flight = before.in_flight[plain.placement[-1]]
     assert after.rings["tail_residual"] <= in_flight and "streams" in after.rings
+
+
+def test_an_export_is_the_model_without_its_tail_and_the_tail_beside_it(tmp_path):
+    config = models.named("llama-tiny", layers=2)
+    pipe = pipeline(schedules.build("1f1b", "vocab-2", p=2, m=2), models.build(config, mtp_depth=1))
+    params = pipe.init(jax.random.key(0))
+    huggingface.save(tmp_path / "out", config, params, pipe)
+    canonical = jax.device_get(pipe.layout.unpack(params))
+    found, main = huggingface.load_canonical(tmp_path / "out")
+    assert found.layers == 2 and "tail" not in main
+    jax.tree.map(np.testing.assert_array_equal, main, {k: v for k, v in canonical.items() if k != "tail"})
+    tail = load_file(tmp_path / "out" / "mtp.safetensors")
+    assert len(tail) == len(jax.tree.leaves(canonical["tail"]))
+    kernel = canonical["tail"][0]["project"]["kernel"]
+    np.testing.assert_array_equal(tail["tail.0.project.kernel"], kernel)
+    with pytest.raises(ValueError, match="mtp_depth is 1; weights that predict further tokens are not read"):
+        huggingface.check(tmp_path / "out", pipe)
+
+
+def test_the_cost_model_counts_the_tail_on_the_last_device():
+    gpu = load_gpu("a100-80g")
+    plain, tail = (Cost(Sizes(32 - depths, 3072, 2048, 32_000, depths=depths), gpu) for depths in (0, 1))
+    schedule = schedules.build("1f1b", "vocab-2", p=8, m=16)
+    before, after = plain.durations(schedule), tail.durations(schedule)
+    assert after.F[:-1] == before.F[:-1] and 1.0 < after.F[-1] / before.F[-1] < 1.06  # a projection beside a layer
+    assert 1.5 < after.S / before.S < 2.0 and after.IB == before.IB
+    assert after.hidden_broadcast > 1.5 * before.hidden_broadcast and after.embed_sum == before.embed_sum
+    more = np.subtract(tail.state(schedule), plain.state(schedule))
+    np.testing.assert_allclose(more, [0] * 7 + [18 * 2 * 3072**2])
+    z = tail.sizes
+    assert z.iteration_flops(1) == 31 * z.layer_flops + 2 * z.head_flops + z.layer_flops + 12 * z.bsh * z.hidden
+    simulated = schedules.simulate(schedules.lower(dataclasses.replace(schedule, depths=1)), after)
+    rings = {"ahead", "behind", "streams", "returned", "tail_residual"}
+    assert rings <= set(simulated.program.rings) & set(tail.cell_bytes(schedule))
+    assert tail.peak_bytes(simulated)[-1] > plain.peak_bytes(schedules.simulate(schedules.lower(schedule), before))[-1]
 
 
 def test_each_depth_counts_as_a_layer_of_the_last_stage():
