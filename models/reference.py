@@ -95,7 +95,7 @@ def _logits(model: Model, params: Params, tokens_BL: jax.Array, aux_inputs: AuxI
             ahead_BLD = _ahead(embedded_BLD, k)
             depth_params, own = params["tail"][k - 1], aux_inputs | model.tail_aux_inputs
             streams.append(model.tail.depth(depth_params, streams[-1], ahead_BLD, own))
-        finals = [model.final(params["final"], x_BLD) for x_BLD in streams]
+        finals = [model.final(params["final"], x.reshape(-1, x.shape[-1])).reshape(x.shape) for x in streams]
     head_VD = params["embed"]["tokens"] if model.tied else params["head"]
     return [_capped(model, x_BLD, head_VD) for x_BLD in finals]
 

@@ -224,7 +224,7 @@ class PipelineOptions:
                 f"data_parallel is {copies}; it must divide the {devices // one} copies of the model that the devices "
                 f"have room for ({devices}, of which a copy takes {one})"
             )
-        return make_mesh(self.stages, copies, tensor=self.tensor_parallel)
+        return make_mesh(self.stages, copies, all_devices()[: one * copies], tensor=self.tensor_parallel)
 
     @property
     def devices(self) -> int:
