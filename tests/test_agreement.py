@@ -3,6 +3,7 @@
 from together import run_code
 
 AGREEMENT = """
+import jax
 import numpy as np
 from vocabpp_jax import make_mesh
 
