@@ -32,7 +32,7 @@ from training_run.train_run import (
     sample,
     say_once,
     summarise,
-    validation_loss,
+    validation_losses,
     write_prediction,
 )
 from vocabpp_jax import Pipeline, checkpoints, train
@@ -65,7 +65,7 @@ def join(options: TrainOptions) -> Config:
     try:
         options.check()
         config = options.model.config()
-        options.pipeline.build(config)
+        options.pipeline.build(config, mtp_depth=options.model.mtp_depth)
     except ValueError as problem:
         options.cluster.tell_and_fail(problem)
     options.cluster.join(simulated_devices=options.pipeline.devices)
@@ -196,10 +196,10 @@ class Training:
                 "damaged_data": len(self.run.tokens.damaged),
             }
 
-    def validation_loss(self) -> float:
-        """Mean loss over the validation batches."""
+    def validation_losses(self) -> list[float]:
+        """Mean losses over the validation batches, of the next token and of those beyond."""
         jax.block_until_ready(self.state)  # one program with collectives at a time on devices that share threads
-        return validation_loss(self.run, self._validation, self._evaluate, self.state.params)
+        return validation_losses(self.run, self._validation, self._evaluate, self.state.params)
 
     def save(self) -> None:
         """Begin a checkpoint, where there is a folder for it."""
@@ -238,7 +238,8 @@ def run_training(run: Run) -> str | None:
                     progress.say(f"traced {options.watch.profile} steps to {run.output / 'profile'}")
                 if step % options.eval_every == 0 or last:
                     with progress.paused():
-                        record["validation_loss"] = training.validation_loss()
+                        record["validation_loss"], *further = training.validation_losses()
+                        record |= {f"validation_loss_depth_{k}": x for k, x in enumerate(further, start=1)}
                     progress.say(f"step {step}/{options.steps}  validation loss {record['validation_loss']:.4f}")
                 records.write(**record)
                 if record["skipped_steps"] > kept.max_skipped:

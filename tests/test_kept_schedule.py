@@ -13,7 +13,7 @@ OPTIONS = TrainOptions(pipeline=PipelineOptions(schedule="v-half", method="vocab
 def test_the_schedule_is_read_where_the_same_options_decided_it(tmp_path):
     config = OPTIONS.model.config()
     fitted = OPTIONS.pipeline.build(config, load_gpu("a100-80g"))
-    record = {"schedule": kept_schedule.record(fitted, OPTIONS.pipeline, config)}
+    record = {"schedule": kept_schedule.record(fitted, OPTIONS, config)}
     (tmp_path / "config.json").write_text(json.dumps(record, indent=2))
     plain = OPTIONS.pipeline.build(config)
     assert kept_schedule.decide_schedule(OPTIONS, config, tmp_path) == fitted != plain

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 
-from command_line.options import PipelineOptions
 from training_run.train_options import TrainOptions
 from vocabpp_jax.models import Config
 from vocabpp_jax.runtime import hosts
@@ -24,24 +23,25 @@ def decide_schedule(options: TrainOptions, config: Config, output: Path) -> Sche
     Raises:
         ValueError: what cannot be scheduled.
     """
-    decided_by = inputs(options.pipeline, config)
+    depth = options.model.mtp_depth
+    decided_by = inputs(options, config)
     kept = hosts.from_first(jax.process_index() == 0 and _kept(output, decided_by) or None)
     if kept is not None:
         return formats.from_json(kept)
-    return hosts.agree(lambda: options.pipeline.build(config, known_gpu(jax.devices()[0])))
+    return hosts.agree(lambda: options.pipeline.build(config, known_gpu(jax.devices()[0]), mtp_depth=depth))
 
 
-def inputs(pipeline: PipelineOptions, config: Config) -> dict[str, Any]:
+def inputs(options: TrainOptions, config: Config) -> dict[str, Any]:
     """What of a run's options decides its schedule, as config.json has it."""
     names = ("schedule", "method", "stages", "chunks", "redis_split", "microbatches", "microbatch_size")
     sizes = {name: getattr(config, name) for name in ("layers", "hidden", "seq", "vocab_size")}
-    found = {name: getattr(pipeline, name) for name in (*names, "no_overlap", "fit")} | sizes
-    return json.loads(json.dumps(found))
+    found = {name: getattr(options.pipeline, name) for name in (*names, "no_overlap", "fit")}
+    return found | sizes | {"mtp_depth": options.model.mtp_depth}
 
 
-def record(schedule: Schedule, pipeline: PipelineOptions, config: Config) -> dict[str, Any]:
+def record(schedule: Schedule, options: TrainOptions, config: Config) -> dict[str, Any]:
     """What config.json keeps of it: the options that decided it, and the schedule as one line of JSON."""
-    return {"decided_by": inputs(pipeline, config), "json": formats.to_json(schedule)}
+    return {"decided_by": inputs(options, config), "json": formats.to_json(schedule)}
 
 
 def _kept(output: Path, decided_by: dict[str, Any]) -> str | None:

@@ -98,6 +98,10 @@ class Request:
         for name in ("microbatch_sizes", "stages"):
             if any(value < 1 for value in getattr(self, name)):
                 raise ValueError(f"{name} has {min(getattr(self, name))}; each must be at least 1")
+        if self.model.tail:
+            raise ValueError(
+                f"mtp_depth is {self.model.tail.depths}; the planner knows models that predict the next token only"
+            )
         if not self.memory_bytes > 0:
             raise ValueError(f"memory is {self.memory_bytes}; it must be above 0")
         for name, names in (("schedules", SCHEDULES), ("methods", METHODS)):
@@ -135,8 +139,7 @@ class Request:
         if choice.method != "redis":
             return None
         z = self.sizes
-        rho = z.head_flops / z.layer_flops
-        return redistributed(self.redis_split, layers=z.layers, stages=choice.stages, rho=rho)
+        return redistributed(self.redis_split, layers=z.layers, stages=choice.stages, rho=z.ends_in_layers)
 
     def layer_part(self, tensor: int, residuals: str, split: bool) -> LayerPart:
         """What one of ``tensor`` devices holds of a layer."""
