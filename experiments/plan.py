@@ -16,7 +16,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ from vocabpp_jax.schedules.simulation.cost import load_gpu
 
 SHARDS = hasattr(PipelineOptions, "shard_optimizer")
 """Whether train.py divides the optimizer's state over copies of the model."""
-WIDTH = 150
+WIDTH = 170
 """Of the table, where it does not go to a terminal."""
 XLA_POOL = 0.75
 """The share of a GPU's memory that XLA takes where XLA_PYTHON_CLIENT_MEM_FRACTION does not say otherwise."""
@@ -215,6 +215,14 @@ def record(plans: Sequence[Plan], ranked: Ranked, refused: Sequence[Refused], se
     } | counts
 
 
+def written(option: str, path: str, write: Callable[[], None]) -> None:
+    """Write what an option names, or say in a sentence why it cannot be."""
+    try:
+        write()
+    except OSError as problem:
+        fail(f"{option} is {path}; it cannot be written: {problem.strerror}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options = or_fail(lambda: parse(PlanOptions, __doc__, arguments))
     console = Console(stderr=options.json == "-", width=None if sys.stdout.isatty() else WIDTH)
@@ -227,6 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     compiles = not options.no_compile and bool(request.gpu.target)
     if compiles:
         or_fail(lambda: target.devices(load_gpu(options.gpu), options.gpus))  # says at once why it cannot
+        written("kept", options.kept, lambda: Path(options.kept).mkdir(parents=True, exist_ok=True))
     ranking = plan.Ranking(request)
     began = time.monotonic()
     with console.status("ranking") as status:
@@ -250,7 +259,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_text("output", options.output, plan_file.to_text(model, pipeline, plans[0].json()))
     console.print(f"written to {options.output}: train.py --plan {options.output} runs it")
     if options.plot:
-        draw([*plans, *ranking.smaller(plans[0])], request, Path(options.plot))
+        smaller = ranking.smaller(plans[0])
+        written("plot", options.plot, lambda: draw([*plans, *smaller], request, Path(options.plot)))
 
 
 if __name__ == "__main__":
