@@ -32,6 +32,7 @@ from command_line.options import (
     OptionalInt,
     OptionalStr,
     PipelineOptions,
+    Result,
     fail,
     or_fail,
     parse,
@@ -223,13 +224,22 @@ def written(option: str, path: str, write: Callable[[], None]) -> None:
         fail(f"{option} is {path}; it cannot be written: {problem.strerror}")
 
 
+def on_cores(run: Callable[[Any], Result]) -> Result:
+    """Have this machine's cores run something; where one fails, so does the command."""
+    from planning_run import cpu  # which needs what times pipelines
+    from speed_measure.processes import GroupFailed
+
+    try:
+        return or_fail(lambda: run(cpu))
+    except GroupFailed as problem:
+        fail(str(problem).splitlines()[0], status=1)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options = or_fail(lambda: parse(PlanOptions, __doc__, arguments))
     console = Console(stderr=options.json == "-", width=None if sys.stdout.isatty() else WIDTH)
     if options.measure_cpu:
-        from planning_run.cpu import measure
-
-        or_fail(lambda: measure(Path(options.measure_cpu), console.print))
+        on_cores(lambda cpu: cpu.measure(Path(options.measure_cpu), console.print))
         return
     request = or_fail(options.request)
     compiles = not options.no_compile and bool(request.gpu.target)
@@ -245,10 +255,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(f"{ranked.choices:,} choices ranked in {seconds:.0f} s, {ranked.simulated} simulations")
     plans, refused = list(ranked.plans), []
     if options.time_steps:
-        from planning_run.cpu import timed
-
-        found = or_fail(lambda: timed(plans, lambda choice: options.run_of(request, choice)))
-        console.print(table_of_timed(found))
+        run_of = lambda choice: options.run_of(request, choice)  # noqa: E731
+        console.print(table_of_timed(on_cores(lambda cpu: cpu.timed(plans, run_of))))
     if compiles:
         plans, refused = compiled(options, ranked, console)
         if not plans:

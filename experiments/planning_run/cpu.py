@@ -148,7 +148,7 @@ def as_toml(gpu: GPU) -> str:
 # --- plans, timed ----------------------------------------------------------------------------------------------------
 
 
-def timed(plans: Sequence[Plan], run_of: Callable, rounds: int = 5) -> list[Timed]:
+def timed(plans: Sequence[Plan], run_of: Callable, rounds: int = ROUNDS) -> list[Timed]:
     """A step of every plan, timed in turns on this machine's cores: loss and gradients."""
     left = countdown(60 * MINUTES)
     stages = plans[0].choice.stages
