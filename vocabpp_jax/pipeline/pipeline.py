@@ -24,6 +24,7 @@ from .mesh import DATA, PIPE
 from .model_interface import Model
 from .nccl import keep_launch_order
 from .precision import exact_products
+from .shares import Share
 from .tensor import TENSOR
 
 Params = Any
@@ -39,7 +40,8 @@ class Pipeline:
     a dictionary of ``[m, B, ...]`` arrays. m microbatches, B microbatch size times the data axis, L length. The mask
     may be absent. A label of -100 does not count either; of other ids outside the vocabulary the loss is NaN, or,
     outside ``jax.jit``, they are refused. Parameters are a tree in :attr:`layout`, float32, sharded as
-    :attr:`shardings` says.
+    :attr:`shardings` says: with ``shard_optimizer`` over the axis ``data`` too, and with them whatever is kept for each,
+    such as an optimizer's moments.
 
     Raises:
         ValueError: the schedule is not sound, the mesh has no axis ``data`` or its axis ``pipe`` is not the schedule's
@@ -50,6 +52,7 @@ class Pipeline:
     schedule: Schedule
     mesh: Mesh
     compute_dtype: str = "float32"
+    shard_optimizer: bool = True
     layout: Layout = field(init=False, repr=False)
     _block: Callable = field(init=False, repr=False, compare=False)
     """A layer, or one device's part of it, for the devices of the mesh."""
@@ -67,7 +70,9 @@ class Pipeline:
             )
         check(self.schedule)
         keep_launch_order()
-        object.__setattr__(self, "layout", Layout(self.model, self.schedule, self.mesh.shape.get(TENSOR, 1)))
+        copies = self.mesh.shape[DATA] if self.shard_optimizer else 1
+        layout = Layout(self.model, self.schedule, self.mesh.shape.get(TENSOR, 1), copies)
+        object.__setattr__(self, "layout", layout)
         block = self.model.block if self.layout.tensor == 1 else self.model.tensor.block
         platform = self.mesh.devices.flat[0].platform
         object.__setattr__(self, "_block", block.on(platform) if hasattr(block, "on") else block)
@@ -79,7 +84,7 @@ class Pipeline:
 
     @cached_property
     def shardings(self) -> Params:
-        """The NamedSharding of every parameter."""
+        """The NamedSharding of every parameter, at rest."""
         return jax.tree.map(
             partial(NamedSharding, self.mesh), self.layout.specs(), is_leaf=lambda s: isinstance(s, PartitionSpec)
         )
@@ -130,11 +135,13 @@ class Pipeline:
     def rounded(self, params: Params) -> Params:
         """The parameters as passes take them: a copy in the compute dtype.
 
-        Of an embedding that is not the head too there is none: a lookup rounds the rows that it reads.
+        Of an embedding that is not the head too there is none, where it need not be gathered: a lookup rounds the rows
+        that it reads.
         """
         dtype = jnp.dtype(self.compute_dtype)
         rounded = jax.tree.map(lambda w: w.astype(dtype), params)
-        return rounded if self.layout.head_is_embedding else rounded | {"embed": params["embed"]}
+        read_only = self.layout.data == 1 and not self.layout.head_is_embedding
+        return rounded | {"embed": params["embed"]} if read_only else rounded
 
     def activation_bytes(self, batch: int, length: int, side: Any = None) -> dict[str, int]:
         """Bytes that one microbatch in flight costs on a device, counted from the traced block.
@@ -150,7 +157,7 @@ class Pipeline:
             block = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape[1:], dtype), layer)
             traced.append(linearize(self._block, block, x, side, split=self.schedule.splits_backward))
 
-        layer, specs = self.layout.shapes()["blocks"][0][0], self.layout.specs()["blocks"][0][0]
+        layer, specs = (tree["blocks"][0][0] for tree in (self.layout.shapes_in_use(), self.layout.specs_in_use()))
         jax.eval_shape(jax.shard_map(trace, mesh=self.mesh, in_specs=(specs,), out_specs=None, check_vma=False), layer)
         passes = traced[0]
         return {
@@ -230,8 +237,9 @@ class Pipeline:
         return jax.lax.psum(loss, DATA), grads, counters
 
     def _executor(self, program: Program, observe: bool, params: Params, batch: Batch) -> Executor:
-        """What one device runs, from its part of the parameters and of the batch."""
-        rounded = self.rounded(params)
+        """What one device runs, from its part of the parameters at rest and of the batch."""
+        with jax.named_scope("gather"):
+            rounded = jax.tree.map(Share.gather, self.layout.shares, self.rounded(params))
         blocks = jax.tree.map(lambda w: w.reshape(w.shape[1:]), rounded["blocks"])
         tables = {k: v for k, v in rounded.items() if k != "blocks"}
         if not self.layout.sharded:
@@ -242,7 +250,7 @@ class Pipeline:
         model = self.model
         if not program.schedule.trains:
             model = replace(model, loss=Loss(soft_cap=model.loss.soft_cap))
-        layout = Layout(model, program.schedule, self.layout.tensor)
+        layout = replace(self.layout, model=model, schedule=program.schedule)
         vocabulary = VocabularySteps(
             layout,
             tables,
@@ -275,22 +283,26 @@ class Pipeline:
         return self.model.layer_side[0] if self.model.layer_side else {}
 
     def _gradients(self, state: dict[str, Any], params: Params) -> Params:
-        """The accumulated gradients as a tree like the parameters, summed over what they have to be summed over."""
+        """The accumulated gradients as a tree like the parameters at rest, summed over what they have to be summed
+        over."""
         grads = {
             "blocks": tuple(state[f"grads.blocks.{c}"] for c in range(len(params["blocks"]))),
             "embed": {k: state[f"grads.embed.{k}"] for k in params["embed"]},
-            "final": jax.lax.psum(state["grads.final"], PIPE),
+            "final": state["grads.final"],
         }
         if "head" in params:
             grads["head"] = state["grads.head"]
+        grads = jax.tree.map(lambda g, w: g.reshape((1,) * (w.ndim - g.ndim) + g.shape), grads, params)
+        if self.mesh.shape[DATA] > 1:
+            with jax.named_scope("scatter"):
+                grads = jax.tree.map(Share.scatter, self.layout.shares, grads)
+        grads["final"] = jax.lax.psum(grads["final"], PIPE)
         if self.layout.tied_across:
             table = jax.lax.psum(grads["embed"]["tokens"], PIPE)
             first, last = self.schedule.placement[0], self.schedule.placement[-1]
             d = jax.lax.axis_index(PIPE)
             grads["embed"]["tokens"] = jnp.where((d == first) | (d == last), table, 0)
-        if self.mesh.shape[DATA] > 1:
-            grads = jax.lax.psum(grads, DATA)
-        return jax.tree.map(lambda g, w: g.reshape(w.shape), grads, params)
+        return grads
 
 
 def _shape(a: Any) -> jax.ShapeDtypeStruct:

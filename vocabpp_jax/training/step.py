@@ -40,11 +40,13 @@ def shapes(pipe: Pipeline, optimizer: optax.GradientTransformation) -> State:
 def shardings(pipe: Pipeline, optimizer: optax.GradientTransformation) -> State:
     """The sharding of every leaf of the state: moments lie where their parameters do, the rest everywhere."""
     everywhere = NamedSharding(pipe.mesh, PartitionSpec())
+    whole = shapes(pipe, optimizer)
     moments = optax.tree_utils.tree_map_params(
         optimizer,
-        lambda _, sharding: sharding,
-        shapes(pipe, optimizer).optimizer,
+        lambda x, sharding, param: sharding if x.shape == param.shape else everywhere,
+        whole.optimizer,
         pipe.shardings,
+        whole.params,
         transform_non_params=lambda _: everywhere,
     )
     return State(everywhere, pipe.shardings, moments, everywhere)
