@@ -34,7 +34,7 @@ from training_run.train_run import (
     whole_ones,
     write_prediction,
 )
-from vocabpp_jax import Pipeline, checkpoints, train
+from vocabpp_jax import checkpoints, train
 from vocabpp_jax.data import TokenizedCorpus, load_tokens, prefetched
 from vocabpp_jax.models import Config, huggingface
 from vocabpp_jax.runtime import hosts
@@ -84,7 +84,7 @@ def prepare(options: TrainOptions, config: Config, schedule: Schedule) -> Run:
     mesh = hosts.agree(options.pipeline.mesh)
     if (gpu := known_gpu(jax.devices()[0])) is not None:
         schedule = hosts.agree(lambda: options.pipeline.build(config, gpu))
-    pipe = Pipeline(options.model.build(), schedule, mesh, compute_dtype=config.dtype)
+    pipe = options.pipeline.pipeline(options.model.build(), schedule, mesh, config.dtype)
     if options.pretrained:
         hosts.agree(lambda: huggingface.check(options.model.folder, pipe))
     optimizer = adamw(

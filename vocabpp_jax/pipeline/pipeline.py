@@ -40,8 +40,7 @@ class Pipeline:
     a dictionary of ``[m, B, ...]`` arrays. m microbatches, B microbatch size times the data axis, L length. The mask
     may be absent. A label of -100 does not count either; of other ids outside the vocabulary the loss is NaN, or,
     outside ``jax.jit``, they are refused. Parameters are a tree in :attr:`layout`, float32, sharded as
-    :attr:`shardings` says: with ``shard_optimizer`` over the axis ``data`` too, and with them whatever is kept for each,
-    such as an optimizer's moments.
+    :attr:`shardings` says: with ``shard_optimizer`` over the axis ``data`` too, as is what an optimizer keeps for them.
 
     Raises:
         ValueError: the schedule is not sound, the mesh has no axis ``data`` or its axis ``pipe`` is not the schedule's

@@ -11,13 +11,15 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ..pipeline.pipeline import Batch, Pipeline
+from .elementwise import refuse_mixing
 
 Metrics = dict[str, jax.Array]
 
 
 class State(NamedTuple):
     """What training carries: steps done, float32 master parameters in the pipeline's layout, optimizer state, and how
-    many of the steps were skipped because their loss or gradient was not finite."""
+    many of the steps were skipped because their loss or gradient was not finite. Parameters and what the optimizer
+    keeps for each are shared between the copies of the model, if the pipeline says ``shard_optimizer``."""
 
     step: jax.Array
     params: Any
@@ -88,7 +90,11 @@ def make_step(
 
     Metrics are scalars, the same on every device: ``loss`` (mean over valid tokens), ``grad_norm`` before clipping,
     ``skipped`` steps so far.
+
+    Raises:
+        ValueError: the optimizer does not treat every entry by itself, or what :meth:`.Pipeline.jit` refuses.
     """
+    refuse_mixing(optimizer, pipe.layout.shapes())
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         loss, grads = pipe.value_and_grad(state.params, batch)

@@ -1,0 +1,175 @@
+"""Copies of the model that share its parameters and the optimizer's state train as one copy does."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+from test_checkpoints import KEY, L, V, load, save, small_model
+
+from vocabpp_jax import Pipeline, checkpoints, compiled, make_mesh, schedules, train
+from vocabpp_jax.pipeline.shares import Share, share_of
+from vocabpp_jax.pipeline.weight_streaming import assemble, canonical_leaves
+from vocabpp_jax.training.elementwise import refuse_mixing
+
+M, B = 2, 12
+
+
+def pipeline(data, p=2, method="vocab-2", tied=False, width=32, **options) -> Pipeline:
+    mesh = make_mesh(p, data, devices=jax.devices()[: p * data])
+    return Pipeline(small_model(4, tied, width), schedules.build("1f1b", method, p=p, m=M), mesh, **options)
+
+
+def adamw(pipe):
+    # An eps like a gradient's size: with a tiny one the first steps magnify the last bits of small gradients.
+    return optax.adamw(1e-2, eps=1e-2, weight_decay=0.1, mask=lambda _: pipe.layout.matrices())
+
+
+def batch(seed):
+    tokens = np.random.default_rng(seed).integers(0, V, (M, B, L + 1), dtype=np.int32)
+    return {"tokens": tokens[..., :-1], "labels": tokens[..., 1:]}
+
+
+def trained(pipe, steps=10, bad=4):
+    """Canonical parameters and moments after some steps, one of which has a label that is none."""
+    optimizer = adamw(pipe)
+    state, step = train.init_state(pipe, optimizer, KEY), train.make_step(pipe, optimizer, clip=0.1)
+    measured = []
+    for k in range(steps):
+        data = batch(k)
+        if k == bad:
+            data["labels"][0, 0, 0] = 10 * V
+        before, (state, metrics) = state, step(state, data)
+        assert all(x.is_deleted() for x in jax.tree.leaves(before.params))
+        measured.append({name: float(value) for name, value in metrics.items()})
+    return jax.device_get(checkpoints.Canonical(pipe, optimizer).flatten(state)), measured
+
+
+@pytest.fixture(scope="module")
+def one_copy():
+    return {key: trained(pipeline(1, method=key[0], tied=key[1])) for key in (("vocab-2", False), ("baseline", True))}
+
+
+@pytest.mark.parametrize(
+    ("data", "method", "tied"),
+    [(2, "vocab-2", False), (4, "vocab-2", False), (3, "vocab-2", False), (4, "baseline", True)],
+    ids=["2", "4", "3, padded", "4, unsharded and tied"],
+)
+def test_ten_steps_are_those_of_one_copy_and_the_bad_one_is_skipped(one_copy, data, method, tied):
+    (got, measured), (want, expected) = trained(pipeline(data, method=method, tied=tied)), one_copy[method, tied]
+    for a, b in zip(measured, expected, strict=True):
+        assert a == pytest.approx(b, rel=1e-5, nan_ok=True)
+    assert measured[-1]["skipped"] == 1 and np.isnan(measured[4]["loss"])
+    for name, array in want.items():
+        np.testing.assert_allclose(got[name], array, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_gradients_are_scattered_and_only_rounded_weights_are_gathered():
+    pipe = pipeline(4, compute_dtype="bfloat16")
+    program = compiled.Programs(pipe, adamw(pipe), B // 4, L)
+    (step,) = program._step()
+    lowered = step.lower()
+    gathers = re.findall(r"stablehlo.all_gather.*?: \(tensor<[\dx]*x(\w+)>\)", lowered.as_text())
+    assert gathers and set(gathers) == {"bf16"}
+    text = lowered.compile().as_text()
+    sums = [compiled.hlo.shape_bytes(shape) for shape in re.findall(r"= (\S+) all-reduce\(", text)]
+    scattered = [compiled.hlo.shape_bytes(shape) for shape in re.findall(r"= (\S+) reduce-scatter\(", text)]
+    assert max(scattered) >= 4 * 32 * 32 // 4 and max(sums) <= 4 * 32  # a norm's part, which all stages sum
+
+
+@pytest.mark.parametrize("data", [2, 4])
+def test_a_device_keeps_its_share_of_parameters_and_moments(data):
+    one, several = (
+        compiled.state_bytes(pipe, adamw(pipe)) for pipe in (pipeline(1, width=192), pipeline(data, width=192))
+    )
+    assert several.parameters == pytest.approx(one.parameters / data, rel=0.01)
+    assert several.optimizer == pytest.approx(one.optimizer / data, rel=0.01)
+    assert several.gradients == pytest.approx(one.gradients, rel=0.01) and several.rounded == several.gradients
+
+
+def test_where_the_copies_do_not_share_each_keeps_all():
+    pipe = pipeline(2, shard_optimizer=False)
+    assert pipe.layout.specs() == pipe.layout.specs_in_use()
+    assert compiled.state_bytes(pipe, adamw(pipe)) == compiled.state_bytes(pipeline(1), adamw(pipeline(1)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec", "share", "at_rest"),
+    [
+        ((2, 12, 8), P("pipe"), Share(1, 4), P("pipe", "data")),
+        ((2, 6, 8), P("pipe"), Share(2, 4), P("pipe", None, "data")),
+        ((2, 30, 9), P("pipe"), Share(1, 4, 2), P("pipe", "data")),
+        ((2, 8, 9), P("pipe", "tensor"), Share(1, 4), P("pipe", ("tensor", "data"))),
+        ((2, 18, 40), P("pipe", "tensor"), Share(2, 4), P("pipe", "tensor", "data")),
+        ((64, 6), P(("pipe", "tensor")), Share(0, 4), P(("pipe", "tensor", "data"))),
+        ((2, 3), P("pipe"), Share(), P("pipe")),
+        ((), P(), Share(), P()),
+    ],
+)
+def test_a_parameter_is_cut_where_that_takes_the_least_padding(shape, spec, share, at_rest):
+    found = share_of(shape, spec, {"pipe": 2, "tensor": 2}, copies=4)
+    assert found == share and found.spec(spec) == at_rest
+    x = jnp.arange(np.prod(shape, dtype=int)).reshape(shape)
+    assert jnp.array_equal(found.cut(found.pad(x)), x)
+
+
+@pytest.mark.parametrize(("data", "method"), [(2, "baseline"), (3, "vocab-2"), (3, "baseline")])
+def test_parameters_are_drawn_read_and_written_where_they_are_at_rest(data, method):
+    pipe = pipeline(data, method=method)
+    drawn, canonical = pipe.init(KEY), jax.device_get(jax.jit(pipe.model.init)(KEY))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(drawn), pipe.layout.pack(canonical))
+    assert jax.tree.map(lambda x: x.sharding, drawn) == pipe.shardings
+
+    def read(path, index):
+        leaf = canonical
+        for key in path:
+            leaf = leaf[key]
+        return leaf[index]
+
+    jax.tree.map(np.testing.assert_array_equal, assemble(pipe, read), drawn)
+    for (_, got), want in zip(canonical_leaves(pipe.layout, drawn), jax.tree.leaves(canonical), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_checkpoints_go_to_other_devices_and_back_to_the_bit_and_training_goes_on_exactly(tmp_path):
+    def of(p, data):
+        pipe = pipeline(data, p)
+        return pipe, adamw(pipe), checkpoints.Canonical(pipe, adamw(pipe))
+
+    pipe, optimizer, canonical = of(4, 2)
+    step = train.make_step(pipe, optimizer)
+    state, _ = step(train.init_state(pipe, optimizer, KEY), batch(0))
+    save(tmp_path / "there", canonical, state)
+    few = of(2, 1)[2]
+    save(tmp_path / "back", few, load(tmp_path / "there", few).state)
+    back = load(tmp_path / "back", canonical).state
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(back), jax.device_get(state))
+    jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim) or pytest.fail(), back, state)
+    jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(step(x, batch(1))) for x in (state, back)))
+
+
+ALLOWED = {
+    "adamw": optax.adamw(optax.piecewise_interpolate_schedule("linear", 1e-2, {10: 0.5, 20: 0.1})),
+    "lion": optax.lion(1e-2),
+    "sgd": optax.sgd(1e-2, momentum=0.9),
+    "several": optax.MultiSteps(optax.adam(1e-2), 2).gradient_transformation(),
+    "finite": optax.apply_if_finite(optax.adam(1e-2), 3),
+}
+REFUSED = {
+    "lamb": optax.lamb(1e-2),
+    "adafactor": optax.adafactor(1e-2, min_dim_size_to_factor=4),
+    "clipped": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2)),
+    "muon": optax.contrib.muon(1e-2),
+}
+
+
+@pytest.mark.parametrize("name", ALLOWED | REFUSED)
+def test_an_optimizer_that_needs_whole_parameters_is_refused(name):
+    if name in ALLOWED:
+        refuse_mixing(ALLOWED[name], pipeline(2).layout.shapes())
+    else:
+        with pytest.raises(ValueError, match="optimizer mixes the entries of a parameter .*make_step's clip"):
+            train.make_step(pipeline(2), REFUSED[name])
