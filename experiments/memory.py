@@ -151,7 +151,7 @@ def report(options: MemoryOptions) -> tuple[Report, str]:
         "parameters": state.parameters,
         "optimizer": state.optimizer,
         "gradients": state.gradients,
-        "weights in use": state.rounded,
+        "rounded weights": state.rounded,
         "activations in flight": sum(buffers.get(ring, 0) for ring in RINGS),
         "other buffers": sum(n for name, n in buffers.items() if name not in RINGS and not name.startswith("grads.")),
     }

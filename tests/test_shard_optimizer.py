@@ -18,9 +18,9 @@ from vocabpp_jax.training.elementwise import refuse_mixing
 M, B = 2, 12
 
 
-def pipeline(data, p=2, method="vocab-2", tied=False, width=32, **options) -> Pipeline:
+def pipeline(data, p=2, method="vocab-2", tied=False, width=32, layers=2, **options) -> Pipeline:
     mesh = make_mesh(p, data, devices=jax.devices()[: p * data])
-    return Pipeline(small_model(4, tied, width), schedules.build("1f1b", method, p=p, m=M), mesh, **options)
+    return Pipeline(small_model(layers, tied, width), schedules.build("1f1b", method, p=p, m=M), mesh, **options)
 
 
 def adamw(pipe):
@@ -116,7 +116,7 @@ def test_a_parameter_is_cut_where_that_takes_the_least_padding(shape, spec, shar
     assert jnp.array_equal(found.cut(found.pad(x)), x)
 
 
-@pytest.mark.parametrize(("data", "method"), [(2, "baseline"), (3, "vocab-2"), (3, "baseline")])
+@pytest.mark.parametrize(("data", "method"), [(3, "vocab-2"), (2, "baseline")])
 def test_parameters_are_drawn_read_and_written_where_they_are_at_rest(data, method):
     pipe = pipeline(data, method=method)
     drawn, canonical = pipe.init(KEY), jax.device_get(jax.jit(pipe.model.init)(KEY))
@@ -136,7 +136,7 @@ def test_parameters_are_drawn_read_and_written_where_they_are_at_rest(data, meth
 
 def test_checkpoints_go_to_other_devices_and_back_to_the_bit_and_training_goes_on_exactly(tmp_path):
     def of(p, data):
-        pipe = pipeline(data, p)
+        pipe = pipeline(data, p, layers=4)
         return pipe, adamw(pipe), checkpoints.Canonical(pipe, adamw(pipe))
 
     pipe, optimizer, canonical = of(4, 2)
