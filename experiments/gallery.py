@@ -12,12 +12,13 @@ from pathlib import Path
 
 from command_line.options import parse
 from vocabpp_jax.schedules import GPU, SCHEDULES, build, lower, methods_of
+from vocabpp_jax.schedules.simulation.durations import Durations
 from vocabpp_jax.schedules.simulation.pictures import draw, save
-from vocabpp_jax.schedules.simulation.simulator import Durations, simulate
+from vocabpp_jax.schedules.simulation.simulator import simulate
 from vocabpp_jax.schedules.simulation.timeline import Timeline
 
 HEAD = 3.0  # forward and backward of the whole output layer
-NETWORK = dict(C0=0.08, big=0.12, CI=0.08, CB=0.08, stats=0.02, max=0.02)
+NETWORK = dict(hidden_broadcast=0.08, grad_sum=0.12, embed_sum=0.08, embed_grad_broadcast=0.08, stats=0.02, max=0.02)
 REDIS = (5, 5, 5, 1)  # the published rule for 16 layers and a head worth 4 of them
 
 LARGE = (32, 64)  # devices, microbatches

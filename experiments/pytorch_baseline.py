@@ -51,7 +51,7 @@ class Rank:
         dist.init_process_group("nccl" if self.gpus else "gloo", rank=rank, world_size=ranks, **where)
         name = torch.cuda.get_device_name(self.device) if self.gpus else "cpu"
         dist.barrier()
-        calmed = {} if self.gpus else {"calmed": processes.calm_transport()}
+        calmed = {} if self.gpus else {"calmed": processes.deprioritize_network_threads()}
         return {"device": name, "devices": ranks, "torch": torch.__version__} | calmed
 
     def prepare(

@@ -22,9 +22,10 @@ from vocabpp_jax.schedules import METHODS, SCHEDULES, Schedule, build, lower, me
 from vocabpp_jax.schedules.layers import redistributed
 from vocabpp_jax.schedules.simulation import formats
 from vocabpp_jax.schedules.simulation.cost import Cost, load_gpu
+from vocabpp_jax.schedules.simulation.durations import Durations
 from vocabpp_jax.schedules.simulation.measured import MeasuredRun, errors, read_pass_times
 from vocabpp_jax.schedules.simulation.pictures import draw, save, title_of
-from vocabpp_jax.schedules.simulation.simulator import COMPILED, FREE, GPU, ON_CPUS, Durations, Rules, simulate
+from vocabpp_jax.schedules.simulation.simulator import COMPILED, FREE, GPU, ON_CPUS, Rules, simulate
 from vocabpp_jax.schedules.simulation.timeline import Timeline
 
 RULES = {"gpu": GPU, "asynchronous": Rules("asynchronous"), "blocking": COMPILED, "on-cpus": ON_CPUS, "free": FREE}

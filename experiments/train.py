@@ -27,11 +27,11 @@ from training_run.train_run import (
     Run,
     describe,
     hardware_record,
+    how_to_resume,
     sample,
     say_once,
     summarise,
     validation_loss,
-    whole_ones,
     write_prediction,
 )
 from vocabpp_jax import checkpoints, train
@@ -261,7 +261,7 @@ def run_training(run: Run) -> str | None:
     if signal and not last:
         if not run.writer:
             raise Stop(f"{signal} at step {step}", agreed=True)
-        say_once(f"{signal} at step {step}: {whole_ones(run)}")
+        say_once(f"{signal} at step {step}: {how_to_resume(run)}")
         return signal
     training.export()
     if first:
@@ -293,7 +293,7 @@ def train_to_the_end(options: TrainOptions, config: Config, schedule: Schedule) 
             raise
         agreed = isinstance(problem, Stop) and problem.agreed
         why = str(problem) if isinstance(problem, Stop) else f"{problem.filename or run.output}: {reason(problem)}"
-        leave(f"{why}; {whole_ones(run)}", 1, agreed)
+        leave(f"{why}; {how_to_resume(run)}", 1, agreed)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,44 +12,44 @@ import jax.numpy as jnp
 
 from vocabpp_jax.models.config import Config, attention_implementation
 from vocabpp_jax.models.document_attention import attend_in_documents
-from vocabpp_jax.pipeline.model_interface import Side
+from vocabpp_jax.pipeline.model_interface import AuxInputs
 from vocabpp_jax.pipeline.precision import exact_products
 
 F32 = jnp.float32
 _QUERIES, _MOST_BLOCKS = 128, 4  # fewest queries of a block of written-out attention, and most blocks
 
 
-def attend(config: Config, q: jax.Array, k: jax.Array, v: jax.Array, side: Side) -> jax.Array:
+def attend(config: Config, q: jax.Array, k: jax.Array, v: jax.Array, aux_inputs: AuxInputs) -> jax.Array:
     """Causal attention inside documents: ``q [B, L, H, K]``, ``k`` and ``v [B, L, G, K]``, ``-> [B, L, H, K]``."""
     if attention_implementation(config) == "cudnn":
-        if "segment_ids" in side:
-            return attend_in_documents(q, k, v, side["segment_ids"], "cudnn")
+        if "segment_ids" in aux_inputs:
+            return attend_in_documents(q, k, v, aux_inputs["segment_ids"], "cudnn")
         length = q.shape[1]
         if length % 2:  # cuDNN's kernels are for even lengths; no query sees a key behind the end
             q, k, v = (jnp.pad(a, ((0, 0), (0, 1), (0, 0), (0, 0))) for a in (q, k, v))
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")[:, :length]
-    return written_out(q, k, v, reach(q.shape[1], side), scale=config.head_width**-0.5)
+    return blocked_attention(q, k, v, attention_mask(q.shape[1], aux_inputs), scale=config.head_width**-0.5)
 
 
-def reach(length: int, side: Side, window: jax.Array | int | None = None) -> jax.Array:
+def attention_mask(length: int, aux_inputs: AuxInputs, window: jax.Array | int | None = None) -> jax.Array:
     """Which keys a query sees, ``[B or 1, 1, L, M]``: the last ``window`` of its document, itself included."""
     back = jnp.arange(length)[:, None] - jnp.arange(length)
     seen = (back >= 0)[None, None]
     if window is not None:
         seen &= back < window
-    documents = _same_document(side)
+    documents = _same_document(aux_inputs)
     return seen if documents is None else seen & documents
 
 
-def _same_document(side: Side) -> jax.Array | None:
+def _same_document(aux_inputs: AuxInputs) -> jax.Array | None:
     """``[B, 1, L, M]``, or None where a row is one document."""
-    if "segment_ids" not in side:
+    if "segment_ids" not in aux_inputs:
         return None
-    ids_BL = side["segment_ids"]
+    ids_BL = aux_inputs["segment_ids"]
     return ids_BL[:, None, :, None] == ids_BL[:, None, None, :]
 
 
-def written_out(
+def blocked_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, *, scale: float, cap: float | None = None
 ) -> jax.Array:
     """``softmax(scale · q kᵀ) v`` over what is seen, which is nothing behind the query; with ``cap`` the scores are

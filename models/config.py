@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from vocabpp_jax.pipeline.mesh import GPU_PLATFORMS
-from vocabpp_jax.pipeline.model_interface import Side
+from vocabpp_jax.pipeline.model_interface import AuxInputs
 from vocabpp_jax.vocab import Loss
 
 _AUTO_CUDNN_HEAD = 128  # the widest head that cuDNN's flash attention takes on every GPU since Ampere
@@ -118,7 +118,7 @@ class Config:
         return Loss()
 
     @property
-    def layer_side(self) -> tuple[Side, ...]:
+    def layer_aux_inputs(self) -> tuple[AuxInputs, ...]:
         """What differs between layers and is not trained, see :class:`vocabpp_jax.pipeline.Model`."""
         return ()
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from vocabpp_jax.models.config import Config, attention_implementation
-from vocabpp_jax.pipeline.model_interface import Model, Params, Side, TensorSplit
+from vocabpp_jax.pipeline.model_interface import AuxInputs, Model, Params, TensorSplit
 from vocabpp_jax.pipeline.precision import exact_products
 from vocabpp_jax.pipeline.tensor import TENSOR
 
@@ -57,7 +57,7 @@ def build(config: Config) -> Model:
         tied=config.tie_embeddings,
         embed_scale=config.embed_scale,
         loss=config.loss,
-        layer_side=config.layer_side,
+        layer_aux_inputs=config.layer_aux_inputs,
         tensor=TensorSplit(
             block=PureBlock(config, TENSOR),
             specs=jax.tree_util.tree_map_with_path(_spec, shapes),
@@ -96,8 +96,8 @@ class PureBlock:
         graphdef = _graphdef(lambda rngs: self.config.block(rngs, self.axis))
         object.__setattr__(self, "_graphdef", graphdef)
 
-    def __call__(self, params: Params, x_BLD: jax.Array, side: Side) -> jax.Array:
-        return nnx.merge(self._graphdef, params)(x_BLD, side)
+    def __call__(self, params: Params, x_BLD: jax.Array, aux_inputs: AuxInputs) -> jax.Array:
+        return nnx.merge(self._graphdef, params)(x_BLD, aux_inputs)
 
     def on(self, platform: str) -> PureBlock:
         """The layer with the attention that the devices of a platform have."""
@@ -131,11 +131,11 @@ class Decoder(nnx.Module):
         x_BLD = cast.tokens[...][tokens_BL] * jnp.asarray(config.embed_scale, config.dtype)
         if config.positions is not None:
             x_BLD = x_BLD + cast.positions[:L]
-        side = {} if segment_ids is None else {"segment_ids": segment_ids}
+        aux_inputs = {} if segment_ids is None else {"segment_ids": segment_ids}
         head_VD = cast.tokens[...] if config.tie_embeddings else cast.head[...]
         with exact_products(config.dtype):
-            for block, own in zip(cast.blocks, config.layer_side or ({},) * config.layers, strict=True):
-                x_BLD = block(x_BLD, side | own)
+            for block, own in zip(cast.blocks, config.layer_aux_inputs or ({},) * config.layers, strict=True):
+                x_BLD = block(x_BLD, aux_inputs | own)
             logits_BLV = jnp.einsum("BLD,VD->BLV", cast.final(x_BLD), head_VD, preferred_element_type=jnp.float32)
         cap = config.loss.soft_cap
         return logits_BLV if cap is None else cap * jnp.tanh(logits_BLV / cap)

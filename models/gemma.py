@@ -11,11 +11,11 @@ import numpy as np
 from flax import nnx
 
 from vocabpp_jax.models import parts
-from vocabpp_jax.models.attention import reach, written_out
+from vocabpp_jax.models.attention import attention_mask, blocked_attention
 from vocabpp_jax.models.config import RotaryConfig
 from vocabpp_jax.models.norms import RMSNorm
 from vocabpp_jax.models.parts import GatedMLP, RotaryAttention
-from vocabpp_jax.pipeline.model_interface import Side
+from vocabpp_jax.pipeline.model_interface import AuxInputs
 from vocabpp_jax.vocab import Loss
 
 
@@ -58,7 +58,7 @@ class GemmaConfig(RotaryConfig):
         return Loss(soft_cap=self.logit_cap)
 
     @property
-    def layer_side(self) -> tuple[Side, ...]:
+    def layer_aux_inputs(self) -> tuple[AuxInputs, ...]:
         return tuple({"window": np.int32(self.span(layer))} for layer in range(self.layers))
 
     def span(self, layer: int) -> int:
@@ -73,14 +73,14 @@ def _norm(config: GemmaConfig) -> functools.partial:
     return functools.partial(RMSNorm, epsilon=config.norm_epsilon, offset=1.0)
 
 
-def attend(config: GemmaConfig, q: jax.Array, k: jax.Array, v: jax.Array, side: Side) -> jax.Array:
-    """Causal attention with capped scores, no further back than ``side["window"]``."""
-    seen = reach(q.shape[1], side, side["window"])
-    return written_out(q, k, v, seen, scale=config.query_scalar**-0.5, cap=config.attention_cap)
+def attend(config: GemmaConfig, q: jax.Array, k: jax.Array, v: jax.Array, aux_inputs: AuxInputs) -> jax.Array:
+    """Causal attention with capped scores, no further back than ``aux_inputs["window"]``."""
+    seen = attention_mask(q.shape[1], aux_inputs, aux_inputs["window"])
+    return blocked_attention(q, k, v, seen, scale=config.query_scalar**-0.5, cap=config.attention_cap)
 
 
 class Block(parts.Block):
-    """One layer: each branch normed before and after. ``side["window"]`` says how far back attention sees."""
+    """One layer: each branch normed before and after. ``aux_inputs["window"]`` says how far back attention sees."""
 
     def __init__(self, config: GemmaConfig, axis: str | None, rngs: nnx.Rngs):
         norm = _norm(config)
@@ -89,9 +89,9 @@ class Block(parts.Block):
         super().__init__(config, attention, GatedMLP(config, axis, rngs, norm=norm, activation=activation))
         self.after_attention, self.after_mlp = norm(config.hidden), norm(config.hidden)
 
-    def layer(self, x_BLD: jax.Array, side: Side) -> jax.Array:
-        after = parts.cheap(self.config, lambda norm, branch_BLD: norm(branch_BLD))
-        x_BLD = x_BLD + after(self.after_attention, self.attention(x_BLD, side))
+    def layer(self, x_BLD: jax.Array, aux_inputs: AuxInputs) -> jax.Array:
+        after = parts.recompute_if_selective(self.config, lambda norm, branch_BLD: norm(branch_BLD))
+        x_BLD = x_BLD + after(self.after_attention, self.attention(x_BLD, aux_inputs))
         return x_BLD + after(self.after_mlp, self.mlp(x_BLD))
 
 

@@ -15,8 +15,8 @@ from flax import nnx
 from vocabpp_jax.models.attention import attend
 from vocabpp_jax.models.config import Config
 from vocabpp_jax.models.norms import LayerNorm
-from vocabpp_jax.models.parts import Block, cheap, linear, merged_heads_linear, row_linear
-from vocabpp_jax.pipeline.model_interface import Side
+from vocabpp_jax.models.parts import Block, linear, merged_heads_linear, recompute_if_selective, row_linear
+from vocabpp_jax.pipeline.model_interface import AuxInputs
 from vocabpp_jax.pipeline.tensor import enter
 
 NORM_EPSILON = 1e-5
@@ -58,11 +58,11 @@ class Attention(nnx.Module):
         self.qkv = linear(D, 3 * D, config.init_std, rngs, bias=True)
         self.out = linear(D, D, config.out_std, rngs, bias=True)
 
-    def __call__(self, x_BLD: jax.Array, side: Side) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, aux_inputs: AuxInputs) -> jax.Array:
         project = functools.partial(_norm_qkv, self.config.head_width, self.axis)
-        q, k, v = cheap(self.config, project)(self.norm, self.qkv, x_BLD)
-        a_BLHK = attend(self.config, q, k, v, side)
-        return cheap(self.config, functools.partial(merged_heads_linear, self.axis))(self.out, a_BLHK)
+        q, k, v = recompute_if_selective(self.config, project)(self.norm, self.qkv, x_BLD)
+        a_BLHK = attend(self.config, q, k, v, aux_inputs)
+        return recompute_if_selective(self.config, functools.partial(merged_heads_linear, self.axis))(self.out, a_BLHK)
 
 
 def _norm_qkv(
@@ -93,7 +93,9 @@ class MLP(nnx.Module):
         def down(layer: nnx.Linear, u: jax.Array) -> jax.Array:
             return row_linear(layer, nnx.gelu(u, approximate=True), axis)
 
-        return cheap(self.config, down)(self.down, cheap(self.config, up)(self.norm, self.up, x_BLD))
+        return recompute_if_selective(self.config, down)(
+            self.down, recompute_if_selective(self.config, up)(self.norm, self.up, x_BLD)
+        )
 
 
 _PUBLISHED = {  # arXiv 2411.05288, tables 1 and 2; each was also run with seq 4096 and vocabularies up to 256000

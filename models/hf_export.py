@@ -265,4 +265,4 @@ def _theirs(architecture: Architecture, config: Config, path: Path, weight: Any)
     weight = np.asarray(weight)
     if architecture.reordered(path):
         return by_kind(weight, config.heads)
-    return weight.T if architecture.turned(path) else weight
+    return weight.T if architecture.is_transposed(path) else weight

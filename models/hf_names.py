@@ -53,7 +53,7 @@ class Architecture:
         name = self.outer[".".join(map(str, path))]
         return name if path == ("head",) else self.prefix + name
 
-    def turned(self, path: Path) -> bool:
+    def is_transposed(self, path: Path) -> bool:
         """Whether a leaf's axes are theirs in reverse."""
         return self.transposed and path[-1] == "kernel"
 

@@ -94,7 +94,7 @@ def _reader(
 
     wanted = {stored(path): path for path, _ in leaves(shapes)}
     for path, shape in leaves(shapes):
-        theirs = shape.shape[::-1] if architecture.turned(path) else shape.shape
+        theirs = shape.shape[::-1] if architecture.is_transposed(path) else shape.shape
         name = stored(path)
         if name not in entries:
             raise ValueError(f"{folder} has no tensor {name!r}, which is to be of shape {list(theirs)}")
@@ -116,6 +116,6 @@ def _reader(
         name = stored(path)
         if architecture.reordered(path):
             return by_head(tensors.read(name, tuple(slice(None) for _ in index)), config.heads)[index]
-        return tensors.read(name, index[::-1]).T if architecture.turned(path) else tensors.read(name, index)
+        return tensors.read(name, index[::-1]).T if architecture.is_transposed(path) else tensors.read(name, index)
 
     return read

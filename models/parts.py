@@ -28,7 +28,7 @@ from vocabpp_jax.models.attention import attend
 from vocabpp_jax.models.config import Config, RotaryConfig
 from vocabpp_jax.models.norms import RMSNorm
 from vocabpp_jax.models.rotary import frequencies, rotated
-from vocabpp_jax.pipeline.model_interface import Side
+from vocabpp_jax.pipeline.model_interface import AuxInputs
 from vocabpp_jax.pipeline.tensor import enter, leave
 
 
@@ -39,7 +39,7 @@ def recomputed(function: Callable) -> Callable:
     return jax.checkpoint(function, prevent_cse=False)
 
 
-def cheap(config: Config, function: Callable) -> Callable:
+def recompute_if_selective(config: Config, function: Callable) -> Callable:
     """A function that ``selective`` recomputes, its matrix product excepted."""
     return recomputed(function) if config.residuals == "selective" else function
 
@@ -85,17 +85,17 @@ class RotaryAttention(nnx.Module):
         if head_norms:
             self.q_norm, self.k_norm = norm(K), norm(K)
 
-    def __call__(self, x_BLD: jax.Array, side: Side) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, aux_inputs: AuxInputs) -> jax.Array:
         config = self.config
         rotate = functools.partial(rotated, frequencies=frequencies(config))
         project = functools.partial(_norm_qkv, config.head_size, self.axis, rotate=None if self.head_norms else rotate)
-        q, k, v = cheap(config, project)(self.norm, (self.q, self.k, self.v), x_BLD)
+        q, k, v = recompute_if_selective(config, project)(self.norm, (self.q, self.k, self.v), x_BLD)
         if self.head_norms:
             # In a function of its own: recomputed with the projection, it would repeat two matrix products.
-            normed = cheap(config, lambda norm, x_BLHK: rotate(norm(x_BLHK, self.axis)))
+            normed = recompute_if_selective(config, lambda norm, x_BLHK: rotate(norm(x_BLHK, self.axis)))
             q, k = normed(self.q_norm, q), normed(self.k_norm, k)
-        a_BLHK = self.attend(config, q, k, v, side)
-        return cheap(config, functools.partial(merged_heads_linear, self.axis))(self.out, a_BLHK)
+        a_BLHK = self.attend(config, q, k, v, aux_inputs)
+        return recompute_if_selective(config, functools.partial(merged_heads_linear, self.axis))(self.out, a_BLHK)
 
 
 def _norm_qkv(
@@ -132,7 +132,9 @@ class GatedMLP(nnx.Module):
         def down(layer: nnx.Linear, gate: jax.Array, up: jax.Array) -> jax.Array:
             return row_linear(layer, self.activation(gate) * up, axis)
 
-        return cheap(config, down)(self.down, *cheap(config, up)(self.norm, (self.gate, self.up), x_BLD))
+        return recompute_if_selective(config, down)(
+            self.down, *recompute_if_selective(config, up)(self.norm, (self.gate, self.up), x_BLD)
+        )
 
 
 class Block(nnx.Module):
@@ -146,11 +148,11 @@ class Block(nnx.Module):
     def __init__(self, config: Config, attention: nnx.Module, mlp: nnx.Module):
         self.config, self.attention, self.mlp = config, attention, mlp
 
-    def layer(self, x_BLD: jax.Array, side: Side) -> jax.Array:
+    def layer(self, x_BLD: jax.Array, aux_inputs: AuxInputs) -> jax.Array:
         """The layer itself, whatever is recomputed of it."""
-        x_BLD = x_BLD + self.attention(x_BLD, side)
+        x_BLD = x_BLD + self.attention(x_BLD, aux_inputs)
         return x_BLD + self.mlp(x_BLD)
 
-    def __call__(self, x_BLD: jax.Array, side: Side | None = None) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, aux_inputs: AuxInputs | None = None) -> jax.Array:
         layer = type(self).layer
-        return (recomputed(layer) if self.config.residuals == "full" else layer)(self, x_BLD, side or {})
+        return (recomputed(layer) if self.config.residuals == "full" else layer)(self, x_BLD, aux_inputs or {})

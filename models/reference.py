@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from vocabpp_jax.pipeline.model_interface import Model, Params, Side
+from vocabpp_jax.pipeline.model_interface import AuxInputs, Model, Params
 from vocabpp_jax.pipeline.precision import exact_products
 from vocabpp_jax.vocab import IGNORED_LABEL
 
@@ -20,14 +20,14 @@ def reference_loss(
     tokens: jax.Array,
     labels: jax.Array,
     mask: jax.Array | None = None,
-    side: Side | None = None,
+    aux_inputs: AuxInputs | None = None,
     dtype: str | None = None,
 ) -> jax.Array:
     """Mean of ``model.loss`` in nats over the valid tokens of the global batch, a float32 scalar; 0 where none is.
 
     ``tokens`` and ``labels`` are ``[m, B, L]``, labels already shifted; ``mask`` of the same shape is true (nonzero)
     where a label counts, everywhere if None, and its labels may be anything elsewhere; a label of -100 never counts.
-    ``side`` arrays are
+    ``aux_inputs`` arrays are
     ``[m, B, ...]``. ``params`` are canonical and computed with as they are, or cast to ``dtype`` first; logits and
     loss are float32 either way.
     """
@@ -43,11 +43,11 @@ def reference_loss(
         logits_BLV = reference_logits(model, params, tokens_BL, side_B)
         return total + jnp.sum(jnp.where(valid_BL, _token_losses(model, logits_BLV, labels_BL), 0.0)), None
 
-    total, _ = jax.lax.scan(microbatch, jnp.zeros((), jnp.float32), (tokens, labels, valid, side or {}))
+    total, _ = jax.lax.scan(microbatch, jnp.zeros((), jnp.float32), (tokens, labels, valid, aux_inputs or {}))
     return total / jnp.maximum(jnp.sum(valid), 1)
 
 
-def reference_logits(model: Model, params: Params, tokens_BL: jax.Array, side: Side) -> jax.Array:
+def reference_logits(model: Model, params: Params, tokens_BL: jax.Array, aux_inputs: AuxInputs) -> jax.Array:
     """Float32 logits ``[B, L, V]`` of one microbatch, capped where the loss says so, computed in the dtype of
     ``params`` up to the last norm."""
     with exact_products(params["embed"]["tokens"].dtype):
@@ -55,7 +55,9 @@ def reference_logits(model: Model, params: Params, tokens_BL: jax.Array, side: S
         if model.positions is not None:
             x_BLD = x_BLD + params["embed"]["positions"][: tokens_BL.shape[1]]
         for n, block_params in enumerate(params["blocks"]):
-            x_BLD = model.block(block_params, x_BLD, side | (model.layer_side[n] if model.layer_side else {}))
+            x_BLD = model.block(
+                block_params, x_BLD, aux_inputs | (model.layer_aux_inputs[n] if model.layer_aux_inputs else {})
+            )
         x_BLD = model.final(params["final"], x_BLD)
     head_VD = params["embed"]["tokens"] if model.tied else params["head"]
     logits_BLV = jnp.matmul(x_BLD.astype(jnp.float32), head_VD.astype(jnp.float32).T, precision="highest")

@@ -4,6 +4,7 @@ from .blocks import Block
 from .build import METHODS, SCHEDULES, build, evaluation, methods_of
 from .check import ScheduleError, check
 from .fit import fit
+from .instructions import COLLECTIVES, KINDS
 from .layers import even_split, head_in_layers, optimal_split, published_split
 from .lowering.check_program import check_program
 from .lowering.program import Instruction, Program, Segment, lower
@@ -11,14 +12,16 @@ from .orders import from_orders
 from .reorder import reorder
 from .repeat import repeat
 from .schedule import Order, Pass, Schedule, Step, Vocabulary
-from .simulation.simulator import COMPILED, FREE, GPU, ON_CPUS, Durations, Rules, simulate
+from .simulation.durations import Durations
+from .simulation.simulator import COMPILED, FREE, GPU, ON_CPUS, Rules, simulate
 from .simulation.timeline import Timeline
-from .vocabulary import sums_before_T
 
 __all__ = [
+    "COLLECTIVES",
     "COMPILED",
     "FREE",
     "GPU",
+    "KINDS",
     "METHODS",
     "ON_CPUS",
     "SCHEDULES",
@@ -50,5 +53,4 @@ __all__ = [
     "reorder",
     "repeat",
     "simulate",
-    "sums_before_T",
 ]

@@ -100,7 +100,7 @@ def one_f_one_b(p: int) -> Block:
     )
 
 
-def in_step(p: int) -> Block:
+def lockstep_1f1b(p: int) -> Block:
     """1F1B with all devices in the same kind of pass at once, so that none waits where each waits for the others.
 
     An output moves on a whole interval later: 2(p - d) - 1 microbatches in flight.

@@ -90,7 +90,7 @@ def build(
 def _block(schedule: str, method: str, p: int, m: int, chunks: int | None, waits: bool) -> Block:
     """The block, in the variant whose devices wait for a collective at the same time where all of them do."""
     if schedule == "1f1b" and waits:
-        return blocks.in_step(p)
+        return blocks.lockstep_1f1b(p)
     return blocks.interlaced(p) if method == "interlaced" else _BLOCKS[schedule](p, m, chunks or 2)
 
 

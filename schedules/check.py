@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from .schedule import AFTER, PASSES, TRANSFERS, Schedule, Step
-from .vocabulary import sums_before_T
 
 KINDS = ("F", "B", "W")
 
@@ -131,8 +130,10 @@ def _expected(schedule: Schedule) -> tuple[str, ...]:
         return ("IF", "H") + ("IB",) * schedule.trains
     split = any(step.name in ("S1", "S2", "max") for step in schedule.vocabulary.steps)
     softmax = ("S1", "start max", "done max", "S2") if split else ("S",)
-    forward = ("IF", "start CI", "done CI", "start C0", "done C0", *softmax, "start stats", "done stats")
-    backward = ("T", "start big", "done big", "G", "start CB", "done CB", "IB")
+    sums = ("start embed_sum", "done embed_sum", "start hidden_broadcast", "done hidden_broadcast")
+    forward = ("IF", *sums, *softmax, "start stats", "done stats")
+    sums = ("start grad_sum", "done grad_sum", "G", "start embed_grad_broadcast", "done embed_grad_broadcast")
+    backward = ("T", *sums, "IB")
     return forward + backward * schedule.trains
 
 
@@ -212,29 +213,29 @@ class _Places:
 
 def _dependencies(schedule: Schedule) -> Iterator[tuple[str, str, bool]]:
     """Step, the step before it, and whether it is the next microbatch's: what overwrites what the earlier one reads."""
-    for name in ("CI", "C0", "max", "stats", "big", "CB"):
+    for name in ("embed_sum", "hidden_broadcast", "max", "stats", "grad_sum", "embed_grad_broadcast"):
         yield f"done {name}", f"start {name}", False
         yield f"start {name}", f"done {name}", True
     yield from (
-        ("start CI", "IF", False),
-        ("IF", "start CI", True),
-        ("S", "done C0", False),
-        ("S1", "done C0", False),
+        ("start embed_sum", "IF", False),
+        ("IF", "start embed_sum", True),
+        ("S", "done hidden_broadcast", False),
+        ("S1", "done hidden_broadcast", False),
         ("start stats", "S", False),
         ("start max", "S1", False),
         ("S2", "done max", False),
         ("start stats", "S2", False),
         ("T", "done stats", False),
-        ("start big", "done stats", False),
-        ("G", "done big", False),
-        ("start big", "G", True),
-        ("IB", "done CB", False),
-        ("start CB", "IB", True),
+        ("start grad_sum", "done stats", False),
+        ("G", "done grad_sum", False),
+        ("start grad_sum", "G", True),
+        ("IB", "done embed_grad_broadcast", False),
+        ("start embed_grad_broadcast", "IB", True),
     )
-    if sums_before_T(schedule):
-        yield "S", "start big", True
+    if schedule.sums_before_T:
+        yield "S", "start grad_sum", True
     else:
-        yield from (("start big", "T", False), ("T", "start big", True))
+        yield from (("start grad_sum", "T", False), ("T", "start grad_sum", True))
 
 
 def _check_steps_order(schedule: Schedule) -> None:
@@ -270,8 +271,8 @@ def _check_steps_against_passes(schedule: Schedule, last: Times) -> None:
                 f"{last[kind][stage, i]} and {'needs it' if step_first else 'makes its input'}"
             )
 
-    compare("done CI" if schedule.sharded else "IF", first, "F", 0, True)
-    compare("start C0" if schedule.sharded else "H", final, "F", -1, False)
+    compare("done embed_sum" if schedule.sharded else "IF", first, "F", 0, True)
+    compare("start hidden_broadcast" if schedule.sharded else "H", final, "F", -1, False)
     if schedule.trains:
         compare("G" if schedule.sharded else "H", final, "B", -1, True)
-        compare("start CB" if schedule.sharded else "IB", first, "B", 0, False)
+        compare("start embed_grad_broadcast" if schedule.sharded else "IB", first, "B", 0, False)

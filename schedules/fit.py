@@ -23,7 +23,8 @@ from .lowering.program import lower
 from .reorder import can_reorder, reorder
 from .repeat import assembled, repeat
 from .schedule import Order, Schedule
-from .simulation.simulator import GPU, Durations, Rules, simulate
+from .simulation.durations import Durations
+from .simulation.simulator import GPU, Rules, simulate
 from .steady import KINDS, Refined, refined, steady
 from .vocabulary import insert, unsharded
 
@@ -203,10 +204,8 @@ class _Search:
 
 def _order(grid: Refined, schedule: Schedule) -> Order:
     """The program order that follows the times at which passes end."""
-    opens = next((s.at[0] for s in schedule.vocabulary.steps if (s.op, s.name) == ("start", "C0")), 0)
     K = grid.block.interval
-    opens = opens if schedule.sharded else 0
-    passes = sorted(((slot - opens) % K, kinds) for slot, kinds in grid.passes.items())
+    passes = sorted(((slot - schedule.opens) % K, kinds) for slot, kinds in grid.passes.items())
     return Order(tuple(passes), "behind passes")
 
 

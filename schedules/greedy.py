@@ -2,7 +2,8 @@
 
 Works in unit slots of real time: in every slot each device runs the first pass, by a fixed order of kinds, that is
 ready and that its memory has room for. Bounds are those of the repeated block: for every stage the microbatches between
-F and B, and F and W; for every device the cells of each ring. C0 opens an interval as soon as the last F is done.
+F and B, and F and W; for every device the cells of each ring. The broadcast of the last stage's output opens an
+interval as soon as the last F is done.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from .blocks import Block
 
 F, B, W = 0, 1, 2
-SHORTEST = 2  # slots of an interval with a C0: one hides the broadcast, one the reduction of the softmax
+SHORTEST = 2  # slots of an interval with a hidden_broadcast: one hides the broadcast, one the reduction of the softmax
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,9 @@ class Greedy:
     Attributes:
         block: with room for the vocabulary passes, F, B and W of one slot each.
         m: microbatches.
-        released: slots from C0 of a microbatch to the end of the sum of its input gradient, or None where the
-            vocabulary layers are not sharded.
+        released: slots from a microbatch's hidden_broadcast to the end of its grad_sum; None where nothing is sharded.
         opened: after the run, the first slot of every interval.
-        broadcast: after the run, for every microbatch the interval that its C0 opens.
+        broadcast: after the run, for every microbatch the interval that its hidden_broadcast opens.
         slots: after the run, the slots it took.
     """
 
@@ -107,7 +107,7 @@ class Greedy:
         return dict(zip((F, B, W), starts, strict=True))
 
     def _open_interval(self) -> None:
-        """Begins an interval where a C0 can start, where the last one is full, or to get on with the last barrier."""
+        """Begins an interval where a broadcast can start, where the last one is full, or to reach the last barrier."""
         if self.released is None:
             return
         t, age = self.slots, self.slots - self.opened[-1]

@@ -1,9 +1,9 @@
 """Warm-up and cool-down reordered: the block's passes as early as inputs and the same memory peaks allow.
 
 :mod:`.greedy` runs the passes in slots of real time. Here they are put on the grid of intervals that a program needs:
-an interval opens with a C0, and holds at most one F of the first stage and one B, since the input layer runs once in
-it. Where it has fewer slots of passes than others the rest stays empty, and takes no time. The steady state that the
-list scheduling falls into repeats an interval as the block does, so it lowers to the body of one scan.
+an interval opens with a hidden_broadcast, and holds at most one F of the first stage and one B, since the input layer
+runs once in it. Where it has fewer slots of passes than others the rest stays empty, and takes no time. The steady
+state that the list scheduling falls into repeats an interval as the block does, so it lowers to the body of one scan.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ def _ranks(block: Block) -> list[list[int]]:
 
 
 def _released(block: Block, vocabulary: Vocabulary) -> int | None:
-    """Slots from C0 to the last in which the input gradient's sum is under way."""
-    done = next((s.at[0] for s in vocabulary.steps if (s.op, s.name) == ("start", "big")), None)
+    """Slots from hidden_broadcast to the last in which the input gradient's sum is under way."""
+    done = next((s.at[0] for s in vocabulary.steps if (s.op, s.name) == ("start", "grad_sum")), None)
     return None if done is None else done - (block.F[-1] + 1)
 
 
@@ -131,7 +131,7 @@ def _released(block: Block, vocabulary: Vocabulary) -> int | None:
 
 @dataclass(frozen=True)
 class _Grid:
-    """Slots of the program for every pass; ``broadcast`` is the slot of each microbatch's C0, if there is one."""
+    """Slots of the program for every pass; ``broadcast`` is that of each microbatch's broadcast, if any."""
 
     starts: dict[int, np.ndarray]
     broadcast: np.ndarray | None
@@ -159,7 +159,7 @@ class _Grid:
 
 
 def _split(K: int, engine: Greedy, once: list[tuple[int, int]]) -> tuple[np.ndarray, set[int]]:
-    """First slots of intervals with at most one F of the first stage and one B, and which of them C0 opens."""
+    """First slots of intervals with at most one F of the first stage and one B, and which of them a broadcast opens."""
     opened = [*engine.opened, *range(engine.opened[-1] + K, engine.slots, K)]
     broadcasts = {engine.opened[n] for n in engine.broadcast}
     begins: list[int] = []
@@ -178,7 +178,7 @@ def _split(K: int, engine: Greedy, once: list[tuple[int, int]]) -> tuple[np.ndar
 
 
 def _usual(begins: np.ndarray, times: np.ndarray, opener: set[int]) -> int:
-    """The commonest offset of a pass in the intervals that C0 opens."""
+    """The commonest offset of a pass in the intervals that hidden_broadcast opens."""
     n = np.searchsorted(begins, times, side="right") - 1
     offsets = [int(t - begins[k]) for t, k in zip(times, n.tolist(), strict=True) if k in opener]
     return Counter(offsets).most_common(1)[0][0] if offsets else 0
@@ -197,12 +197,12 @@ def _steps(block: Block, vocabulary: Vocabulary, grid: _Grid) -> tuple[tuple[Ste
     output = [
         replace(s, at=tuple(None if t is None else t - opens + first for t in s.at))
         for s in vocabulary.steps
-        if s.name not in ("IF", "CI", "CB", "IB")
+        if s.name not in ("IF", "embed_sum", "embed_grad_broadcast", "IB")
     ]
-    start = next(s.at[0] for s in output if (s.op, s.name) == ("start", "big"))
+    start = next(s.at[0] for s in output if (s.op, s.name) == ("start", "grad_sum"))
     closes = start + K - 1 - (start - first) % K
     done = min(closes, first + int((grid.starts[B][-1] - grid.broadcast).min()) - 1)
-    output = [_moved(s, done) if (s.op, s.name) in (("done", "big"), ("run", "G")) else s for s in output]
+    output = [_moved(s, done) if (s.op, s.name) in (("done", "grad_sum"), ("run", "G")) else s for s in output]
     moved = _input_slots(K, grid.starts[F][0], grid.starts[B][0])
     layers = [
         _moved(s, int(moved[s.op, s.name][0]), _from_first(moved[s.op, s.name]))
@@ -228,12 +228,12 @@ def _input_slots(K: int, F0: np.ndarray, B0: np.ndarray) -> dict[tuple[str, str]
     i, slots = np.arange(len(F0)), sum_slots(K)
     latest = np.minimum.accumulate(((F0 - 1 - behind) // K - i)[::-1])[::-1] + i
     earliest = np.maximum.accumulate(-((ahead - B0 - 1) // K) - i) + i
-    CI, CB = latest * K + behind, earliest * K + ahead
+    embed_sum, embed_grad_broadcast = latest * K + behind, earliest * K + ahead
     return {
-        ("run", "IF"): CI - slots + 1,
-        ("start", "CI"): CI - slots + 1,
-        ("done", "CI"): CI,
-        ("start", "CB"): CB,
-        ("done", "CB"): CB + slots - 1,
-        ("run", "IB"): CB + slots - 1,
+        ("run", "IF"): embed_sum - slots + 1,
+        ("start", "embed_sum"): embed_sum - slots + 1,
+        ("done", "embed_sum"): embed_sum,
+        ("start", "embed_grad_broadcast"): embed_grad_broadcast,
+        ("done", "embed_grad_broadcast"): embed_grad_broadcast + slots - 1,
+        ("run", "IB"): embed_grad_broadcast + slots - 1,
     }

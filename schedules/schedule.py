@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -181,7 +182,34 @@ class Schedule:
     @property
     def sharded(self) -> bool:
         """Whether all devices share the vocabulary layers."""
-        return any(step.name == "C0" for step in self.vocabulary.steps)
+        return any(step.op == "start" for step in self.vocabulary.steps)
+
+    @property
+    def opens(self) -> int:
+        """A slot that opens an interval: where the broadcast of the last stage's output starts before passes, so that
+        the end of a scan step does not cut it; else slot 0."""
+        starts = (
+            s.at[0] for s in self.vocabulary.steps if (s.op, s.name, s.place) == ("start", "hidden_broadcast", BEFORE)
+        )
+        return next(starts, 0)
+
+    @property
+    def sums_before_T(self) -> bool:
+        """Whether the sum of input gradients starts before T, from what S left (Algorithm 2)."""
+        place = {
+            (s.op, s.name): (max(t for t in s.at if t is not None), s.place, n)
+            for n, s in enumerate(self.vocabulary.steps)
+        }
+        T, total = place.get(("run", "T")), place.get(("start", "grad_sum"))
+        return T is not None and total is not None and T > total
+
+    @cached_property
+    def stage_of(self) -> np.ndarray:
+        """The stage that is each chunk of each device, ``[chunks, p]``."""
+        stages = np.zeros((self.chunks, self.p), int)
+        for stage, device in enumerate(self.placement):
+            stages[self.chunk(stage), device] = stage
+        return stages
 
     @property
     def splits_backward(self) -> bool:

@@ -1,19 +1,13 @@
 """Vocabulary passes by one rule for any building block.
 
 Between the last stage's F and its B the output layer needs time: one interval for each barrier beyond the broadcast.
-:func:`insert` delays every B and W by that many intervals, then places the steps of the vocabulary layers. Names:
+:func:`insert` delays every B and W by that many intervals, then places the steps of the vocabulary layers, whose names
+are in :mod:`.instructions`.
 
-    IF     local lookup of the input layer            CI   its sum over the shards
-    C0     broadcast of the last stage's output X     S    local logits and softmax (S1, S2 where split)
-    stats  reduction of row maxima and sums           T    weight gradient (Algorithm 1: also the input gradient)
-    big    sum of the input gradient over shards      G    backward of the final norm, on the last stage's device
-    CB     broadcast of the first stage's gradient    IB   scatter-add into the local embedding shard
-    H      the whole output layer on one device, where it is not sharded
-
-An interval of the lowered program opens at the slot in which C0 runs. A collective starts before a slot's passes and
-lands behind them or behind those of a later slot of the same interval: a scan step does not cut it, and in as many
-slots as the longest pass takes every device has a pass to hide it with. S stands in one slot on all devices, and so
-does T. A device that is in the middle of a pass there runs them before it.
+An interval of the lowered program opens at the slot in which the broadcast of the last stage's output starts. A
+collective starts before a slot's passes and lands behind them or behind those of a later slot of the same interval: a
+scan step does not cut it, and in as many slots as the longest pass takes every device has a pass to hide it with. S
+stands in one slot on all devices, and so does T. A device that is in the middle of a pass there runs them before it.
 
 Where collectives cannot run beside passes, as on CPUs, each would make all devices wait for the slowest at another
 place. There all steps stand behind the last F, one after the other, with nothing between them but themselves.
@@ -25,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from .blocks import Block
-from .schedule import AFTER, BEFORE, LANDINGS, Op, Schedule, Step, Vocabulary
+from .schedule import AFTER, BEFORE, LANDINGS, Op, Step, Vocabulary
 
 BARRIERS = {"baseline": 0, "redis": 0, "interlaced": 0, "vocab-2": 1, "vocab-1": 2, "vocab-naive": 3}
 METHODS = tuple(BARRIERS)
@@ -64,7 +58,7 @@ def insert(
             there = (block.B[-1] - block.F[-1] - 1) // block.interval
             count = max(_needed(block, output), BARRIERS[method] - there if inserted is None else inserted)
         block = block.delayed_backward(count * block.interval)
-        steps = _latest_big(block, output) + _input_steps(block)
+        steps = _latest_grad_sum(block, output) + _input_steps(block)
     return block, Vocabulary(method, tuple(steps), shifts, count)
 
 
@@ -91,7 +85,7 @@ def _closes(block: Block, slot: int) -> int:
 
 
 def _output_steps(block: Block, method: str) -> list[Step]:
-    """C0, S, T and their reductions, as soon as their inputs allow; those that share a place in the order listed."""
+    """The broadcast, S, T and their reductions, as soon as inputs allow; in this order where they share a place."""
     K, end, w = block.interval, block.F[-1], block.longest
     after_S = end + w + 1  # the slot before whose passes S stands; the reduction of its row sums takes this slot
     after_T = after_S + 1
@@ -99,40 +93,44 @@ def _output_steps(block: Block, method: str) -> list[Step]:
     def run(name: str, slot: int) -> Step:
         return _everywhere(block, "run", name, slot, BEFORE)
 
-    C0, C0_done = _ends(block, "C0", end + 1, w)
+    broadcast, broadcast_done = _ends(block, "hidden_broadcast", end + 1, w)
     if method == "vocab-naive":
         highest, highest_done = _ends(block, "max", after_S, 1)
         stats, stats_done = _ends(block, "stats", after_T, w)
-        softmax, dones = [run("S2", after_T), stats, run("S1", after_S), highest], [C0_done, highest_done, stats_done]
+        softmax, dones = (
+            [run("S2", after_T), stats, run("S1", after_S), highest],
+            [broadcast_done, highest_done, stats_done],
+        )
         after_T += K
     else:
         stats, stats_done = _ends(block, "stats", after_S, 1)
-        softmax, dones = [run("S", after_S), stats], [C0_done, stats_done]
+        softmax, dones = [run("S", after_S), stats], [broadcast_done, stats_done]
     if not block.B:
-        return [C0, *softmax, *dones]
+        return [broadcast, *softmax, *dones]
     # T of an older microbatch before S of a newer one, so that one result of S is held at a time. Algorithm 2 sums
     # what S made, so that T hides the sum; Algorithm 1 sums what T makes.
-    big, big_done = _ends(block, "big", after_T, 1 if method == "vocab-2" else w)
-    first = [big, C0, run("T", after_T)] if method == "vocab-2" else [C0, run("T", after_T), big]
-    return [*first, *softmax, *dones, big_done, _on(block, block.placement[-1], "G", big_done.at[0])]
+    total, total_done = _ends(block, "grad_sum", after_T, 1 if method == "vocab-2" else w)
+    T = run("T", after_T)
+    first = [total, broadcast, T] if method == "vocab-2" else [broadcast, T, total]
+    return [*first, *softmax, *dones, total_done, _on(block, block.placement[-1], "G", total_done.at[0])]
 
 
 def _needed(block: Block, output: list[Step]) -> int:
     """The intervals without which the last stage's B would come before its input gradient."""
-    done = next(s.at[0] for s in output if (s.op, s.name) == ("done", "big"))
+    done = next(s.at[0] for s in output if (s.op, s.name) == ("done", "grad_sum"))
     last_of_B = block.B[-1] + block.backward_slots - 1
     return max(0, -(-(done + 1 - last_of_B) // block.interval))
 
 
-def _latest_big(block: Block, output: list[Step]) -> list[Step]:
+def _latest_grad_sum(block: Block, output: list[Step]) -> list[Step]:
     """The sum of the input gradient, finished as late as its interval and the B that needs it allow."""
     if not block.B:
         return output
-    start = next(s.at[0] for s in output if (s.op, s.name) == ("start", "big"))
+    start = next(s.at[0] for s in output if (s.op, s.name) == ("start", "grad_sum"))
     done = min(_closes(block, start), block.B[-1] + block.backward_slots - 2)
     return [
         s
-        if (s.op, s.name) not in (("done", "big"), ("run", "G"))
+        if (s.op, s.name) not in (("done", "grad_sum"), ("run", "G"))
         else replace(s, at=tuple(None if t is None else done for t in s.at))
         for s in output
     ]
@@ -148,12 +146,13 @@ def _input_steps(block: Block) -> list[Step]:
     start = block.F[0] - 1 - input_delay(block.interval, block.F[0] - 1 - opens, -1, slots)
     steps = [
         _everywhere(block, "run", "IF", start - slots + 1, BEFORE),
-        *_ends(block, "CI", start - slots + 1, slots),
+        *_ends(block, "embed_sum", start - slots + 1, slots),
     ]
     if block.B:
         ready = block.B[0] + block.backward_slots
-        CB, done = _ends(block, "CB", ready + input_delay(block.interval, ready - opens, 1, slots), slots)
-        steps += [CB, done, _everywhere(block, "run", "IB", done.at[0])]
+        start = ready + input_delay(block.interval, ready - opens, 1, slots)
+        broadcast, done = _ends(block, "embed_grad_broadcast", start, slots)
+        steps += [broadcast, done, _everywhere(block, "run", "IB", done.at[0])]
     return steps
 
 
@@ -165,8 +164,8 @@ def sum_slots(interval: int) -> int:
 def input_delay(interval: int, slot: int, way: int, slots: int | None = None) -> int:
     """How many slots to wait from ``slot``, backward or forward, for a window that no interval's end cuts.
 
-    ``slot``, counted from an interval's opening, would be its last if ``way`` is -1, its first if 1. The slot of C0 is
-    avoided where that costs no more than two slots.
+    ``slot``, counted from an interval's opening, would be its last if ``way`` is -1, its first if 1. The slot that
+    opens the interval is avoided where that costs no more than two slots.
     """
     slots = sum_slots(interval) if slots is None else slots
 
@@ -194,7 +193,7 @@ def unsharded(
 
 
 _SOFTMAX = ("run S", "start stats", "done stats")
-_SUM = ("start big", "done big")
+_SUM = ("start grad_sum", "done grad_sum")
 _ALGORITHM_1 = (*_SOFTMAX, "run T", *_SUM)
 _IN_A_ROW = {
     "interlaced": _ALGORITHM_1,
@@ -208,12 +207,16 @@ def _synchronous(block: Block, method: str) -> Iterator[Step]:
     """All steps behind the last F, with every device waiting for each collective: interlaced (Lin et al. 2024)."""
     K, end = block.interval, block.F[-1]
     before = block.F[0] - 1 - (block.F[0] - 1 - end) % K
-    yield from _stand(block, before, ("run IF", "start CI", "done CI"))
+    yield from _stand(block, before, ("run IF", "start embed_sum", "done embed_sum"))
     if block.B:
         # Before S: where one collective makes devices wait for each other, the next costs no more waiting.
         ready = block.B[0] + block.backward_slots - 1
-        yield from _stand(block, ready + (end - ready) % K, ("start CB", "done CB", "run IB"))
-    yield from _stand(block, end, ("start C0", "done C0", *(_IN_A_ROW[method] if block.B else _SOFTMAX)))
+        yield from _stand(
+            block, ready + (end - ready) % K, ("start embed_grad_broadcast", "done embed_grad_broadcast", "run IB")
+        )
+    yield from _stand(
+        block, end, ("start hidden_broadcast", "done hidden_broadcast", *(_IN_A_ROW[method] if block.B else _SOFTMAX))
+    )
     if block.B:
         yield _on(block, block.placement[-1], "G", end)
 
@@ -223,13 +226,3 @@ def _stand(block: Block, slot: int, steps: Iterable[str]) -> Iterator[Step]:
     for step in steps:
         op, name = step.split()
         yield _everywhere(block, op, name, slot)
-
-
-def sums_before_T(schedule: Schedule) -> bool:
-    """Whether the sum of input gradients starts before T, from what S left (Algorithm 2), and so needs S's record."""
-    place = {
-        (s.op, s.name): (max(t for t in s.at if t is not None), s.place, n)
-        for n, s in enumerate(schedule.vocabulary.steps)
-    }
-    T, big = place.get(("run", "T")), place.get(("start", "big"))
-    return T is not None and big is not None and T > big

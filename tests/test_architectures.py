@@ -35,8 +35,8 @@ EACH = pytest.mark.parametrize("name", CONFIGS)
 def inputs(config, layer=0):
     """Parameters of one layer, none of them special, its input, and what it alone has of side inputs."""
     x = np.random.default_rng(1).normal(size=(B, config.seq, config.hidden)).astype(np.float32)
-    side = config.layer_side[layer] if config.layer_side else {}
-    return random_params(config)["blocks"][layer], x, side
+    aux_inputs = config.layer_aux_inputs[layer] if config.layer_aux_inputs else {}
+    return random_params(config)["blocks"][layer], x, aux_inputs
 
 
 def shapes(tree):
@@ -89,9 +89,9 @@ def test_named_sizes_have_as_many_parameters_as_the_published_weights(name, coun
 @EACH
 def test_flops_are_those_of_the_matrix_products_and_the_cost_model_counts_the_same(name):
     config = dataclasses.replace(CONFIGS[name], window=L) if name == "gemma2" else CONFIGS[name]
-    params, x, side = inputs(config)
+    params, x, aux_inputs = inputs(config)
     model = models.build(config)
-    both = jax.make_jaxpr(lambda p, x, g: jax.vjp(lambda p, x: model.block(p, x, side), p, x)[1](g))(params, x, x)
+    both = jax.make_jaxpr(lambda p, x, g: jax.vjp(lambda p, x: model.block(p, x, aux_inputs), p, x)[1](g))(params, x, x)
     assert flops(both) == models.layer_flops(config, batch=B)
     sizes = models.cost_sizes(config, B)
     assert sizes.iteration_flops(3) == 3 * models.model_flops(config, B)
@@ -109,7 +109,7 @@ def test_selective_keeps_what_the_cost_model_is_told(name, monkeypatch):
     where = "gemma" if name == "gemma2" else "attention"
     monkeypatch.setattr(f"vocabpp_jax.models.{where}.written_out", lambda q, k, v, *_, **__: flash(q, k, v))
     config = dataclasses.replace(CONFIGS[name], seq=64)
-    kept = kept_activations(config, side=shapes(inputs(config)[2]))
+    kept = kept_activations(config, aux_inputs=shapes(inputs(config)[2]))
     # Beside it: flash attention's sums, and the rotary frequencies, which a pipeline takes anew (see linearize).
     others = [a for a in kept if a.shape in ((1, config.heads, 64), (config.head_size // 2,))]
     assert sum(a.size for a in kept) - sum(a.size for a in others) == 64 * config.kept_width
@@ -118,7 +118,7 @@ def test_selective_keeps_what_the_cost_model_is_told(name, monkeypatch):
 @EACH
 def test_attention_that_is_written_out_keeps_one_matrix_a_head(name):
     config = dataclasses.replace(CONFIGS[name], seq=64)
-    kept = [a.shape for a in kept_activations(config, side=shapes(inputs(config)[2]))]
+    kept = [a.shape for a in kept_activations(config, aux_inputs=shapes(inputs(config)[2]))]
     assert [shape for shape in kept if shape[-2:] == (64, 64)] == [(1, 2, 2, 64, 64)]
 
 
@@ -127,9 +127,9 @@ def test_attention_that_is_written_out_keeps_one_matrix_a_head(name):
 def test_attention_in_blocks_of_queries_is_attention_and_keeps_less(blocks, cap, monkeypatch):
     length = 18  # that four do not divide
     q, k, v, g = (jax.random.normal(jax.random.key(n), (2, length, heads, 8)) for n, heads in enumerate((4, 2, 2, 4)))
-    side = {"segment_ids": np.repeat([[0, 1]], [5, length - 5], axis=1).repeat(2, axis=0)}
+    aux_inputs = {"segment_ids": np.repeat([[0, 1]], [5, length - 5], axis=1).repeat(2, axis=0)}
     attended = functools.partial(
-        attention.written_out, seen=attention.reach(length, side, window=9), scale=8**-0.5, cap=cap
+        attention.blocked_attention, seen=attention.attention_mask(length, aux_inputs, window=9), scale=8**-0.5, cap=cap
     )
     want, whole = jax.vjp(attended, q, k, v)
     wanted = whole(g)
@@ -175,9 +175,9 @@ def test_attention_by_cudnn_is_the_one_that_is_written_out(monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", in_its_place)
     config = dataclasses.replace(CONFIGS["llama"], attention="cudnn", dtype="bfloat16", head_size=8)
     q, k, v = (jax.random.normal(jax.random.key(n), (B, L, heads, 8)) for n, heads in enumerate((4, 2, 2)))
-    side = {"segment_ids": np.repeat([[0, 1]], [5, L - 5], axis=1).repeat(B, axis=0)}
-    want = attention.written_out(q, k, v, attention.reach(L, side), scale=8**-0.5)
-    assert_close(attention.attend(config, q, k, v, side), want)
+    aux_inputs = {"segment_ids": np.repeat([[0, 1]], [5, L - 5], axis=1).repeat(B, axis=0)}
+    want = attention.blocked_attention(q, k, v, attention.attention_mask(L, aux_inputs), scale=8**-0.5)
+    assert_close(attention.attend(config, q, k, v, aux_inputs), want)
 
 
 @jax.custom_vjp
@@ -199,18 +199,18 @@ flash.defvjp(_flash_forward, lambda kept, g: (g * kept[0], kept[1] * g.sum(), ke
 @EACH
 def test_passes_are_the_vjp_and_a_split_backward_repeats_no_matrix_product(name):
     config = CONFIGS[name]
-    params, x, side = inputs(config)
+    params, x, aux_inputs = inputs(config)
     block = models.build(config).block
-    whole, cut = (linearize(block, shapes(params), shapes(x), shapes(side), split=s) for s in (False, True))
-    y, residual, kept = cut.forward(params, side, x)
-    early, dx, carried = cut.backward(params, side, residual, kept, x)
-    late = cut.weights(params, side, kept, carried)
+    whole, cut = (linearize(block, shapes(params), shapes(x), shapes(aux_inputs), split=s) for s in (False, True))
+    y, residual, kept = cut.forward(params, aux_inputs, x)
+    early, dx, carried = cut.backward(params, aux_inputs, residual, kept, x)
+    late = cut.weights(params, aux_inputs, kept, carried)
     got = jax.tree.map(lambda a, b: b if a is None else a, early, late, is_leaf=lambda a: a is None)
-    want_y, vjp = jax.vjp(lambda p, x: block(p, x, side), params, x)
+    want_y, vjp = jax.vjp(lambda p, x: block(p, x, aux_inputs), params, x)
     assert_close((y, got, dx), (want_y, *vjp(x)))
-    unsplit = flops(jax.make_jaxpr(whole.backward)(params, side, whole.residual, whole.kept, x))
-    split = flops(jax.make_jaxpr(cut.backward)(params, side, residual, kept, x))
-    split += flops(jax.make_jaxpr(cut.weights)(params, side, kept, carried))
+    unsplit = flops(jax.make_jaxpr(whole.backward)(params, aux_inputs, whole.residual, whole.kept, x))
+    split = flops(jax.make_jaxpr(cut.backward)(params, aux_inputs, residual, kept, x))
+    split += flops(jax.make_jaxpr(cut.weights)(params, aux_inputs, kept, carried))
     assert split == unsplit
     weights = {w.shape for w in jax.tree.leaves(params) if w.ndim == 2}
     assert all(s.shape not in weights for s in (*cut.residual, *cut.kept, *cut.carried))
@@ -219,11 +219,11 @@ def test_passes_are_the_vjp_and_a_split_backward_repeats_no_matrix_product(name)
 @EACH
 @pytest.mark.parametrize("residuals", ["everything", "full"])
 def test_recomputing_changes_no_value_and_no_gradient(name, residuals):
-    params, x, side = inputs(CONFIGS[name])
+    params, x, aux_inputs = inputs(CONFIGS[name])
 
     def run(config):
         block = models.build(config).block
-        out, vjp = jax.vjp(lambda p, x: block(p, x, side), params, x)
+        out, vjp = jax.vjp(lambda p, x: block(p, x, aux_inputs), params, x)
         return out, *vjp(jnp.cos(out))
 
     assert_close(run(dataclasses.replace(CONFIGS[name], residuals=residuals)), run(CONFIGS[name]))
@@ -232,15 +232,15 @@ def test_recomputing_changes_no_value_and_no_gradient(name, residuals):
 @EACH
 def test_attention_is_causal_and_packed_documents_equal_documents_alone(name):
     config = CONFIGS[name]
-    params, x, side = inputs(config, layer=1)
+    params, x, aux_inputs = inputs(config, layer=1)
     block = jax.jit(models.build(config).block)
     later = np.concatenate([x[:, :7], -x[:, 7:]], axis=1)
-    before, after = (np.asarray(block(params, array, side)) for array in (x, later))
+    before, after = (np.asarray(block(params, array, aux_inputs)) for array in (x, later))
     np.testing.assert_allclose(before[:, :7], after[:, :7], atol=1e-5)
     ids = np.repeat([[0, 1]], [5, L - 5], axis=1).repeat(B, axis=0)
-    packed = block(params, x, side | {"segment_ids": ids})
+    packed = block(params, x, aux_inputs | {"segment_ids": ids})
     # Rotary positions are relative: a document alone starts at 0, packed at 5.
-    alone = block(params, np.roll(x, -5, axis=1), side)
+    alone = block(params, np.roll(x, -5, axis=1), aux_inputs)
     assert_close(packed[:, 5:], alone[:, : L - 5], 1e-4)
 
 
@@ -248,10 +248,12 @@ def test_gemmas_even_layers_see_no_further_than_their_window_and_odd_ones_everyt
     config = CONFIGS["gemma2"]
     block = jax.jit(models.build(config).block)
     for layer, reach in ((0, 4), (1, L)):
-        params, x, side = inputs(config, layer)
+        params, x, aux_inputs = inputs(config, layer)
         first = x.copy()
         first[:, 0] += 1
-        moved = np.abs(np.asarray(block(params, first, side)) - np.asarray(block(params, x, side))).max((0, 2))
+        moved = np.abs(np.asarray(block(params, first, aux_inputs)) - np.asarray(block(params, x, aux_inputs))).max(
+            (0, 2)
+        )
         assert np.all(moved[:reach] > 1e-4) and np.all(moved[reach:] < 1e-6)
 
 
@@ -269,9 +271,9 @@ def test_the_module_equals_its_blocks_composed_and_holds_canonical_parameters(na
 
 @EACH
 def test_blocks_stay_in_bfloat16_and_norms_and_softmaxes_are_computed_in_float32(name):
-    params, x, side = inputs(CONFIGS[name])
+    params, x, aux_inputs = inputs(CONFIGS[name])
     low = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), (params, x))
-    jaxpr = jax.make_jaxpr(lambda p, x: models.build(CONFIGS[name]).block(p, x, side))(*low)
+    jaxpr = jax.make_jaxpr(lambda p, x: models.build(CONFIGS[name]).block(p, x, aux_inputs))(*low)
     assert jaxpr.out_avals[0].dtype == jnp.bfloat16
     for primitive in ("rsqrt", "exp"):
         found = list(_equations(jaxpr.jaxpr, primitive))

@@ -75,7 +75,7 @@ def gradients(method, p, loss):
         layers=p,
         vocab_size=V,
         width=D,
-        block=lambda w, x, side: x,
+        block=lambda w, x, aux_inputs: x,
         init_block=lambda key, layer: jnp.zeros(1),
         init_row=lambda key, table: jnp.zeros(D),
         loss=loss,

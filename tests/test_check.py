@@ -133,8 +133,8 @@ def test_a_step_before_its_input_or_after_its_use_is_refused(schedule, data):
     span = max(x.last for of in schedule.passes for x in of) + 50
     n = data.draw(st.integers(0, len(schedule.vocabulary.steps) - 1))
     step = schedule.vocabulary.steps[n]
-    far = {"IF": span, "H": -span, "CI": span, "IB": -span, "CB": -span}.get(step.name, -span)
-    if (step.op, step.name) == ("start", "CI") or (step.op == "start" and far > 0):
+    far = {"IF": span, "H": -span, "embed_sum": span, "IB": -span, "embed_grad_broadcast": -span}.get(step.name, -span)
+    if (step.op, step.name) == ("start", "embed_sum") or (step.op == "start" and far > 0):
         far = span
     moved = replace(step, at=tuple(None if t is None else t + far for t in step.at))
     with pytest.raises(ScheduleError, match=r"device \d+"):

@@ -34,7 +34,7 @@ def small_model(layers, tied=False, width=32):
         layers=layers,
         vocab_size=V,
         width=width,
-        block=lambda params, x, side: x + jnp.tanh(x @ params["w"]),
+        block=lambda params, x, aux_inputs: x + jnp.tanh(x @ params["w"]),
         final=lambda params, x: x * params["scale"],
         init_block=lambda key, layer: {"w": normal(key, width, width)},
         init_row=lambda key, table: normal(key, width),

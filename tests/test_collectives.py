@@ -4,7 +4,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from vocabpp_jax.pipeline.collectives import Native, OfPermutes, collectives
+from vocabpp_jax.pipeline.collectives import Native, PermuteTree, collectives
 from vocabpp_jax.pipeline.mesh import make_mesh
 
 AXES = {1: ("pipe",), 2: ("pipe", "tensor")}
@@ -27,7 +27,7 @@ def on_all(p, tensor, communicate):
 
 @pytest.mark.parametrize(("p", "tensor"), [(1, 1), (2, 1), (3, 1), (5, 1), (8, 1), (3, 2), (4, 2)])
 def test_permutes_do_what_broadcast_sum_and_gather_do(p, tensor):
-    made = OfPermutes(AXES[tensor], p)
+    made = PermuteTree(AXES[tensor], p)
     for device in range(p):
         own, found = on_all(p, tensor, lambda x, device=device: made.broadcast(x, device))
         np.testing.assert_array_equal(found, np.broadcast_to(own[device], found.shape))
@@ -39,7 +39,7 @@ def test_permutes_do_what_broadcast_sum_and_gather_do(p, tensor):
 
 @pytest.mark.parametrize(("p", "tensor"), [(3, 1), (3, 2)])
 def test_permutes_and_the_backends_own_agree(p, tensor):
-    made, native = OfPermutes(AXES[tensor], p), Native(AXES[tensor])
+    made, native = PermuteTree(AXES[tensor], p), Native(AXES[tensor])
     of = [on_all(p, tensor, lambda x, who=who: who.gather(x).reshape(-1))[1] for who in (made, native)]
     np.testing.assert_array_equal(*of)
     of = [on_all(p, tensor, lambda x, who=who: who.total(x, 1))[1] for who in (made, native)]
@@ -48,7 +48,7 @@ def test_permutes_and_the_backends_own_agree(p, tensor):
 
 @pytest.mark.parametrize(("p", "rounds"), [(1, 0), (2, 1), (3, 2), (8, 3)])
 def test_a_broadcast_and_a_sum_take_a_round_for_every_doubling(p, rounds):
-    made = OfPermutes(("pipe",), p)
+    made = PermuteTree(("pipe",), p)
     for communicate in (lambda x: made.broadcast(x, 0), lambda x: made.total(x, p - 1)):
         traced = jax.make_jaxpr(communicate, axis_env=[("pipe", p)])(np.zeros(4, np.float32))
         permutes = [e.params["perm"] for e in traced.eqns if e.primitive is lax.ppermute_p]
@@ -56,6 +56,6 @@ def test_a_broadcast_and_a_sum_take_a_round_for_every_doubling(p, rounds):
         assert sum(map(len, permutes)) == p - 1  # every array moves once
 
 
-@pytest.mark.parametrize(("platform", "kind"), [("gpu", Native), ("cuda", Native), ("cpu", OfPermutes)])
+@pytest.mark.parametrize(("platform", "kind"), [("gpu", Native), ("cuda", Native), ("cpu", PermuteTree)])
 def test_gpus_have_their_own(platform, kind):
     assert isinstance(collectives(("pipe",), 4, platform), kind)

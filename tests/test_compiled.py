@@ -29,9 +29,9 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
 %interval (r: (s32[], bf16[1024,1024])) -> (s32[], bf16[1024,1024]) {
   %r = (s32[], bf16[1024,1024]{1,0}) parameter(0)
   %a = bf16[1024,1024]{1,0} get-tuple-element(%r), index=1
-  %s = ((bf16[1024,1024]{1,0}), bf16[1024,1024]{1,0}) collective-broadcast-start(%a), metadata={op_name="jit(step)/C0/pbroadcast"}
+  %s = ((bf16[1024,1024]{1,0}), bf16[1024,1024]{1,0}) collective-broadcast-start(%a), metadata={op_name="jit(step)/hidden_broadcast/pbroadcast"}
   %f = (pred[], bf16[1024,1024]{1,0}) while(%a), condition=%c, body=%pass, metadata={op_name="jit(step)/F0/while"}
-  %d = bf16[1024,1024]{1,0} collective-broadcast-done(%s), metadata={op_name="jit(step)/C0/pbroadcast"}
+  %d = bf16[1024,1024]{1,0} collective-broadcast-done(%s), metadata={op_name="jit(step)/hidden_broadcast/pbroadcast"}
   %n = f32[8]{0} all-reduce(%d), metadata={op_name="jit(step)/stats/psum"}
   %small = f32[8]{0} copy(%n)
   ROOT %o = (s32[], bf16[1024,1024]{1,0}) tuple(%i, %d)
@@ -55,7 +55,7 @@ def test_a_loops_copies_are_those_of_all_it_calls_and_of_nothing_else():
 def test_passes_between_a_collectives_ends_are_named_and_a_synchronous_one_has_none():
     (loop,) = compiled.loops(PROGRAM)
     assert loop.collectives == [
-        compiled.Collective("collective-broadcast", "C0", 2 * 2**20, ("F0",)),
+        compiled.Collective("collective-broadcast", "hidden_broadcast", 2 * 2**20, ("F0",)),
         compiled.Collective("all-reduce", "stats", 32, ()),
     ]
 

@@ -316,7 +316,7 @@ def test_document_masks_number_documents_and_leave_out_labels_of_the_next(length
         return
     row = Windows(document, seq, np.cumsum(lengths))[0]
     tokens, labels = row["tokens"], row["labels"]  # a token is the number of its document
-    assert np.array_equal(row["side"]["segment_ids"], tokens - tokens[0])
+    assert np.array_equal(row["aux_inputs"]["segment_ids"], tokens - tokens[0])
     assert np.array_equal(row["mask"], tokens == labels)
 
 

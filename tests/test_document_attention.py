@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vocabpp_jax.models import GPTConfig, attention, document_attention
-from vocabpp_jax.models.attention import reach, written_out
+from vocabpp_jax.models.attention import attention_mask, blocked_attention
 from vocabpp_jax.models.document_attention import attend_in_documents
 
 B, H, K = 2, 4, 8
@@ -39,9 +39,11 @@ def assert_close(got, want):
 def test_blocks_give_what_is_written_out(monkeypatch, length, groups):
     monkeypatch.setattr(document_attention, "_QUERIES", 16)  # up to ten blocks
     q, k, v, g, ids = heads(length, groups)
-    side = {"segment_ids": ids}
+    aux_inputs = {"segment_ids": ids}
     got = value_and_gradients(lambda q, k, v: attend_in_documents(q, k, v, ids, "xla"), q, k, v, g)
-    want = value_and_gradients(lambda q, k, v: written_out(q, k, v, reach(length, side), scale=K**-0.5), q, k, v, g)
+    want = value_and_gradients(
+        lambda q, k, v: blocked_attention(q, k, v, attention_mask(length, aux_inputs), scale=K**-0.5), q, k, v, g
+    )
     assert_close(got, want)
 
 
@@ -80,9 +82,11 @@ def test_attention_by_cudnn_takes_any_length_and_is_the_one_that_is_written_out(
     monkeypatch.setattr(jax.nn, "dot_product_attention", in_its_place)
     config = GPTConfig(layers=1, hidden=H * K, heads=H, seq=16, vocab_size=8, attention="cudnn", dtype="bfloat16")
     q, k, v, g, ids = heads(length)
-    side = {"segment_ids": ids} if documents else {}
-    got = value_and_gradients(lambda q, k, v: attention.attend(config, q, k, v, side), q, k, v, g)
-    want = value_and_gradients(lambda q, k, v: written_out(q, k, v, reach(length, side), scale=K**-0.5), q, k, v, g)
+    aux_inputs = {"segment_ids": ids} if documents else {}
+    got = value_and_gradients(lambda q, k, v: attention.attend(config, q, k, v, aux_inputs), q, k, v, g)
+    want = value_and_gradients(
+        lambda q, k, v: blocked_attention(q, k, v, attention_mask(length, aux_inputs), scale=K**-0.5), q, k, v, g
+    )
     assert_close(got, want)
     assert seen and not any(n % 2 for n in seen)
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from vocabpp_jax.schedules import SCHEDULES, build, evaluation, lower, methods_of
 from vocabpp_jax.schedules.simulation import formats
+from vocabpp_jax.schedules.simulation.durations import Durations
 from vocabpp_jax.schedules.simulation.formats import Action
-from vocabpp_jax.schedules.simulation.simulator import Durations, simulate
+from vocabpp_jax.schedules.simulation.simulator import simulate
 
 CASES = [(schedule, method) for schedule in SCHEDULES for method in methods_of(schedule)]
 
@@ -166,11 +167,13 @@ def test_json_with_a_field_missing_is_refused():
 
 
 def test_a_trace_has_every_pass_and_collective_on_its_device():
-    timeline = simulate(lower(build("1f1b", "vocab-2", p=3, m=4)), Durations(S=0.2, T=0.2, C0=0.1, transfer=0.05))
+    timeline = simulate(
+        lower(build("1f1b", "vocab-2", p=3, m=4)), Durations(S=0.2, T=0.2, hidden_broadcast=0.1, transfer=0.05)
+    )
     trace = json.loads(formats.to_trace(timeline, microseconds=1e3))["traceEvents"]
     slices = [e for e in trace if e["ph"] == "X"]
     assert sum(e["cat"] in "FBST" for e in slices) == 4 * 3 * 4
-    assert sum(e["cat"] == "C0" for e in slices) == 3 * 4
+    assert sum(e["cat"] == "hidden_broadcast" for e in slices) == 3 * 4
     assert sum(e["cat"] == "receive" for e in slices) == 2 * 2 * 4
     assert max(e["ts"] + e["dur"] for e in slices if e["cat"] == "B") == pytest.approx(
         1e3 * max(s.end for s in timeline.spans() if s.kind == "B")

@@ -34,7 +34,7 @@ def inputs(pipe, length, documents=False):
     )
     tokens = jax.ShapeDtypeStruct((m, 1, length), jnp.int32)
     batch = {"tokens": tokens, "labels": tokens}
-    return params, batch | ({"side": {"segment_ids": tokens}} if documents else {})
+    return params, batch | ({"aux_inputs": {"segment_ids": tokens}} if documents else {})
 
 
 def gpt(**options):
@@ -117,7 +117,7 @@ def test_a_block_without_a_choice_of_kernels_needs_no_method():
         layers=2,
         vocab_size=8,
         width=4,
-        block=lambda w, x, side: x * w,
+        block=lambda w, x, aux_inputs: x * w,
         init_block=lambda key, layer: jnp.ones(4),
         init_row=lambda key, table: jnp.ones(4),
     )

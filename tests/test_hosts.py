@@ -13,7 +13,7 @@ from vocabpp_jax.runtime import hosts
 def test_every_device_gets_its_columns():
     mesh = make_mesh(pipe=2, data=4)
     tokens = np.arange(3 * 8 * 5).reshape(3, 8, 5)
-    batch = {"tokens": tokens, "side": {"ids": tokens + 1}}
+    batch = {"tokens": tokens, "aux_inputs": {"ids": tokens + 1}}
     placed = hosts.place(mesh, 8, batch)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(placed), batch)
     for shard in placed["tokens"].addressable_shards:

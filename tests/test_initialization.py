@@ -45,7 +45,7 @@ def own_model() -> Model:
         layers=8,
         vocab_size=101,
         width=6,
-        block=lambda w, x, side: x * w["gain"],
+        block=lambda w, x, aux_inputs: x * w["gain"],
         init_block=lambda key, layer: {"gain": jnp.full((6,), 1.5 + layer) + jax.random.uniform(key, (6,))},
         init_row=lambda key, table: jax.random.uniform(key, (6,), minval=-1),
     )

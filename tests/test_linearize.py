@@ -24,11 +24,11 @@ def shapes(tree):
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
 
 
-def gradients(passes, params, side, x, g):
-    y, residual, kept = passes.forward(params, side, x)
-    dparams, dx, carried = passes.backward(params, side, residual, kept, g)
+def gradients(passes, params, aux_inputs, x, g):
+    y, residual, kept = passes.forward(params, aux_inputs, x)
+    dparams, dx, carried = passes.backward(params, aux_inputs, residual, kept, g)
     if passes.weights is not None:
-        late = passes.weights(params, side, kept, carried)
+        late = passes.weights(params, aux_inputs, kept, carried)
         dparams = jax.tree.map(lambda a, b: b if a is None else a, dparams, late, is_leaf=lambda a: a is None)
     return y, dparams, dx
 
@@ -48,8 +48,8 @@ def test_the_passes_of_a_block_are_its_vjp(residuals, split):
 @pytest.mark.parametrize("split", [False, True])
 def test_no_weight_and_no_mask_is_stored(split):
     block, params, x, _ = gpt_block()
-    side = {"segment_ids": jax.ShapeDtypeStruct((B, L), jnp.int32)}
-    passes = linearize(block, shapes(params), shapes(x), side, split=split)
+    aux_inputs = {"segment_ids": jax.ShapeDtypeStruct((B, L), jnp.int32)}
+    passes = linearize(block, shapes(params), shapes(x), aux_inputs, split=split)
     weights = {w.shape for w in jax.tree.leaves(params)} | {(B, 1, L, L)}
     stored = [*passes.residual, *passes.kept, *passes.carried]
     assert stored and all(s.shape not in weights and s.dtype != bool for s in stored)
@@ -76,11 +76,11 @@ def test_the_split_costs_no_more_than_two_percent_of_the_backward_and_stores_not
 def test_a_block_that_changes_its_input_s_shape_is_refused():
     x = jax.ShapeDtypeStruct((B, L, 4), jnp.float32)
     with pytest.raises(ValueError, match=r"turns float32\[2, 8, 4\] into float32\[2, 8, 1\]"):
-        linearize(lambda w, x, side: x[..., :1] * w, jax.ShapeDtypeStruct((), jnp.float32), x, {}, split=False)
+        linearize(lambda w, x, aux_inputs: x[..., :1] * w, jax.ShapeDtypeStruct((), jnp.float32), x, {}, split=False)
 
 
 def test_what_a_nested_jit_makes_without_the_input_is_not_stored():
-    def block(w, x, side):
+    def block(w, x, aux_inputs):
         return jax.jit(lambda x: x * jnp.cos(jnp.arange(L * 4.0)).reshape(L, 4))(x * w)
 
     w, x = jnp.full((4,), 2.0), jnp.ones((B, L, 4))
@@ -91,7 +91,7 @@ def test_what_a_nested_jit_makes_without_the_input_is_not_stored():
 
 def test_a_block_without_matrices_can_be_split():
     w, x = jnp.full((4,), 2.0), jnp.ones((B, L, 4))
-    passes = linearize(lambda w, x, side: x * w, shapes(w), shapes(x), {}, split=True)
+    passes = linearize(lambda w, x, aux_inputs: x * w, shapes(w), shapes(x), {}, split=True)
     _, dw, dx = gradients(passes, w, {}, x, x)
     np.testing.assert_allclose(dw, np.full(4, B * L))
     np.testing.assert_allclose(dx, 2 * np.ones(x.shape))

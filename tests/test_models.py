@@ -235,13 +235,13 @@ def _flash_backward(kept, g):
 flash_stand_in.defvjp(_flash_forward, _flash_backward)
 
 
-def trace_backward(config, b=1, side=None):
+def trace_backward(config, b=1, aux_inputs=None):
     """The jaxpr ``(parameters, x, side) -> (block output, residuals)``, its residuals and its number of parameters."""
     model = build(config)
     params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, config.dtype), model.param_shapes()["blocks"][0])
     x = jax.ShapeDtypeStruct((b, config.seq, config.hidden), config.dtype)
-    forward = jax.make_jaxpr(lambda p, x, side: jax.vjp(lambda p, x: model.block(p, x, side), p, x))
-    jaxpr = forward(params, x, side or {}).jaxpr
+    forward = jax.make_jaxpr(lambda p, x, aux_inputs: jax.vjp(lambda p, x: model.block(p, x, aux_inputs), p, x))
+    jaxpr = forward(params, x, aux_inputs or {}).jaxpr
     residuals = [v for v in jaxpr.outvars[1:] if not is_literal(v)]
     return jaxpr, list(dict.fromkeys(residuals)), len(jax.tree.leaves(params))
 
@@ -268,10 +268,10 @@ def test_selective_keeps_ten_bsh_of_a_layer_beside_flash_statistics(monkeypatch)
     assert sum(a.size * a.dtype.itemsize for a in kept) == 20 * b * s * h + 4 * b * s * config.heads
 
 
-@pytest.mark.parametrize("side", [{}, {"segment_ids": jax.ShapeDtypeStruct((1, 48), jnp.int32)}])
-def test_selective_keeps_ten_bsh_beside_the_weights_of_attention_that_is_written_out(side):
+@pytest.mark.parametrize("aux_inputs", [{}, {"segment_ids": jax.ShapeDtypeStruct((1, 48), jnp.int32)}])
+def test_selective_keeps_ten_bsh_beside_the_weights_of_attention_that_is_written_out(aux_inputs):
     config = GPTConfig(layers=2, hidden=32, heads=4, seq=48, vocab_size=50)
-    kept = kept_activations(config, side=side)
+    kept = kept_activations(config, aux_inputs=aux_inputs)
     assert [a.shape for a in kept if a.shape[-2:] == (48, 48)] == [(1, 4, 1, 48, 48)]
     assert sum(a.size for a in kept) == 10 * 48 * 32 + 4 * 48 * 48
 
@@ -360,8 +360,8 @@ def test_gpt_module_equals_its_blocks_composed(tied, packed):
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (B, 9))  # shorter than seq
     segment_ids = np.tile(np.arange(9) // 4, (B, 1)) if packed else None
     module = Decoder.from_canonical(config, params)
-    side = {"segment_ids": segment_ids} if packed else {}
-    composed = jax.jit(reference_logits, static_argnums=0)(build(config), params, tokens, side)
+    aux_inputs = {"segment_ids": segment_ids} if packed else {}
+    composed = jax.jit(reference_logits, static_argnums=0)(build(config), params, tokens, aux_inputs)
     assert_close(nnx.jit(module)(tokens, segment_ids), composed)
 
 

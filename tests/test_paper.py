@@ -176,11 +176,11 @@ def test_families_are_compared_over_the_rows_that_were_published():
     assert (redis["rows"], redis["with published"], redis["highest"]) == (1, 0, None)
 
 
-@pytest.mark.parametrize(("passes", "said"), [(["F0"], "end: none"), (["S"], "end: big in")])
+@pytest.mark.parametrize(("passes", "said"), [(["F0"], "end: none"), (["S"], "end: grad_sum in")])
 def test_a_large_collective_without_a_transformer_pass_beside_it_is_named(passes, said):
     row = next(row for row in published(5) if row.method == "vocab-2")
     collectives = [
-        {"step": "big", "bytes": 2**20, "passes_between": passes},
+        {"step": "grad_sum", "bytes": 2**20, "passes_between": passes},
         {"step": "stats", "bytes": 2**10, "passes_between": []},
         {"step": "transfer", "bytes": 2**30, "passes_between": []},
     ]

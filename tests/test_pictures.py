@@ -3,10 +3,11 @@ import re
 import pytest
 
 from vocabpp_jax.schedules import build, lower
+from vocabpp_jax.schedules.simulation.durations import Durations
 from vocabpp_jax.schedules.simulation.pictures import draw, save, title_of
-from vocabpp_jax.schedules.simulation.simulator import Durations, simulate
+from vocabpp_jax.schedules.simulation.simulator import simulate
 
-DURATIONS = Durations(B=1, W=1, S=0.3, T=0.2, H=1, C0=0.1, big=0.1)
+DURATIONS = Durations(B=1, W=1, S=0.3, T=0.2, H=1, hidden_broadcast=0.1, grad_sum=0.1)
 
 
 def timeline(schedule="1f1b", method="vocab-2", p=3, m=4):

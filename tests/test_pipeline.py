@@ -17,8 +17,8 @@ B, L, D, V = 2, 4, 8, 19
 def plain_model(layers: int = 4, tied: bool = False) -> Model:
     """A model of pure functions, with a side input and no Flax."""
 
-    def block(w, x, side):
-        return x + jnp.tanh(x @ w["up"] + side.get("shift", 0)) @ w["down"]
+    def block(w, x, aux_inputs):
+        return x + jnp.tanh(x @ w["up"] + aux_inputs.get("shift", 0)) @ w["down"]
 
     def normal(key, *shape):
         return 0.3 * jax.random.normal(key, shape)
@@ -41,7 +41,7 @@ def plain_model(layers: int = 4, tied: bool = False) -> Model:
     )
 
 
-def batch_of(m: int, data: int = 1, side: bool = False):
+def batch_of(m: int, data: int = 1, aux_inputs: bool = False):
     random = np.random.default_rng(0)
     shape = (m, B * data, L)
     batch = {
@@ -49,7 +49,7 @@ def batch_of(m: int, data: int = 1, side: bool = False):
         "labels": random.integers(0, V, shape, dtype=np.int32),
         "mask": (random.random(shape) > 0.3).astype(np.float32),
     }
-    return batch | ({"side": {"shift": random.normal(size=(*shape, 1)).astype(np.float32)}} if side else {})
+    return batch | ({"aux_inputs": {"shift": random.normal(size=(*shape, 1)).astype(np.float32)}} if aux_inputs else {})
 
 
 def pipeline(schedule, model=None, data: int = 1) -> Pipeline:
@@ -93,7 +93,7 @@ def test_a_block_without_matrices_runs_under_a_split_backward():
     model = dataclasses.replace(
         plain,
         init_block=lambda key, layer: {"gain": jnp.full((D,), 1.5 + layer)},
-        block=lambda w, x, side: jnp.tanh(x * w["gain"]),
+        block=lambda w, x, aux_inputs: jnp.tanh(x * w["gain"]),
     )
     assert_parity(pipeline(schedules.build("zb-h1", "vocab-2", p=2, m=3), model), batch_of(3))
 
@@ -116,7 +116,7 @@ def test_a_user_s_schedule_that_is_not_sound_is_refused():
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
 def test_side_inputs_reach_the_blocks_of_their_own_microbatch(schedule):
-    assert_parity(pipeline(schedules.build(schedule, "vocab-2", p=2, m=3)), batch_of(3, side=True))
+    assert_parity(pipeline(schedules.build(schedule, "vocab-2", p=2, m=3)), batch_of(3, aux_inputs=True))
 
 
 @pytest.mark.parametrize(("schedule", "method"), [("1f1b", "vocab-2"), ("v-half", "baseline")])

@@ -24,7 +24,7 @@ def linear_model(**kwargs):
         width=5,
         init_block=lambda key, layer: jnp.zeros((5, 5)),
         init_row=lambda key, table: jnp.zeros(5),
-        block=lambda w, x, side: x + x @ w,
+        block=lambda w, x, aux_inputs: x + x @ w,
         **kwargs,
     )
 
@@ -98,11 +98,11 @@ def test_gpt_logits_and_loss_equal_a_gpt_written_in_numpy(tied, packed):
         for i in range(m)
     ])  # fmt: skip
 
-    side = {"segment_ids": ids} if packed else {}
-    first = {name: array[0] for name, array in side.items()}
+    aux_inputs = {"segment_ids": ids} if packed else {}
+    first = {name: array[0] for name, array in aux_inputs.items()}
     logits = jax.jit(reference_logits, static_argnums=0)(model, params, tokens[0], first)
     np.testing.assert_allclose(logits, exact[0], atol=1e-5)
-    loss = reference_loss(model, params, tokens, labels, mask, side)
+    loss = reference_loss(model, params, tokens, labels, mask, aux_inputs)
     np.testing.assert_allclose(loss, numpy_loss(exact, labels, mask), rtol=1e-6)
 
 
@@ -183,7 +183,7 @@ def test_embed_scale_multiplies_tokens_and_not_positions():
 
 
 def test_side_arrays_reach_the_blocks_of_their_microbatch():
-    model = dataclasses.replace(LINEAR, block=lambda w, x, side: x + side["shift"][:, None, None])
+    model = dataclasses.replace(LINEAR, block=lambda w, x, aux_inputs: x + aux_inputs["shift"][:, None, None])
     params = random_params(model, std=1.0)
     tokens, labels, mask = random_batch()
     shift = np.arange(m * B, dtype=np.float32).reshape(m, B) / 10

@@ -3,7 +3,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vocabpp_jax.schedules import SCHEDULES, Block, build, lower, reorder
-from vocabpp_jax.schedules.simulation.simulator import Durations, simulate
+from vocabpp_jax.schedules.simulation.durations import Durations
+from vocabpp_jax.schedules.simulation.simulator import simulate
 
 UNIT = Durations(F=1, B=1, W=1)
 SPLIT = ("zb-h1", "zb-h2", "v-min", "v-half", "v-zb")

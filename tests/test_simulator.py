@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vocabpp_jax.schedules import build, lower
+from vocabpp_jax.schedules.simulation.durations import Durations
 from vocabpp_jax.schedules.simulation.measured import errors, read_pass_times
-from vocabpp_jax.schedules.simulation.simulator import COMPILED, FREE, ON_CPUS, Durations, Rules, simulate
+from vocabpp_jax.schedules.simulation.simulator import COMPILED, FREE, ON_CPUS, Rules, simulate
 
 PUBLISHED = Path(__file__).parent.parent / "docs" / "paper"
 ASYNCHRONOUS = Rules("asynchronous")
@@ -59,7 +60,7 @@ def test_v_half_with_vocabulary_passes_waits_no_longer_than_v_half():
 @pytest.mark.parametrize("method", ["vocab-1", "vocab-2", "vocab-naive", "interlaced"])
 @pytest.mark.parametrize("p", [2, 4, 7])
 def test_devices_in_step_lose_nothing_where_collectives_block(method, p):
-    times = Durations(F=1, B=2.3, S=0.6, T=0.4, S1=0.4, S2=0.2, big=0.1, stats=0.01, transfer=0.02)
+    times = Durations(F=1, B=2.3, S=0.6, T=0.4, S1=0.4, S2=0.2, grad_sum=0.1, stats=0.01, transfer=0.02)
     beside, behind = (
         simulate(lower(build("1f1b", method, p=p, m=32, overlap=overlap)), times, ON_CPUS) for overlap in (True, False)
     )
@@ -99,16 +100,21 @@ def test_a_transfer_that_is_not_needed_yet_hides_behind_a_pass():
 
 
 def test_collectives_hide_behind_passes_and_use_the_network_one_at_a_time():
-    timeline = simulate(program(method="vocab-1", p=4, m=24), Durations(S=0.3, T=0.6, C0=0.1, big=0.1, CI=0.1, CB=0.1))
+    timeline = simulate(
+        program(method="vocab-1", p=4, m=24),
+        Durations(S=0.3, T=0.6, hidden_broadcast=0.1, grad_sum=0.1, embed_sum=0.1, embed_grad_broadcast=0.1),
+    )
     spans = sorted({(s.start, s.end) for s in timeline.spans() if s.op == "start" and s.end > s.start})
     assert len(spans) == 4 * 24
     assert all(a[1] <= b[0] + 1e-9 for a, b in zip(spans, spans[1:], strict=False))
-    exposed = simulate(program(method="vocab-1", p=4, m=24), Durations(S=0.3, T=0.6, C0=2.0, big=2.0))
+    exposed = simulate(
+        program(method="vocab-1", p=4, m=24), Durations(S=0.3, T=0.6, hidden_broadcast=2.0, grad_sum=2.0)
+    )
     assert exposed.makespan > timeline.makespan + 24
 
 
 def test_no_collective_takes_time_on_one_device():
-    costly = Durations(S=1, T=1, C0=9, stats=9, big=9, CI=9, CB=9)
+    costly = Durations(S=1, T=1, hidden_broadcast=9, stats=9, grad_sum=9, embed_sum=9, embed_grad_broadcast=9)
     assert simulate(program(method="vocab-2", p=1, m=5), costly).makespan == 5 * 5
 
 
@@ -125,8 +131,8 @@ def test_passes_of_a_device_never_overlap_and_inputs_are_there(method, p, m, rul
         B=[random.uniform(1, 4) for _ in range(p)],
         S=random.random(),
         T=random.random(),
-        C0=random.random(),
-        big=random.random(),
+        hidden_broadcast=random.random(),
+        grad_sum=random.random(),
         transfer=random.random() / 4,
     )
     timeline = simulate(program(method=method, p=p, m=m), durations, rules)
@@ -202,7 +208,9 @@ def test_bytes_are_cells_times_their_size():
 def test_measured_pass_times_predict_measured_iterations():
     runs = read_pass_times((PUBLISHED / "pass_times_8xA100.csv").read_text())
     # One network for all rows; milliseconds.
-    network = Durations(transfer=0.07, C0=0.08, big=0.15, CI=0.15, CB=0.08, stats=0.05)
+    network = Durations(
+        transfer=0.07, hidden_broadcast=0.08, grad_sum=0.15, embed_sum=0.15, embed_grad_broadcast=0.08, stats=0.05
+    )
     mean, largest = errors(runs, [run.predict(network).makespan for run in runs])
     assert mean < 0.03 and largest < 0.05
 
@@ -231,5 +239,7 @@ def test_pass_times_that_cannot_be_read_are_refused(change, names):
 
 
 def test_64_devices_and_512_microbatches_simulate_in_seconds():
-    timeline = simulate(program(method="vocab-2", p=64, m=512), Durations(S=0.2, T=0.2, C0=0.05, big=0.05))
+    timeline = simulate(
+        program(method="vocab-2", p=64, m=512), Durations(S=0.2, T=0.2, hidden_broadcast=0.05, grad_sum=0.05)
+    )
     assert timeline.peak_in_flight[0] == 65 and timeline.steady_bubble < 0.01

@@ -48,15 +48,15 @@ def test_enter_and_leave_are_each_other_s_transpose():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_layer_sums_twice_forward_and_twice_backward_and_never_in_w(name):
     pipe = pipeline(CONFIGS[name])
-    side = pipe.model.layer_side[0] if pipe.model.layer_side else {}
+    aux_inputs = pipe.model.layer_aux_inputs[0] if pipe.model.layer_aux_inputs else {}
     counts = {}
 
     def trace(layer):
         like = lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a))  # noqa: E731
         params = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape[1:], w.dtype), layer)
         x = jax.ShapeDtypeStruct((1, 6, 16), jnp.float32)
-        passes = linearize(pipe.model.tensor.block, params, x, jax.tree.map(like, side), split=True)
-        sides = jax.tree.map(like, side)
+        passes = linearize(pipe.model.tensor.block, params, x, jax.tree.map(like, aux_inputs), split=True)
+        sides = jax.tree.map(like, aux_inputs)
         for label, jaxpr in {
             "F": jax.make_jaxpr(passes.forward)(params, sides, x),
             "B": jax.make_jaxpr(passes.backward)(params, sides, passes.residual, passes.kept, x),

@@ -34,7 +34,7 @@ def test_where_all_forwards_come_first_no_interval_is_needed():
 @given(**SIZES)
 def test_no_interval_cuts_a_collective_and_a_slot_of_passes_hides_it(schedule, method, p, m):
     built = build(schedule, method, p=p, m=m)
-    opens = ends(built, "C0")[0].at[0]
+    opens = ends(built, "hidden_broadcast")[0].at[0]
     for name in collectives(built):
         start, done = ends(built, name)
         assert start.place == BEFORE and done.place == LANDINGS and start.at[0] <= done.at[0]
@@ -61,11 +61,11 @@ def test_without_overlap_everything_stands_behind_the_last_forward(schedule, met
 @pytest.mark.parametrize("p", range(1, 13))
 def test_a_device_in_the_middle_of_a_backward_has_a_pass_to_hide_large_sums_with(method, p):
     built = build("1f1b", method, p=p, m=5)
-    for name in ("C0", "big", "CI", "CB"):
+    for name in ("hidden_broadcast", "grad_sum", "embed_sum", "embed_grad_broadcast"):
         start, done = ends(built, name)
         slots = range(start.at[0], done.at[0] + 1)
         # Algorithm 2 needs the sum right behind the last stage's F and its barrier; there T hides it.
-        if (method, name) != ("vocab-2", "big"):
+        if (method, name) != ("vocab-2", "grad_sum"):
             assert all(
                 any((x.last - t) % 3 == 0 for t in slots for x in passes[:2] + passes[-2:]) for passes in built.passes
             )
@@ -77,7 +77,7 @@ def test_algorithm_2_sums_before_T_and_algorithm_1_after_it(schedule, method, T_
     for p in (1, 2, 3, 5, 8):
         steps = build(schedule, method, p=p, m=p + 2).vocabulary.steps
         place = {(s.op, s.name): (s.at[0], s.place, n) for n, s in enumerate(steps)}
-        assert (place["run", "T"] < place["start", "big"]) == T_first
+        assert (place["run", "T"] < place["start", "grad_sum"]) == T_first
 
 
 @pytest.mark.parametrize("schedule, method", [c for c in CASES if c[1] != "vocab-naive"])
@@ -89,6 +89,6 @@ def test_one_softmax_is_held_at_a_time(schedule, method):
 @pytest.mark.parametrize("p", [1, 2, 3, 5, 8])
 def test_evaluation_has_no_backward_steps(p):
     forward = evaluation(build("v-half", "vocab-1", p=p, m=4))
-    assert {s.name for s in forward.vocabulary.steps} == {"IF", "CI", "C0", "S", "stats"}
+    assert {s.name for s in forward.vocabulary.steps} == {"IF", "embed_sum", "hidden_broadcast", "S", "stats"}
     whole = evaluation(build("v-half", "baseline", p=p, m=4))
     assert {s.name for s in whole.vocabulary.steps} == {"IF", "H"}

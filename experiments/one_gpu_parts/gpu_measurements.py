@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vocabpp_jax import models
-from vocabpp_jax.schedules import Durations, Schedule, build
+from vocabpp_jax.schedules import COLLECTIVES, Durations, Schedule, build
 from vocabpp_jax.schedules.simulation.cost import GPU, Cost, stage_layers
 
 PARTS = ("parity", "overhead", "passes", "stages", "torch")
@@ -78,7 +78,7 @@ class Measured:
                 return None
         times |= {name: passes.get(name, 0.0) for name in _OFTEN} | ({} if split else {"W": 0.0})
         network = Cost(models.cost_sizes(config), gpu).durations(schedule)
-        names = ("CI", "C0", "CB", "big", "max", "stats", "transfer", "overhead")
+        names = (*COLLECTIVES, "transfer", "overhead")
         return Durations(**times, **{name: getattr(network, name) for name in names})
 
     def products(self) -> Iterator[float]:

@@ -116,7 +116,7 @@ def _random(case: Case) -> tuple[Any, dict[str, Any]]:
     batch = {"tokens": tokens, "labels": labels, "mask": (random.random(shape) >= 0.25).astype(np.float32)}
     if case.documents:
         starts = random.random(shape) < 0.05
-        batch["side"] = {"segment_ids": np.cumsum(starts, axis=-1, dtype=np.int32)}
+        batch["aux_inputs"] = {"segment_ids": np.cumsum(starts, axis=-1, dtype=np.int32)}
     return canonical, batch
 
 

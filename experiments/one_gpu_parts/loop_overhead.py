@@ -26,7 +26,7 @@ from comparators import COMPARATORS, EVEN_SHARE
 from comparators.contender import Contender, Ours
 from vocabpp_jax import Pipeline, make_mesh, models, schedules
 from vocabpp_jax.models import GPTConfig
-from vocabpp_jax.pipeline.buffers import when
+from vocabpp_jax.pipeline.buffers import run_if
 from vocabpp_jax.pipeline.flags import compiler_options
 from vocabpp_jax.pipeline.mesh import GPU_PLATFORMS
 
@@ -74,7 +74,7 @@ def _loops(count: int, setting: str) -> Any:
 
     def interval(state: dict, row: jax.Array) -> tuple[dict, None]:
         for k in range(count):
-            state = when(row[k] >= 0, state, ("x",), lambda s: s | {"x": s["x"] * 1.0001 + 1})
+            state = run_if(row[k] >= 0, state, ("x",), lambda s: s | {"x": s["x"] * 1.0001 + 1})
         return state, None
 
     def run(table: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from speed_measure.speed_passes import RINGS
 from vocabpp_jax import Pipeline
-from vocabpp_jax.pipeline.buffers import State, when
+from vocabpp_jax.pipeline.buffers import State, run_if
 from vocabpp_jax.pipeline.executor import Executor
 from vocabpp_jax.pipeline.precision import exact_products
 from vocabpp_jax.schedules import Instruction, Program
@@ -30,7 +30,7 @@ CELLS = 2  # of every ring at least: of one, the compiler would make no ring
 IDLE = "idle"  # what stands between the passes that are timed, and nothing else
 EMPTY = ("grads.", "loss", "clock", "swept", "part")  # of the state; all else begins with what looks random
 # C1 is what a device computes before the sum of Algorithm 2; of the statistics, what it computes around their gather.
-COLLECTIVES = {"C1": ("start big", "done big"), "stats": ("start stats", "done stats")}
+COLLECTIVES = {"C1": ("start grad_sum", "done grad_sum"), "stats": ("start stats", "done stats")}
 PASSES = ("IF", "F", "S", "S1", "S2", "stats", "T", "C1", "G", "H", "B", "W", "IB")
 
 
@@ -114,7 +114,7 @@ class Passes(Pipeline):
         state = state | {"swept": state["swept"] + 1}
         if not instructions:
             # A loop that is not entered, as there is one around every pass on the devices whose turn it is not.
-            return when(state["clock"] < 0, state, ("swept",), lambda s: s | {"swept": s["swept"] * 2})
+            return run_if(state["clock"] < 0, state, ("swept",), lambda s: s | {"swept": s["swept"] * 2})
         for instruction in instructions:
             cells = {name: jnp.asarray(i % self._cells(name), jnp.int32) for name in instruction.tables}
             state = executor.execute(instruction, cells, state)

@@ -11,7 +11,7 @@ from paper.page import Files, Say
 from paper.settings import Setting, published
 from reports.markdown import table
 from vocabpp_jax.schedules import methods_of
-from vocabpp_jax.schedules.simulation.simulator import Durations
+from vocabpp_jax.schedules.simulation.durations import Durations
 
 VOCABULARIES = (32_000, 256_000)
 SEQ = 2048
@@ -80,18 +80,15 @@ def section(files: Files, say: Say) -> str:
 # --- the ablation ----------------------------------------------------------------------------------------------------
 
 
-def silent(durations: Durations) -> Durations:
-    """The same passes, with collectives that take no time."""
-    return dataclasses.replace(durations, CI=0.0, C0=0.0, max=0.0, stats=0.0, big=0.0, CB=0.0)
-
-
 def ablation() -> list[dict[str, Any]]:
     """Interlaced with and without the time of its synchronous collectives, and the vocabulary passes beside it."""
     lines = []
     for gpus in (8, 32):
         for V in VOCABULARIES:
             row = Setting(5, gpus, SEQ, "interlaced", V)
-            whole, without = (predict(row, change=change).timeline.makespan for change in (lambda d: d, silent))
+            whole, without = (
+                predict(row, change=change).timeline.makespan for change in (lambda d: d, Durations.without_collectives)
+            )
             beside = predict(dataclasses.replace(row, method="vocab-2")).timeline.makespan
             lines.append(
                 {

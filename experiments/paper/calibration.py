@@ -27,8 +27,9 @@ from vocabpp_jax import models
 from vocabpp_jax.schedules import Schedule, build, lower
 from vocabpp_jax.schedules.lowering.program import Program
 from vocabpp_jax.schedules.simulation.cost import GPU, Cost, Sizes, load_gpu
+from vocabpp_jax.schedules.simulation.durations import Durations
 from vocabpp_jax.schedules.simulation.measured import MeasuredRun, read_pass_times
-from vocabpp_jax.schedules.simulation.simulator import FREE, Durations, Rules, simulate
+from vocabpp_jax.schedules.simulation.simulator import FREE, Rules, simulate
 from vocabpp_jax.schedules.simulation.timeline import Timeline
 
 A100 = load_gpu("a100-80g")

@@ -213,7 +213,7 @@ def serve(handlers: dict[str, Callable[..., Any]]) -> None:
         print(json.dumps(reply), file=replies, flush=True)
 
 
-def calm_transport() -> int:
+def deprioritize_network_threads() -> int:
     """Let the threads that wait for the network, once a first message has gone through, preempt nobody; how many.
 
     Gloo's one does not block while another thread of its process holds the lock of a connection, it polls. On a core

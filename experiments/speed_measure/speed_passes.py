@@ -20,15 +20,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from vocabpp_jax import Pipeline
-from vocabpp_jax.pipeline.buffers import Cells, State, when
+from vocabpp_jax.pipeline.buffers import Cells, State, run_if
 from vocabpp_jax.pipeline.executor import Executor
 from vocabpp_jax.schedules import COMPILED, ON_CPUS, Durations, Instruction, Program, Segment, simulate
 
 RINGS = {"deliver": "inbox"}  # the tables that are not named after the ring they index
 LONG = ("F", "B", "W", "S", "S1", "S2", "T", "H")  # all else takes so little that it needs more intervals to be seen
 SWEPT = 2**24  # float32 values that a sweep changes: 64 MiB, more than caches hold
-BETWEEN = {"sweep": ("swept",), "stir": ("inbox", "out", "A", "P")}  # what stands between passes, and what it changes
-_TIMED_WITH = {"CI": "IF", "big": "G", "CB": "IB"}  # sums that are not stored anywhere, and the pass beside them
+BETWEEN = {
+    "sweep": ("swept",),
+    "perturb": ("inbox", "out", "A", "P"),
+}  # what stands between passes, and what it changes
+_TIMED_WITH = {
+    "embed_sum": "IF",
+    "grad_sum": "G",
+    "embed_grad_broadcast": "IB",
+}  # sums that are not stored anywhere, and the pass beside them
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Excerpt(Pipeline):
     whole: Program | None = None
     body: tuple[Instruction, ...] = ()
     intervals: int = 0
-    between: str = "stir"
+    between: str = "perturb"
 
     @property
     def program(self) -> Program:
@@ -70,7 +77,7 @@ class _Between(Executor):
             return super().execute(instruction, cells, state)
         names = tuple(name for name in BETWEEN[instruction.name] if name in state)
         changed = lambda s: s | {name: _changed(s[name]) for name in names}  # noqa: E731
-        return when(cells["nothing"] == 0, state, names, changed)
+        return run_if(cells["nothing"] == 0, state, names, changed)
 
 
 def _changed(entry: Any) -> Any:
@@ -182,7 +189,7 @@ class PassTimes:
             whole=pipe.program,
             body=tuple(again(pipe, i, intervals, devices) for i in body),
             intervals=intervals,
-            between="sweep" if long else "stir",
+            between="sweep" if long else "perturb",
         )
 
 
@@ -210,16 +217,16 @@ def durations_of(pipe: Pipeline, seconds: Seconds) -> Durations:
     for name in sorted({name for op, name in whole if op == "start"}, key=lambda n: (n in _TIMED_WITH, n)):
         reads = _TIMED_WITH.get(name)
         ends = [whole["start", name], whole["done", name]]
-        if name == "CI":  # the lookup lands nowhere but in its sum
+        if name == "embed_sum":  # the lookup lands nowhere but in its sum
             both = seconds([whole["run", reads], *ends], None, (name, shared))
-            times["CI"] = min(both, times["C0"])
-            times["IF"] = (both - times["CI"],) * schedule.p
+            times["embed_sum"] = min(both, times["hidden_broadcast"])
+            times["IF"] = (both - times["embed_sum"],) * schedule.p
         elif reads:
             took = seconds([*ends, whole["run", reads]], None, (name, shared))
             times[name] = max(0.0, took - max(times[reads]))
         else:
             times[name] = seconds(ends, None, (name, shared))
-    if "IF" in kinds and "CI" not in times:
+    if "IF" in kinds and "embed_sum" not in times:
         first = schedule.placement[0]
         took = seconds([whole["run", "IF"]], (first,), ("IF", shared))
         times["IF"] = tuple(took if d == first else 0.0 for d in range(schedule.p))

@@ -58,7 +58,7 @@ class Stage:
         ClusterOptions(coordinator=coordinator, processes=ranks, process_id=rank).join(ranks)
         found = self.describe() | {"seconds": time.monotonic() - began}
         multihost_utils.sync_global_devices("joined")
-        return found | ({"calmed": processes.calm_transport()} if jax.default_backend() == "cpu" else {})
+        return found | ({"calmed": processes.deprioritize_network_threads()} if jax.default_backend() == "cpu" else {})
 
     def simulate(self, devices: int) -> dict[str, Any]:
         """Be alone, and simulate devices where there are only CPUs."""

@@ -93,7 +93,7 @@ def sample(tokens: TokenizedCorpus, windows: int = 64, width: int = 1024) -> dic
     return found
 
 
-def whole_ones(run: Run) -> str:
+def how_to_resume(run: Run) -> str:
     """What of the run is kept."""
     folder = run.options.checkpoint.checkpoint_dir
     steps = checkpoints.steps_in(folder) if folder else []

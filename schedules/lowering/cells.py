@@ -1,11 +1,8 @@
 """Ring buffers: which event writes which value, which ones read it, and the cell it lives in meanwhile.
 
-    inbox     what arrives before its slot: streams and their gradients      X  the last stage's output, on every device
-    residual  what F leaves for B        kept  what F leaves for W too       P  what S leaves for the reductions and T
-    carried   what B leaves for W        outbox  what F and B leave for a transfer of the next interval
-
-A value is alive from the event that writes it to its last reader. Cells are given out first freed, first used, so that
-a ring never has more cells than values alive at once.
+What every instruction writes and reads is in the table of :mod:`..instructions`. A value is alive from the event that
+writes it to its last reader. Cells are given out first freed, first used, so that a ring never has more cells than
+values alive at once.
 """
 
 from __future__ import annotations
@@ -14,12 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..instructions import KINDS, RINGS, Value
 from ..schedule import DEFERRED, Schedule
-from ..vocabulary import sums_before_T
 from .events import Events
-
-RINGS = ("inbox", "outbox", "residual", "kept", "carried", "X", "P")
-FORWARD, BACKWARD = 0, 1
 
 
 @dataclass(frozen=True)
@@ -46,7 +40,7 @@ def allocate(schedule: Schedule, events: Events) -> Cells:
     tables: dict[str, np.ndarray] = {}
     peaks: dict[str, tuple[int, ...]] = {}
     reader = np.full(len(events), -1)
-    writes, reads = _written(schedule, events), _read(schedule, events)
+    writes, reads = _touched(schedule, events)
     for ring in RINGS:
         if not writes.get(ring) and not reads.get(ring):
             continue
@@ -73,52 +67,20 @@ def allocate(schedule: Schedule, events: Events) -> Cells:
 Values = dict[str, list[tuple[np.ndarray, np.ndarray]]]  # for every ring: rows of events, and what they write or read
 
 
-def _written(schedule: Schedule, events: Events) -> Values:
-    """The values that events make."""
-    first, last = schedule.placement[0], schedule.placement[-1]
-    sharded, on = schedule.sharded, events.device
-    makes = _Values(schedule, events)
-    for name, way in (("F", FORWARD), ("B", BACKWARD)):
-        makes.add("inbox", events.are(("keep", name), ("recv", name)), way)
-    for name, way in (("F", FORWARD), ("B", BACKWARD)):
-        makes.add("outbox", events.are(("run", name)) & _deferred(events, name), way)
-    if schedule.trains:
-        makes.add("residual", events.are(("run", "F")), FORWARD)
-        makes.add("inbox", events.are(("run", "G"), ("run", "H")) & (on == last), BACKWARD, stage=schedule.stages)
-    if schedule.splits_backward:
-        makes.add("kept", events.are(("run", "F")), FORWARD)
-        makes.add("carried", events.are(("run", "B")), BACKWARD)
-    makes.add("inbox", events.are(("done", "CI") if sharded else ("run", "IF")) & (on == first), FORWARD, stage=-1)
-    makes.add("X", events.are(("done", "C0")), FORWARD)
-    makes.add("P", events.are(("run", "S"), ("run", "S1")), FORWARD)
-    return makes.values
-
-
-def _read(schedule: Schedule, events: Events) -> Values:
-    """The values that events need."""
-    first, last = schedule.placement[0], schedule.placement[-1]
-    sharded, on = schedule.sharded, events.device
-    reads = _Values(schedule, events)
-    F, B, W = (events.are(("run", kind)) for kind in "FBW")
-    for name, way in (("F", FORWARD), ("B", BACKWARD)):
-        reads.add("outbox", events.are(("send", name)) & (events.rank == DEFERRED), way)
-    reads.add("inbox", F, FORWARD, offset=-1)
-    reads.add("inbox", B, BACKWARD, offset=1)
-    reads.add("residual", B, FORWARD)
-    if schedule.splits_backward:
-        reads.add("kept", B | W, FORWARD)
-        reads.add("carried", W, BACKWARD)
-    reads.add("inbox", events.are(("start", "C0"), ("run", "H")) & (on == last), FORWARD, stage=schedule.stages - 1)
-    reads.add("inbox", events.are(("start", "CB") if sharded else ("run", "IB")) & (on == first), BACKWARD, stage=0)
-    reads.add("X", events.are(*(("run", name) for name in ("S", "S1", "T", "G"))), FORWARD)
-    reads.add(
-        "P",
-        events.are(("run", "S2"), ("run", "T"), *((op, name) for op in ("start", "done") for name in ("max", "stats"))),
-        FORWARD,
-    )
-    if sums_before_T(schedule):
-        reads.add("P", events.are(("start", "big")), FORWARD)
-    return reads.values
+def _touched(schedule: Schedule, events: Events) -> tuple[Values, Values]:
+    """The values that events make, and those that they need."""
+    made, needed = _Values(schedule, events), _Values(schedule, events)
+    for kind in KINDS.values():
+        for access in kind.accesses:
+            if access.when(schedule):
+                values = made if access.writes else needed
+                values.add(access.ring, events.are((access.op, kind.name)), access.value)
+        if kind.sends:
+            output = Value(kind.makes)
+            made.add("inbox", events.are(("keep", kind.name), ("recv", kind.name)), output)
+            made.add("outbox", events.are(("run", kind.name)) & _deferred(events, kind.name), output)
+            needed.add("outbox", events.are(("send", kind.name)) & (events.rank == DEFERRED), output)
+    return made.values, needed.values
 
 
 def _deferred(events: Events, name: str) -> np.ndarray:
@@ -134,12 +96,17 @@ class _Values:
     def __init__(self, schedule: Schedule, events: Events):
         self.schedule, self.events, self.values = schedule, events, {}
 
-    def add(self, ring: str, mask: np.ndarray, way: int, *, stage: int | None = None, offset: int = 0) -> None:
+    def add(self, ring: str, mask: np.ndarray, value: Value) -> None:
+        stages, placement = self.schedule.stages, self.schedule.placement
+        stage = self.events.stage
+        if value.anchor:
+            anchor = 0 if value.anchor == "first" else stages - 1
+            mask, stage = mask & (self.events.device == placement[anchor]), np.full_like(stage, anchor)
         rows = np.flatnonzero(mask)
         if len(rows):
-            stages = self.events.stage[rows] + offset if stage is None else np.full(len(rows), stage)
-            key = (way * (self.schedule.stages + 2) + stages + 1) * self.schedule.m + self.events.microbatch[rows]
-            self.values.setdefault(ring, []).append((rows, key))
+            backward = value.direction == "backward"
+            key = (backward * (stages + 2) + stage[rows] + value.offset + 1) * self.schedule.m
+            self.values.setdefault(ring, []).append((rows, key + self.events.microbatch[rows]))
 
 
 def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:

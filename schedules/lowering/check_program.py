@@ -13,7 +13,7 @@ from ..check import ScheduleError
 from .program import Instruction, Program, Segment
 
 Key = tuple[str, np.ndarray, np.ndarray]  # what a value is: "F" or "B" of a stage, of a microbatch
-_WRITES_P, _WRITES_X = ("S", "S1"), ("C0",)
+_WRITES_P, _WRITES_X = ("S", "S1"), ("hidden_broadcast",)
 
 
 def check_program(program: Program) -> None:
@@ -38,9 +38,7 @@ class _Replay:
     def __init__(self, program: Program):
         self.program, self.schedule = program, program.schedule
         s = self.schedule
-        self.stage_of = np.zeros((s.chunks, s.p), int)
-        for stage, device in enumerate(s.placement):
-            self.stage_of[s.chunk(stage), device] = stage
+        self.stage_of = s.stage_of
         self.touches: dict[str, list[tuple]] = defaultdict(list)
         self.counts: dict[tuple[str, int], np.ndarray] = defaultdict(lambda: np.zeros((s.p, s.m), int))
         self.time = 0
@@ -151,15 +149,15 @@ class _Replay:
     def _vocabulary(self, x: Instruction, touch) -> None:
         s = self.schedule
         writes = {
-            ("done", "CI"): ("F", -1),
+            ("done", "embed_sum"): ("F", -1),
             ("run", "IF"): ("F", -1),
             ("run", "G"): ("B", s.stages),
             ("run", "H"): ("B", s.stages),
         }
         reads = {
-            ("start", "C0"): ("F", s.stages - 1),
+            ("start", "hidden_broadcast"): ("F", s.stages - 1),
             ("run", "H"): ("F", s.stages - 1),
-            ("start", "CB"): ("B", 0),
+            ("start", "embed_grad_broadcast"): ("B", 0),
             ("run", "IB"): ("B", 0),
         }
         if "deliver" in x.tables:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..schedule import BEFORE, DEFERRED, PASSES, TRANSFERS, Order, Schedule
+from ..instructions import KINDS
+from ..schedule import DEFERRED, PASSES, TRANSFERS, Order, Schedule
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,8 @@ def events_of(schedule: Schedule, order: Order | None = None) -> Events:
 
 
 def _base(schedule: Schedule) -> int:
-    """The slot that opens the first interval: one of a C0, so that no broadcast is cut by the end of a scan step."""
-    steps, K = schedule.vocabulary.steps, schedule.interval
-    opens = next((s.at[0] for s in steps if (s.op, s.name, s.place) == ("start", "C0", BEFORE)), 0)
+    """The slot that opens the first interval, see :attr:`.Schedule.opens`."""
+    steps, K, opens = schedule.vocabulary.steps, schedule.interval, schedule.opens
     first = min(
         [passes[0].last for passes in schedule.passes if passes]
         + [
@@ -109,9 +109,8 @@ def _pass_events(schedule: Schedule, order: Order, words: tuple[str, ...], base:
     ).reshape(-1, 4)
     name, stage, microbatch, last = rows.T
     run = (device, last, PASSES, 0, words.index("run"), name, stage, microbatch, -1)
-    forward = name == words.index("F")
-    moved = forward | (name == (words.index("B") if "B" in words else -1))
-    to = stage + np.where(forward, 1, -1)
+    sends = np.array([KINDS[word].sends if word in KINDS else 0 for word in words])[name]
+    moved, to = sends != 0, stage + sends
     inside = (to >= 0) & (to < schedule.stages)
     peer = np.where(inside, np.array(schedule.placement)[np.where(inside, to, 0)], device)
 

@@ -19,7 +19,7 @@ import numpy as np
 from ..schedule import AFTER, DEFERRED, PASSES, TRANSFERS, Order, Schedule
 from .cells import Cells, allocate
 from .events import Events, events_of
-from .segments import cuts
+from .segments import scan_bounds
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def lower(schedule: Schedule, order: Order | None = None) -> Program:
     events = events_of(schedule, order)
     cells = allocate(schedule, events)
     lines = _Lines(schedule, events, order)
-    scans = lines.apart() if order.ends_apart else cuts(schedule.p, lines.interval, lines.identity, lines.pair)
+    scans = lines.apart() if order.ends_apart else scan_bounds(schedule.p, lines.interval, lines.identity, lines.pair)
     segments = [_Body(schedule, events, cells, lines, a, b).segment() for a, b in scans]
     return Program(schedule, tuple(s for s in segments if s.body), cells.peaks)
 

@@ -19,7 +19,7 @@ SCAN = 128  # what one more scan costs, in idle passes
 STEADY = 64  # what a run of more than p like intervals counts as
 
 
-def cuts(p: int, interval: np.ndarray, identity: np.ndarray, pair: np.ndarray) -> list[tuple[int, int]]:
+def scan_bounds(p: int, interval: np.ndarray, identity: np.ndarray, pair: np.ndarray) -> list[tuple[int, int]]:
     """First interval and end of every scan, from each event's interval, instruction and pair of devices (or -1)."""
     needs, cost = _needs(p, interval, identity, pair)
     runs = [(need, len(list(same))) for need, same in groupby(needs)]

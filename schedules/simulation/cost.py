@@ -18,7 +18,7 @@ import numpy as np
 
 from ..layers import even_split
 from ..schedule import Schedule
-from .simulator import Durations
+from .durations import Durations
 from .timeline import Timeline
 
 GPUS = Path(__file__).parent / "gpus"
@@ -281,10 +281,10 @@ class Cost:
             B=tuple(slower * (counts * B + gpu.launch)),
             W=tuple(slower * (counts * weights + gpu.launch)),
             **self.vocabulary(rows, early=schedule.method == "vocab-2"),
-            CI=gpu.all_reduce(stream, p),
-            C0=gpu.broadcast(stream, p),
-            CB=gpu.broadcast(stream, p),
-            big=gpu.all_reduce(stream, p),
+            embed_sum=gpu.all_reduce(stream, p),
+            hidden_broadcast=gpu.broadcast(stream, p),
+            embed_grad_broadcast=gpu.broadcast(stream, p),
+            grad_sum=gpu.all_reduce(stream, p),
             max=gpu.all_reduce(vector, p),
             stats=gpu.all_reduce(3 * vector, p),
             transfer=tuple(tuple(gpu.send(stream, a, b) for b in range(p)) for a in range(p)),

@@ -23,6 +23,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from ..instructions import DEVICE_PASSES, KINDS, STAGE_PASSES
 from ..lowering.events import events_of
 from ..orders import from_orders
 from ..schedule import Schedule
@@ -30,10 +31,10 @@ from .timeline import Timeline
 
 _CELL = re.compile(r"([0-9]{1,9})([A-Z_]+)([0-9]{0,9})|\(.*\)(OVERLAP_F_B)")
 # Torch reads a name by its beginning (IF as I), and one that ends in a digit runs into the microbatch.
-_WRITTEN = {"S1": "SM", "S2": "SE", "IF": "EF", "IB": "EB"}
+_WRITTEN = {kind.name: kind.spelling for kind in KINDS.values() if kind.spelling}
 _READ = {written: name for name, written in _WRITTEN.items()}
-_OF_STAGES = ("F", "B", "I", "W")
-_OF_DEVICES = ("EF", "EB", "IF", "IB", "S", "SM", "SE", "T", "H", "G")
+_OF_STAGES = (*STAGE_PASSES, "I")
+_OF_DEVICES = tuple(name for name in (*DEVICE_PASSES, *_READ) if name.isalpha())
 _OF_TORCH = ("SEND_F", "RECV_F", "SEND_B", "RECV_B", "UNSHARD", "RESHARD", "REDUCE_GRAD", "OVERLAP_F_B")
 
 
@@ -230,7 +231,7 @@ def to_trace(timeline: Timeline, microseconds: float = 1e6) -> str:
     for s in timeline.spans():
         if s.end > s.start:
             kind = s.kind or "receive"
-            stage = {"stage": s.stage} if kind in ("F", "B", "W") else {}
+            stage = {"stage": s.stage} if kind in STAGE_PASSES else {}
             events.append(
                 {
                     "ph": "X",

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from ..build import build
 from ..lowering.program import lower
-from .simulator import FREE, Durations, Rules, simulate
+from .durations import Durations
+from .simulator import FREE, Rules, simulate
 from .timeline import Timeline
 
 # The share of the output layer's time that is S: Algorithm 2 has two of the three matrix products there, the rest one.

@@ -8,55 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..instructions import KINDS
 from .timeline import Curve, Timeline, Track
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Colours that stay apart for colour-blind readers and in grey: compute cold, vocabulary warm.
-COLORS = {
-    "F": "#4477AA",
-    "B": "#66BFC4",
-    "W": "#3E9A64",
-    "S": "#EE8833",
-    "S1": "#EE8833",
-    "S2": "#F6B56B",
-    "T": "#CC3D4E",
-    "H": "#D9553B",
-    "IF": "#B07AA1",
-    "IB": "#D4A6C8",
-    "G": "#8C8C8C",
-}
-NAMES = {
-    "F": "F forward",
-    "B": "B backward",
-    "W": "W weight gradient",
-    "S": "S logits, softmax",
-    "S1": "S maxima",
-    "S2": "S softmax",
-    "T": "T gradients",
-    "H": "H output layer",
-    "IF": "IF lookup",
-    "IB": "IB scatter",
-    "G": "G final norm",
-}
-COLLECTIVE_COLORS = {
-    "C0": "#7A6A53",
-    "max": "#E0C04C",
-    "stats": "#C9A227",
-    "big": "#A3123F",
-    "CI": "#B07AA1",
-    "CB": "#D4A6C8",
-}
-COLLECTIVE_NAMES = {
-    "C0": "broadcast of X",
-    "max": "maxima",
-    "stats": "softmax sums",
-    "big": "sum of ∇X",
-    "CI": "sum of embeddings",
-    "CB": "broadcast of ∇embeddings",
-}
 _INK, _FAINT = "#30343B", "#9AA0A8"
 _GROUND = "#F3F4F6"
 _WIDTH = 12.0  # inches
@@ -155,7 +113,7 @@ def _rows(axes: Axes, timeline: Timeline, end: float, row: float) -> None:
         elif track.op == "start" and lane:
             n = np.flatnonzero((track.microbatch[:, 0] >= 0) & (track.end[:, 0] > track.start[:, 0]))
             bars = np.stack([track.start[n, 0], track.end[n, 0] - track.start[n, 0]], axis=1)
-            axes.broken_barh(bars, (p + 0.14, lane - 0.24), facecolor=COLLECTIVE_COLORS[track.kind], linewidth=0)
+            axes.broken_barh(bars, (p + 0.14, lane - 0.24), facecolor=KINDS[track.kind].color, linewidth=0)
     step = 1 if p <= 16 else 4
     axes.set_yticks([d + 0.5 for d in range(0, p, step)], [str(d) for d in range(0, p, step)])
     _plain(axes)
@@ -166,13 +124,13 @@ def _passes(axes: Axes, timeline: Timeline, track: Track, per_unit: float, row: 
     """One instruction's passes on all devices, with microbatch numbers where all of them fit."""
     from matplotlib.collections import PolyCollection
 
-    schedule = timeline.schedule
+    schedule, kind = timeline.schedule, KINDS[track.kind]
     n, d = np.nonzero((track.microbatch >= 0) & (track.end > track.start))
     if not len(n):
         return
     left, right, top, bottom = track.start[n, d], track.end[n, d], d + 0.04, d + 0.96
     corners = np.stack([left, top, right, top, right, bottom, left, bottom], axis=1).reshape(-1, 4, 2)
-    color = _shade(COLORS[track.kind], schedule.chunk(track.stages[0]) if track.kind in "FBW" else 0, schedule.chunks)
+    color = _shade(kind.color, schedule.chunk(track.stages[0]) if kind.runs == "per stage" else 0, schedule.chunks)
     inches = float((right - left).max()) * per_unit
     axes.add_collection(
         PolyCollection(
@@ -203,10 +161,11 @@ def _held(axes: Axes, timeline: Timeline) -> None:
     grid = np.linspace(0, timeline.makespan, 2400)
     values = [_most(timeline.in_flight(d), grid) for d in range(p)]
     low, high = np.min(values, axis=0), np.max(values, axis=0)
-    axes.fill_between(grid, low, high, step="post", color=COLORS["F"], alpha=0.18, linewidth=0)
-    axes.plot(grid, values[0], color=COLORS["F"], linewidth=1.1, drawstyle="steps-post")
+    cold, warm = KINDS["F"].color, KINDS["T"].color
+    axes.fill_between(grid, low, high, step="post", color=cold, alpha=0.18, linewidth=0)
+    axes.plot(grid, values[0], color=cold, linewidth=1.1, drawstyle="steps-post")
     if p > 1:
-        axes.plot(grid, values[-1], color=COLORS["T"], linewidth=1.1, drawstyle="steps-post")
+        axes.plot(grid, values[-1], color=warm, linewidth=1.1, drawstyle="steps-post")
     peak = int(high.max())
     axes.set_ylim(0, max(peak, 1) * 1.18)
     axes.set_yticks([0, peak])
@@ -214,7 +173,13 @@ def _held(axes: Axes, timeline: Timeline) -> None:
     axes.set_ylabel("held", color=_INK, fontsize=9)
     first, last = timeline.peak_in_flight[0], timeline.peak_in_flight[-1]
     axes.annotate(
-        f"device 0: {first}", (1, 0.92), xycoords="axes fraction", ha="right", va="top", fontsize=8, color=COLORS["F"]
+        f"device 0: {first}",
+        (1, 0.92),
+        xycoords="axes fraction",
+        ha="right",
+        va="top",
+        fontsize=8,
+        color=cold,
     )
     if p > 1:
         axes.annotate(
@@ -224,7 +189,7 @@ def _held(axes: Axes, timeline: Timeline) -> None:
             ha="right",
             va="top",
             fontsize=8,
-            color=COLORS["T"],
+            color=warm,
         )
 
 
@@ -254,10 +219,9 @@ def _legend(figure: Figure, timelines: list[Timeline], total: float) -> None:
     """The passes and the collectives that occur, a line each at the top."""
     from matplotlib.patches import Patch
 
-    lines = (("run", COLORS, NAMES), ("start", COLLECTIVE_COLORS, COLLECTIVE_NAMES))
-    for n, (op, colors, names) in enumerate(lines):
+    for n, op in enumerate(("run", "start")):
         there = {t.kind for x in timelines for t in x.tracks if t.op == op and (t.end > t.start).any()}
-        handles = [Patch(facecolor=colors[kind], label=name) for kind, name in names.items() if kind in there]
+        handles = [Patch(facecolor=kind.color, label=kind.legend) for kind in KINDS.values() if kind.name in there]
         if handles:
             corner = (0.75 / _WIDTH, 1 - (0.06 + 0.17 * n) / total)
             figure.legend(

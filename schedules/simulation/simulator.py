@@ -16,69 +16,15 @@ where it uses the data, and nothing runs that carries no data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from ..lowering.program import Instruction, Program, Segment
-from ..schedule import Schedule
+from .durations import Durations
 from .timeline import Timeline, Track
-
-Times = float | Sequence[float]
-
-
-@dataclass(frozen=True)
-class Durations:
-    """How long everything takes, in any one unit of time (seconds where it comes from a cost model).
-
-    Attributes:
-        F, B, W: forward, backward, weight gradient; one number, or one a stage. B is the whole backward where the
-            schedule has no W passes.
-        S, T, S1, S2, H, G, IF, IB: the vocabulary passes; one number, or one a device.
-        CI, C0, max, stats, big, CB: the collectives.
-        transfer: one permute between neighbours; one number, or one a pair as ``[source, target]``.
-        overhead: added to every ``run`` on every device, whether the pass runs there or not: the host reads the
-            predicate of its loop. Only where the rules say ``idle``, as other programs have no such loops.
-    """
-
-    F: Times = 1.0
-    B: Times = 2.0
-    W: Times = 0.0
-    S: Times = 0.0
-    T: Times = 0.0
-    S1: Times = 0.0
-    S2: Times = 0.0
-    H: Times = 0.0
-    G: Times = 0.0
-    IF: Times = 0.0
-    IB: Times = 0.0
-    CI: float = 0.0
-    C0: float = 0.0
-    max: float = 0.0
-    stats: float = 0.0
-    big: float = 0.0
-    CB: float = 0.0
-    transfer: float | Sequence[Sequence[float]] = 0.0
-    overhead: float = 0.0
-
-    def scaled(self, factor: float) -> Durations:
-        """The same in another unit of time."""
-        return Durations(**{f.name: _plain(np.asarray(getattr(self, f.name), float) * factor) for f in fields(self)})
-
-    def of(self, schedule: Schedule, kind: str, chunk: int = 0) -> np.ndarray:
-        """The duration of a pass on every device, ``[p]``."""
-        times = np.asarray(getattr(self, kind), float)
-        if times.ndim == 0:
-            return np.full(schedule.p, float(times))
-        per_stage = kind in ("F", "B", "W")
-        if len(times) != (schedule.stages if per_stage else schedule.p):
-            raise ValueError(
-                f"{kind} has {len(times)} durations; give one, or one "
-                f"{'a stage' if per_stage else 'a device'}: {schedule.stages if per_stage else schedule.p}"
-            )
-        return times[_stage_of(schedule)[chunk]] if per_stage else times
 
 
 @dataclass(frozen=True)
@@ -129,7 +75,7 @@ class _Engine:
             raise ValueError(f"transfer has shape {transfer.shape}; give one number, or one a pair, ({p}, {p})")
         self.transfer = np.broadcast_to(transfer, (p, p))
         self.devices = np.arange(p)
-        self.stages = _stage_of(self.schedule)
+        self.stages = self.schedule.stage_of
         self.clock = np.zeros(p)
         self.stream = np.zeros(p)  # until when each device's communication stream is taken
         self.arrival = np.zeros((p, max(1, program.rings.get("inbox", 0))))
@@ -269,16 +215,3 @@ class _Engine:
             return 0.0
         cells = track.tables["inbox"][n]
         return np.where(cells >= 0, self.arrival[self.devices, cells], 0.0)
-
-
-def _plain(times: np.ndarray) -> Any:
-    """A number, or nested tuples of them."""
-    return tuple(map(_plain, times)) if times.ndim else float(times)
-
-
-def _stage_of(schedule: Schedule) -> np.ndarray:
-    """The stage of every chunk of every device, ``[chunks, p]``."""
-    stages = np.zeros((schedule.chunks, schedule.p), int)
-    for stage, device in enumerate(schedule.placement):
-        stages[schedule.chunk(stage), device] = stage
-    return stages

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..instructions import KINDS
 from ..lowering.program import Program
 from ..schedule import Schedule
 
@@ -215,7 +216,7 @@ class Timeline:
                 ring = "inbox" if name == "deliver" else name
                 if ring not in touches:
                     continue
-                writes = name == "deliver" if ring == "inbox" else (t.op, t.kind) in _WRITERS[ring]
+                writes = name == "deliver" if ring == "inbox" else (t.op, t.kind, ring) in _WRITES
                 rows, devices = np.nonzero(table >= 0)
                 # A collective has copied what it reads once it is under way.
                 end = t.start if t.op == "start" else t.end
@@ -234,13 +235,8 @@ class Timeline:
         return {ring: _lives(np.concatenate(found, axis=1)) for ring, found in touches.items()}
 
 
-_WRITERS = {
-    "outbox": {("run", "F"), ("run", "B")},
-    "residual": {("run", "F")},
-    "kept": {("run", "F")},
-    "carried": {("run", "B")},
-    "X": {("done", "C0")},
-    "P": {("run", "S"), ("run", "S1")},
+_WRITES = {(a.op, kind.name, a.ring) for kind in KINDS.values() for a in kind.accesses if a.writes} | {
+    ("run", kind.name, "outbox") for kind in KINDS.values() if kind.sends
 }
 
 

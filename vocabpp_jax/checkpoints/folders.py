@@ -140,7 +140,7 @@ class FileLock:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.close()
-            raise _taken(folder) from None
+            raise _in_use(folder) from None
         except OSError as problem:
             self._file.close()
             if problem.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
@@ -178,17 +178,17 @@ class Lease:
         self._folder, self._file, self._beat = folder, folder / LOCK, beat
         self._count, self._lost, self._end = 0, False, threading.Event()
         if (found := self._read()) and self._changes(found, patience):
-            raise _taken(folder)
+            raise _in_use(folder)
         self._write()
         time.sleep(settle)
         if not self._mine():
-            raise _taken(folder)
+            raise _in_use(folder)
         self._thread = threading.Thread(target=self._keep, name="checkpoint lease", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
         if self._lost:
-            raise _taken(self._folder)
+            raise _in_use(self._folder)
 
     def release(self) -> None:
         self._end.set()
@@ -255,5 +255,5 @@ def move_aside(folder: epath.Path, step: int) -> epath.Path:
     return aside
 
 
-def _taken(folder: epath.Path) -> ValueError:
+def _in_use(folder: epath.Path) -> ValueError:
     return ValueError(f"checkpoint_dir is {str(folder)!r}, to which another run is writing; end it first")

@@ -15,7 +15,7 @@ import numpy as np
 
 Batch = dict[str, Any]
 """``tokens`` and ``labels`` int32 ``[m, B, L]``, ``mask`` float32 ``[m, B, L]``: 1 where the loss counts a label; with
-document masks also ``side``: ``segment_ids`` int32 ``[m, B, L]``, the number of a token's document in its row."""
+document masks also ``aux_inputs``: ``segment_ids`` int32 ``[m, B, L]``, the number of a token's document in its row."""
 ENDLESS = 2**48
 """Batches in what repeats for ever."""
 _NO_LABELS = (
@@ -46,7 +46,7 @@ class Windows:
             begins = np.zeros(self.seq + 1, np.int32)
             begins[np.asarray(self.ends[first:last]) - start] = 1
             row["mask"] = np.where(begins[1:], 0, row["mask"])
-            row["side"] = {"segment_ids": np.cumsum(begins[:-1], dtype=np.int32)}
+            row["aux_inputs"] = {"segment_ids": np.cumsum(begins[:-1], dtype=np.int32)}
         return row
 
     @property

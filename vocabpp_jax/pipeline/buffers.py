@@ -16,7 +16,7 @@ State = dict[str, Any]
 Cells = dict[str, jax.Array]
 
 
-def when(condition: jax.Array, state: State, names: tuple[str, ...], update: Callable[[State], State]) -> State:
+def run_if(condition: jax.Array, state: State, names: tuple[str, ...], update: Callable[[State], State]) -> State:
     """``state`` with ``names`` as ``update`` leaves them, where ``condition``; the rest of the state is only read.
 
     A loop of zero or one trips, not a conditional: XLA carries what a loop updates in place, where every branch of a
@@ -38,7 +38,7 @@ def _ticked(state: State) -> State:
     return state | {"clock": state["clock"] + 1}
 
 
-def before_later_passes(state: State, value: jax.Array) -> State:
+def passes_wait_for(state: State, value: jax.Array) -> State:
     """Makes every later pass wait until ``value`` is there, as a stream of instructions would.
 
     The compiler orders by data alone, and drops a barrier before it schedules. So the clock reads one element.
@@ -47,12 +47,12 @@ def before_later_passes(state: State, value: jax.Array) -> State:
     return state | {"clock": jnp.where(first == first, state["clock"], state["clock"] + 1)}
 
 
-def behind_earlier_passes(state: State, value: jax.Array) -> jax.Array:
+def wait_for_passes(state: State, value: jax.Array) -> jax.Array:
     """``value``, not to be used before the passes that stand earlier have run."""
     return jnp.where(state["clock"] >= 0, value, jnp.zeros_like(value))
 
 
-def after(cell: jax.Array, values: Any) -> jax.Array:
+def delay_until(cell: jax.Array, values: Any) -> jax.Array:
     """``cell``, not to be read before all matrices of ``values`` are there.
 
     It keeps the compiler from fetching early what would then lie about. Where a value is NaN another cell may be read,

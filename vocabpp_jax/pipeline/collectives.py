@@ -45,7 +45,7 @@ class Native:
 
 
 @dataclass(frozen=True)
-class OfPermutes:
+class PermuteTree:
     """The same, made of permutes. What a sum leaves where it is not read means nothing.
 
     Attributes:
@@ -92,6 +92,6 @@ class OfPermutes:
         return (origin + source) % self.p, (origin + target) % self.p
 
 
-def collectives(axes: tuple[str, ...], p: int, platform: str) -> Native | OfPermutes:
+def collectives(axes: tuple[str, ...], p: int, platform: str) -> Native | PermuteTree:
     """:class:`Native` on GPUs, :class:`OfPermutes` elsewhere."""
-    return Native(axes) if platform in GPU_PLATFORMS else OfPermutes(axes, p)
+    return Native(axes) if platform in GPU_PLATFORMS else PermuteTree(axes, p)

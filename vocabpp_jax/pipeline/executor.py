@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -22,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..schedules import Instruction, Program, Segment
+from ..schedules import KINDS, Instruction, Program, Segment
 from ..vocab.instructions import VocabularySteps, flight
-from .buffers import Cells, State, after, before_later_passes, behind_earlier_passes, get, put, put_if, when, zeros
+from .buffers import Cells, State, delay_until, get, passes_wait_for, put, put_if, run_if, wait_for_passes, zeros
 from .layout import Layout
 from .linearize import Linearized
 from .mesh import PIPE
@@ -50,7 +51,7 @@ class Executor:
     block: Linearized
     steps: VocabularySteps
     params: Any
-    side: Any
+    aux_inputs: Any
     x: jax.ShapeDtypeStruct
     observe: bool = False
 
@@ -110,29 +111,28 @@ class Executor:
 
     def execute(self, instruction: Instruction, cells: Cells, state: State) -> State:
         """One instruction that is not a transfer between devices."""
-        c = instruction.chunk
-        match instruction.op, instruction.name:
-            case "keep", _:
-                return state | {"inbox": put_if(state["inbox"], cells["deliver"], state["out"])}
-            case "run", "F":
-                names = ("out", *self._stored("outbox", "residual", "kept"), *self._counters())
-                return self._pass(instruction, cells, state, names, self.forward)
-            case "run", "B":
-                frees = () if self.program.schedule.splits_backward else self._counters()
-                names = ("out", f"grads.blocks.{c}", *self._stored("outbox", "carried"), *frees)
-                return self._pass(instruction, cells, state, names, self.backward)
-            case "run", "W":
-                names = (f"grads.blocks.{c}", *self._counters())
-                return self._pass(instruction, cells, state, names, self.weights)
+        if instruction.op == "keep":
+            return state | {"inbox": put_if(state["inbox"], cells["deliver"], state["out"])}
+        if instruction.name in self.passes:
+            return self._pass(instruction, cells, state)
         return self.steps.execute(instruction, cells, state)
 
-    def _pass(
-        self, instruction: Instruction, cells: Cells, state: State, names: tuple[str, ...], run: Callable
-    ) -> State:
+    @cached_property
+    def passes(self) -> dict[str, Callable[[State, Cells, int], State]]:
+        """What runs each row of the table of instructions that is a stage's."""
+        return {"F": self.forward, "B": self.backward, "W": self.weights}
+
+    def _pass(self, instruction: Instruction, cells: Cells, state: State) -> State:
         """A stage's pass where it is this device's turn, named as profiles and compiled code will show it."""
-        c = instruction.chunk
-        with jax.named_scope(f"{instruction.name}{c}"):
-            return when(cells["microbatch"] >= 0, state, names, lambda s: run(s, cells, c))
+        c, kind = instruction.chunk, KINDS[instruction.name]
+        updates = kind.rings(self.program.schedule) + self._counters()
+        if kind.sends:
+            updates += ("out", *(("outbox",) if "outbox" in state else ()))
+        if kind.name != "F":
+            updates += (f"grads.blocks.{c}",)
+        with jax.named_scope(f"{kind.name}{c}"):
+            run = self.passes[kind.name]
+            return run_if(cells["microbatch"] >= 0, state, updates, lambda s: run(s, cells, c))
 
     # --- passes ------------------------------------------------------------------------------------------------------
 
@@ -141,15 +141,15 @@ class Executor:
         state = state | {"out": get(state["inbox"], cells["inbox"])}
 
         def layer(s: State, j: int) -> State:
-            side = self.side_of(cells, c, j)
-            y, residual, kept = self.block.forward(self.params["blocks"][c][j], side, s["out"])
+            aux_inputs = self.aux_inputs_of(cells, c, j)
+            y, residual, kept = self.block.forward(self.params["blocks"][c][j], aux_inputs, s["out"])
             s = s | {"out": y}
             for ring, values in (("residual", residual), ("kept", kept)):
                 if ring in s:
                     s = s | {ring: _replaced(s[ring], j, put(s[ring][j], cells[ring], values))}
             return s
 
-        names = ("out", *self._stored("residual", "kept"))
+        names = ("out", *KINDS["F"].rings(self.program.schedule))
         state = self._each_layer(state, c, range(self.layout.depth), layer, names)
         return self._occupy(_left(state, cells), cells, True)
 
@@ -159,18 +159,20 @@ class Executor:
         grads = f"grads.blocks.{c}"
 
         def layer(s: State, j: int) -> State:
-            side = self.side_of(cells, c, j)
+            aux_inputs = self.aux_inputs_of(cells, c, j)
             # One layer's residuals at a time: the next is read when this one's gradients are made.
             made = (s["out"], s[grads][j + 1] if j + 1 < self.layout.depth else ())
-            residual = get(s["residual"][j], after(cells["residual"], made))
-            kept = get(s["kept"][j], after(cells["kept"], made)) if "kept" in s else ()
-            dparams, dx, carried = self.block.backward(self.params["blocks"][c][j], side, residual, kept, s["out"])
+            residual = get(s["residual"][j], delay_until(cells["residual"], made))
+            kept = get(s["kept"][j], delay_until(cells["kept"], made)) if "kept" in s else ()
+            dparams, dx, carried = self.block.backward(
+                self.params["blocks"][c][j], aux_inputs, residual, kept, s["out"]
+            )
             s = s | {"out": dx, grads: _replaced(s[grads], j, _accumulated(s[grads][j], dparams))}
             if "carried" in s:
                 s = s | {"carried": _replaced(s["carried"], j, put(s["carried"][j], cells["carried"], carried))}
             return s
 
-        names = ("out", grads, *self._stored("carried"))
+        names = ("out", grads, *KINDS["B"].rings(self.program.schedule))
         state = _left(self._each_layer(state, c, range(self.layout.depth)[::-1], layer, names), cells)
         return state if self.program.schedule.splits_backward else self._occupy(state, cells, False)
 
@@ -182,11 +184,11 @@ class Executor:
             # One layer's at a time. The first layer's wait for the clock alone: behind its own gradients, XLA may fuse
             # what is read with the addition to them, and copies them.
             def cell(ring: str) -> jax.Array:
-                return after(cells[ring], s[grads][j - 1]) if j else behind_earlier_passes(s, cells[ring])
+                return delay_until(cells[ring], s[grads][j - 1]) if j else wait_for_passes(s, cells[ring])
 
             dparams = self.block.weights(
                 self.params["blocks"][c][j],
-                self.side_of(cells, c, j),
+                self.aux_inputs_of(cells, c, j),
                 get(s["kept"][j], cell("kept")),
                 get(s["carried"][j], cell("carried")),
             )
@@ -195,9 +197,9 @@ class Executor:
         state = self._each_layer(state, c, range(self.layout.depth), layer, (grads,))
         return self._occupy(state, cells, False)
 
-    def side_of(self, cells: Cells, c: int, j: int) -> Any:
+    def aux_inputs_of(self, cells: Cells, c: int, j: int) -> Any:
         """Side inputs of one microbatch for this device's j-th layer of a chunk: the batch's and the layer's own."""
-        return get(self.side, cells["microbatch"]) | get(self.layout.layer_side[c][j], lax.axis_index(PIPE))
+        return get(self.aux_inputs, cells["microbatch"]) | get(self.layout.layer_aux_inputs[c][j], lax.axis_index(PIPE))
 
     def _each_layer(
         self, state: State, c: int, order: range, layer: Callable[[State, int], State], names: tuple[str, ...]
@@ -209,11 +211,8 @@ class Executor:
             if j < counts.min():
                 state = layer(state, j)
             else:
-                state = when(j < mine, state, names, lambda s, j=j: layer(s, j))
+                state = run_if(j < mine, state, names, lambda s, j=j: layer(s, j))
         return state
-
-    def _stored(self, *rings: str) -> tuple[str, ...]:
-        return tuple(r for r in rings if r in self.program.rings)
 
     # --- observation -------------------------------------------------------------------------------------------------
 
@@ -246,14 +245,14 @@ def _sent(state: State, instruction: Instruction, cells: Cells) -> tuple[State, 
     """
     with jax.named_scope("transfer"):
         made = get(state["outbox"], jnp.maximum(cells["outbox"], 0)) if "outbox" in cells else state["out"]
-        leaving = behind_earlier_passes(state, made)
+        leaving = wait_for_passes(state, made)
         arriving = lax.ppermute(leaving, PIPE, instruction.pairs)
-    return before_later_passes(state, leaving), arriving
+    return passes_wait_for(state, leaving), arriving
 
 
 def _landed(state: State, arriving: jax.Array, cells: Cells) -> State:
     """Puts what has arrived into the inbox, and no sooner: the passes until then need not wait for it."""
-    arrived = behind_earlier_passes(state, arriving)
+    arrived = wait_for_passes(state, arriving)
     return state | {"inbox": put_if(state["inbox"], cells["deliver"], arrived)}
 
 

@@ -107,10 +107,7 @@ class Layout:
     @cached_property
     def stage_of(self) -> tuple[tuple[int, ...], ...]:
         """The stage that is chunk c of device d, ``[chunks][p]``."""
-        table = [[0] * self.schedule.p for _ in range(self.schedule.chunks)]
-        for stage, device in enumerate(self.schedule.placement):
-            table[self.schedule.chunk(stage)][device] = stage
-        return tuple(map(tuple, table))
+        return tuple(map(tuple, self.schedule.stage_of.tolist()))
 
     @cached_property
     def depth(self) -> int:
@@ -127,9 +124,9 @@ class Layout:
         )
 
     @cached_property
-    def layer_side(self) -> tuple[tuple[dict[str, np.ndarray], ...], ...]:
+    def layer_aux_inputs(self) -> tuple[tuple[dict[str, np.ndarray], ...], ...]:
         """The model's ``layer_side`` at ``[chunk][j]``, leaves ``[p, ...]``; where a stage is shorter, some layer's."""
-        own = self.model.layer_side or ({},) * self.model.layers
+        own = self.model.layer_aux_inputs or ({},) * self.model.layers
         return tuple(
             tuple(jax.tree.map(lambda *xs: np.stack(xs), *(own[n or 0] for n in layers)) for layers in chunk)
             for chunk in self.layer_of

@@ -46,7 +46,7 @@ class Linearized:
     carried: tuple[jax.ShapeDtypeStruct, ...]
 
 
-def linearize(block: Callable, params: Tree, x: jax.ShapeDtypeStruct, side: Tree, *, split: bool) -> Linearized:
+def linearize(block: Callable, params: Tree, x: jax.ShapeDtypeStruct, aux_inputs: Tree, *, split: bool) -> Linearized:
     """The passes of ``block(params, x, side)`` at the given shapes.
 
     Args:
@@ -59,8 +59,8 @@ def linearize(block: Callable, params: Tree, x: jax.ShapeDtypeStruct, side: Tree
         ValueError: the block changes the shape or dtype of its input.
     """
     params_flat, params_tree = jax.tree.flatten(params)
-    side_flat = jax.tree.leaves(side)
-    fwd, vjp_tree = _trace_forward(block, params, side, x)
+    side_flat = jax.tree.leaves(aux_inputs)
+    fwd, vjp_tree = _trace_forward(block, params, aux_inputs, x)
     stored = _stored_residuals(fwd.jaxpr, len(params_flat) + len(side_flat))
     run_forward = _subset(fwd, [fwd.jaxpr.outvars[0], *stored])
     leaves = dict.fromkeys(v for v in fwd.jaxpr.outvars[1:] if isinstance(v, Var))
@@ -81,41 +81,41 @@ def linearize(block: Callable, params: Tree, x: jax.ShapeDtypeStruct, side: Tree
     parts = _split(bwd, late, len(params_flat) + len(side_flat), len(stored))
     in_kept = [n in parts.kept for n in range(len(stored))]
 
-    def forward(params, side, x):
-        y, *values = run_forward(*jax.tree.leaves(params), *jax.tree.leaves(side), x)
+    def forward(params, aux_inputs, x):
+        y, *values = run_forward(*jax.tree.leaves(params), *jax.tree.leaves(aux_inputs), x)
         return (
             y,
             tuple(v for v, k in zip(values, in_kept, strict=True) if not k),
             tuple(v for v, k in zip(values, in_kept, strict=True) if k),
         )
 
-    def backward(params, side, residual, kept, g):
+    def backward(params, aux_inputs, residual, kept, g):
         residual, kept = iter(residual), iter(kept)
         values = [next(kept) if k else next(residual) for k in in_kept]
-        out = parts.early(*jax.tree.leaves(params), *jax.tree.leaves(side), *values, g)
+        out = parts.early(*jax.tree.leaves(params), *jax.tree.leaves(aux_inputs), *values, g)
         early = iter(out)
         dparams = params_tree.unflatten([None if w else next(early) for w in late])
         return dparams, next(early), tuple(early)
 
-    def weights(params, side, kept, carried):
-        grads = iter(parts.late(*jax.tree.leaves(params), *jax.tree.leaves(side), *kept, *carried))
+    def weights(params, aux_inputs, kept, carried):
+        grads = iter(parts.late(*jax.tree.leaves(params), *jax.tree.leaves(aux_inputs), *kept, *carried))
         return params_tree.unflatten([next(grads) if w else None for w in late])
 
     select = lambda wanted: tuple(s for s, k in zip(stored_shapes, in_kept, strict=True) if k == wanted)  # noqa: E731
     return Linearized(forward, backward, weights if split else None, select(False), select(True), parts.carried)
 
 
-def _trace_forward(block: Callable, params: Tree, side: Tree, x: jax.ShapeDtypeStruct) -> tuple[ClosedJaxpr, Any]:
+def _trace_forward(block: Callable, params: Tree, aux_inputs: Tree, x: jax.ShapeDtypeStruct) -> tuple[ClosedJaxpr, Any]:
     """The jaxpr of ``(params, side, x) -> y, *residuals`` and the tree that makes the residuals a VJP again."""
     trees = []
 
-    def forward(params, side, x):
-        y, vjp = jax.vjp(lambda params, x: block(params, x, side), params, x)
+    def forward(params, aux_inputs, x):
+        y, vjp = jax.vjp(lambda params, x: block(params, x, aux_inputs), params, x)
         leaves, tree = jax.tree.flatten(vjp)
         trees.append(tree)
         return y, leaves
 
-    jaxpr, (y, _) = jax.make_jaxpr(forward, return_shape=True)(params, side, x)
+    jaxpr, (y, _) = jax.make_jaxpr(forward, return_shape=True)(params, aux_inputs, x)
     if (y.shape, y.dtype) != (x.shape, x.dtype):
         raise ValueError(
             f"block turns {x.dtype}{list(x.shape)} into {y.dtype}{list(y.shape)}; "

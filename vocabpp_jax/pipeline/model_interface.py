@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ..vocab import Loss
 
 Params = Any  # a pytree of arrays
-Side = dict[str, jax.Array]  # per-microbatch arrays that no gradient flows into, e.g. segment ids
+AuxInputs = dict[str, jax.Array]  # per-microbatch arrays that no gradient flows into, e.g. segment ids
 
 
 def _identity(params: Params, x: jax.Array) -> jax.Array:
@@ -31,7 +31,7 @@ def _nothing(key: jax.Array) -> Params:
 class TensorSplit:
     """How blocks are spread over the mesh axis ``tensor``; see :mod:`vocabpp_jax.pipeline.tensor`."""
 
-    block: Callable[[Params, jax.Array, Side], jax.Array]
+    block: Callable[[Params, jax.Array, AuxInputs], jax.Array]
     """A block for one device's part of its parameters, with the sums over the axis in it."""
     specs: Params
     """A tree like a block's parameters, of PartitionSpecs that name the axis where a parameter is split."""
@@ -56,7 +56,7 @@ class Model:
     layers: int
     vocab_size: int
     width: int
-    block: Callable[[Params, jax.Array, Side], jax.Array]
+    block: Callable[[Params, jax.Array, AuxInputs], jax.Array]
     """One layer: ``(block_params, x [B, L, D], side) -> x [B, L, D]``, pure, same dtype out as in. One that chooses
     kernels by the devices has a method ``on(platform)``, which returns the block for them; a platform is what
     :attr:`jax.Device.platform` says."""
@@ -77,9 +77,9 @@ class Model:
     """Factor on the embedded input (Gemma: the square root of the width)."""
     loss: Loss = Loss()
     """What is minimised: plain cross entropy, or with a soft cap, a z-loss, smoothed labels."""
-    layer_side: tuple[Side, ...] = ()
+    layer_aux_inputs: tuple[AuxInputs, ...] = ()
     """What differs between layers and is not trained, one dictionary of arrays a layer with equal names and shapes,
-    or none: a block finds its own among ``side``. Gemma 2's local and global layers differ by such a number."""
+    or none: a block finds its own among ``aux_inputs``. Gemma 2's local and global layers differ by such a number."""
     tensor: TensorSplit | None = None
     """How blocks run on a mesh with an axis ``tensor``, or None if they cannot."""
 
@@ -88,7 +88,7 @@ class Model:
             raise ValueError(f"layers is {self.layers}; a model needs at least 1")
         if self.vocab_size < 2:
             raise ValueError(f"vocab_size is {self.vocab_size}; a vocabulary needs at least 2 tokens")
-        if self.layer_side and len(self.layer_side) != self.layers:
+        if self.layer_aux_inputs and len(self.layer_aux_inputs) != self.layers:
             raise ValueError(
                 f"layer_side has {len(self.layer_side)} entries; it takes one for each of {self.layers} layers"
             )
@@ -118,7 +118,7 @@ class Model:
 
     def param_shapes(self) -> Params:
         """The canonical tree as :class:`jax.ShapeDtypeStruct` leaves; computes nothing."""
-        one = replace(self, layers=1, layer_side=self.layer_side[:1])
+        one = replace(self, layers=1, layer_aux_inputs=self.layer_aux_inputs[:1])
         shapes = jax.eval_shape(lambda: one.init(jax.random.key(0, impl=_KEYS)))
         return shapes | {"blocks": shapes["blocks"] * self.layers}
 

@@ -36,10 +36,10 @@ _PER_MICROBATCH = PartitionSpec(None, DATA)
 class Pipeline:
     """A model under a schedule on a mesh.
 
-    A batch is ``{"tokens", "labels": int32 [m, B, L], "mask": [m, B, L]}`` and, where the blocks take them, ``"side"``:
-    a dictionary of ``[m, B, ...]`` arrays. m microbatches, B microbatch size times the data axis, L length. The mask
-    may be absent. A label of -100 does not count either; of other ids outside the vocabulary the loss is NaN, or,
-    outside ``jax.jit``, they are refused. Parameters are a tree in :attr:`layout`, float32, sharded as
+    A batch is ``{"tokens", "labels": int32 [m, B, L], "mask": [m, B, L]}`` and, where the blocks take them,
+    ``"aux_inputs"``: a dictionary of ``[m, B, ...]`` arrays. m microbatches, B microbatch size times the data axis, L
+    length. The mask may be absent. A label of -100 does not count either; of other ids outside the vocabulary the loss
+    is NaN, or, outside ``jax.jit``, they are refused. Parameters are a tree in :attr:`layout`, float32, sharded as
     :attr:`shardings` says: with ``shard_optimizer`` over the axis ``data`` too, as is what an optimizer keeps for them.
 
     Raises:
@@ -142,19 +142,19 @@ class Pipeline:
         read_only = self.layout.data == 1 and not self.layout.head_is_embedding
         return rounded | {"embed": params["embed"]} if read_only else rounded
 
-    def activation_bytes(self, batch: int, length: int, side: Any = None) -> dict[str, int]:
+    def activation_bytes(self, batch: int, length: int, aux_inputs: Any = None) -> dict[str, int]:
         """Bytes that one microbatch in flight costs on a device, counted from the traced block.
 
         ``residual`` waits from F to B, ``kept`` from F to W, ``carried`` from B to W; ``batch`` is sequences a device.
         """
         dtype = jnp.dtype(self.compute_dtype)
         x = jax.ShapeDtypeStruct((batch, length, self.model.width), dtype)
-        side = (side or {}) | jax.tree.map(_shape, self._a_layer_s_side)
+        aux_inputs = (aux_inputs or {}) | jax.tree.map(_shape, self._one_layer_aux_inputs)
         traced = []
 
         def trace(layer: Params) -> None:
             block = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape[1:], dtype), layer)
-            traced.append(linearize(self._block, block, x, side, split=self.schedule.splits_backward))
+            traced.append(linearize(self._block, block, x, aux_inputs, split=self.schedule.splits_backward))
 
         layer, specs = (tree["blocks"][0][0] for tree in (self.layout.shapes_in_use(), self.layout.specs_in_use()))
         jax.eval_shape(jax.shard_map(trace, mesh=self.mesh, in_specs=(specs,), out_specs=None, check_vma=False), layer)
@@ -171,7 +171,12 @@ class Pipeline:
         """
         shape = (self.schedule.m, batch * self.mesh.shape[DATA], length)
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
-        batches = {"tokens": tokens, "labels": tokens, "mask": jax.ShapeDtypeStruct(shape, jnp.float32), "side": {}}
+        batches = {
+            "tokens": tokens,
+            "labels": tokens,
+            "mask": jax.ShapeDtypeStruct(shape, jnp.float32),
+            "aux_inputs": {},
+        }
         buffers = jax.shard_map(
             lambda params, batch: self._executor(self.program, False, params, batch).initial_state(),
             mesh=self.mesh,
@@ -224,7 +229,7 @@ class Pipeline:
         refuse_outside(batch["tokens"], batch["labels"], mask, V)
         tokens, labels = (jnp.asarray(batch[name]).astype(jnp.int32) for name in ("tokens", "labels"))
         labels, mask = counted(tokens, labels, mask, V)
-        return {"tokens": tokens, "labels": labels, "mask": mask, "side": batch.get("side", {})}
+        return {"tokens": tokens, "labels": labels, "mask": mask, "aux_inputs": batch.get("aux_inputs", {})}
 
     def _on_device(self, program: Program, observe: bool, params: Params, batch: Batch) -> tuple:
         """One device's whole iteration."""
@@ -261,25 +266,25 @@ class Pipeline:
         return Executor(
             program,
             layout,
-            self._linearized(program, x, blocks, batch["side"]),
+            self._linearized(program, x, blocks, batch["aux_inputs"]),
             vocabulary,
             tables | {"blocks": blocks},
-            batch["side"],
+            batch["aux_inputs"],
             x,
             observe,
         )
 
-    def _linearized(self, program: Program, x: jax.ShapeDtypeStruct, blocks: Params, side: Any) -> Linearized:
+    def _linearized(self, program: Program, x: jax.ShapeDtypeStruct, blocks: Params, aux_inputs: Any) -> Linearized:
         block = jax.tree.map(_shape, blocks[0][0])
-        one_side = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), side)
-        one_side |= jax.tree.map(_shape, self._a_layer_s_side)
+        one_side = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), aux_inputs)
+        one_side |= jax.tree.map(_shape, self._one_layer_aux_inputs)
         if not program.schedule.trains:
             return Linearized(lambda p, s, x: (self._block(p, x, s), (), ()), None, None, (), (), ())
         return linearize(self._block, block, x, one_side, split=program.schedule.splits_backward)
 
     @property
-    def _a_layer_s_side(self) -> dict[str, Any]:
-        return self.model.layer_side[0] if self.model.layer_side else {}
+    def _one_layer_aux_inputs(self) -> dict[str, Any]:
+        return self.model.layer_aux_inputs[0] if self.model.layer_aux_inputs else {}
 
     def _gradients(self, state: dict[str, Any], params: Params) -> Params:
         """The accumulated gradients as a tree like the parameters at rest, summed over what they have to be summed

@@ -1,4 +1,4 @@
-"""The steps of the input layer: IF, IB and their collectives CI and CB."""
+"""The steps of the input layer: IF, IB and their collectives embed_sum and embed_grad_broadcast."""
 
 from __future__ import annotations
 
@@ -6,12 +6,21 @@ import jax
 import jax.numpy as jnp
 
 from ... import vocab
-from ...pipeline.buffers import Cells, State, get, put, put_if, when
-from .vocabulary_layer import Start, VocabularyLayer, flight, sent
+from ...pipeline.buffers import Cells, State, get, put, put_if, run_if
+from .vocabulary_layer import Collective, Run, Start, VocabularyLayer, flight
 
 
 class InputSteps(VocabularyLayer):
     """What each step of the input layer does to a device's state."""
+
+    def input_steps(self) -> dict[str, Run | Collective]:
+        """The steps by their names in the table of instructions."""
+        return {
+            "IF": self.run_IF,
+            "IB": self.run_IB,
+            "embed_sum": Collective(self.start_embed_sum, self.done_embed_sum, self.stream),
+            "embed_grad_broadcast": self._broadcast("embed_grad_broadcast", 0, self.done_embed_grad_broadcast),
+        }
 
     @property
     def _scale(self) -> jax.Array:
@@ -35,28 +44,22 @@ class InputSteps(VocabularyLayer):
         if self.layout.sharded:
             return state | {"part": embedded()}
         # The unsharded tables are whole on one device only; elsewhere a lookup would be of zeros.
-        return when(
+        return run_if(
             cells["microbatch"] >= 0,
             state,
             ("inbox",),
             lambda s: s | {"inbox": put(s["inbox"], cells["deliver"], embedded())},
         )
 
-    def start_CI(self, state: State, cells: Cells) -> Start:
+    def start_embed_sum(self, state: State, cells: Cells) -> Start:
         return state["part"].reshape(-1, self.layout.model.width), self._sum_for(0)
 
-    def done_CI(self, state: State, cells: Cells, x: jax.Array) -> State:
+    def done_embed_sum(self, state: State, cells: Cells, x: jax.Array) -> State:
         inbox = state["inbox"]
         return {"inbox": put_if(inbox, cells["deliver"], x.reshape(inbox.shape[1:]))}
 
-    def make_CB(self, state: State, cells: Cells) -> State:
-        return self._taken(state, cells, "CB")
-
-    def start_CB(self, state: State, cells: Cells) -> Start:
-        return state[sent("CB")], self._broadcast_from(0)
-
-    def done_CB(self, state: State, cells: Cells, g: jax.Array) -> State:
-        return {flight("CB"): g}
+    def done_embed_grad_broadcast(self, state: State, cells: Cells, g: jax.Array) -> State:
+        return {flight("embed_grad_broadcast"): g}
 
     def run_IB(self, state: State, cells: Cells) -> State:
         """IB: scatter-adds the first stage's input gradient into this shard's rows."""
@@ -76,6 +79,6 @@ class InputSteps(VocabularyLayer):
             return s | grads
 
         if self.layout.sharded:
-            return scattered(state, state[flight("CB")])
+            return scattered(state, state[flight("embed_grad_broadcast")])
         names = tuple(f"grads.embed.{name}" for name in self.params["embed"])
-        return when(i >= 0, state, names, lambda s: scattered(s, get(s["inbox"], cells["inbox"])))
+        return run_if(i >= 0, state, names, lambda s: scattered(s, get(s["inbox"], cells["inbox"])))

@@ -1,4 +1,4 @@
-"""The steps of the output layer: S and T, their collectives C0, stats and big, and what the last stage needs of them.
+"""The steps of the output layer: S and T, their collectives, and what the last stage needs of them.
 
 A schedule says when a step runs and how far it is from its barrier; nothing here depends on either, so one set of
 steps serves Algorithm 1, Algorithm 2, the three-barrier reference, the interlaced pipeline and the unsharded baseline.
@@ -15,10 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from ... import vocab
-from ...pipeline.buffers import Cells, State, get, put, put_if, when, zeros
-from ...schedules import sums_before_T
+from ...pipeline.buffers import Cells, State, get, put, put_if, run_if, zeros
 from .. import Coefficients, Kept, Loss, Shard, Stats, Target
-from .vocabulary_layer import Start, VocabularyLayer, flight, sent
+from .vocabulary_layer import Collective, Run, Start, VocabularyLayer, flight
 
 F32 = jnp.float32
 
@@ -26,10 +25,34 @@ F32 = jnp.float32
 class OutputSteps(VocabularyLayer):
     """What each step of the output layer does to a device's state."""
 
+    def output_steps(self) -> dict[str, Run | Collective]:
+        """The steps by their names in the table of instructions."""
+        vector = jax.ShapeDtypeStruct(self.stream.shape[:1], F32)
+        gathered = jax.ShapeDtypeStruct((self.layout.shards, 3, *vector.shape), F32)
+        return {
+            "S": self.run_S,
+            "S1": self.run_S1,
+            "S2": self.run_S2,
+            "T": self.run_T,
+            "G": self.run_G,
+            "H": self.run_H,
+            "hidden_broadcast": self._broadcast("hidden_broadcast", -1, self.done_hidden_broadcast),
+            "max": Collective(self.start_max, self.done_max, vector),
+            "stats": Collective(self.start_stats, self.done_stats, gathered),
+            "grad_sum": Collective(
+                self.start_grad_sum, self.done_grad_sum, self.summed, self.make_grad_sum, lands_first=True
+            ),
+        }
+
+    @property
+    def summed(self) -> jax.ShapeDtypeStruct:
+        """What a shard puts into the sum of the input gradient."""
+        return jax.ShapeDtypeStruct(self.stream.shape, vocab.summed_dtype(self.dtype))
+
     @property
     def early(self) -> bool:
         """Whether the input gradient is computed before the barrier, in S, because its sum starts before T."""
-        return sums_before_T(self.layout.schedule)
+        return self.layout.schedule.sums_before_T
 
     @property
     def head_gradient(self) -> str:
@@ -46,13 +69,7 @@ class OutputSteps(VocabularyLayer):
         """The rows of the head's table that this device holds."""
         return Shard(self._first_row(self.head), self.layout.model.vocab_size)
 
-    def make_C0(self, state: State, cells: Cells) -> State:
-        return self._taken(state, cells, "C0")
-
-    def start_C0(self, state: State, cells: Cells) -> Start:
-        return state[sent("C0")], self._broadcast_from(-1)
-
-    def done_C0(self, state: State, cells: Cells, x: jax.Array) -> State:
+    def done_hidden_broadcast(self, state: State, cells: Cells, x: jax.Array) -> State:
         return {"X": put_if(state["X"], cells["X"], x)}
 
     def run_S(self, state: State, cells: Cells) -> State:
@@ -72,7 +89,7 @@ class OutputSteps(VocabularyLayer):
             return state | {"A": vocab.in_units(vocab.unscaled_input_gradient(kept, self.head), unit, self.dtype)}
 
         names = ("P", *(("A",) if self.early else ()), *(("uniform",) if "uniform" in state else ()))
-        return when(cells["microbatch"] >= 0, state, names, passed)
+        return run_if(cells["microbatch"] >= 0, state, names, passed)
 
     def run_S1(self, state: State, cells: Cells) -> State:
         """S1 of the three-barrier reference: logits, where S2 will put exponentials, and their local maximum."""
@@ -82,7 +99,7 @@ class OutputSteps(VocabularyLayer):
             record |= {"kept": record["kept"]._replace(p=y), "local": record["local"]._replace(maximum=y.max(1))}
             return state | {"P": put(state["P"], cells["P"], record)}
 
-        return when(cells["microbatch"] >= 0, state, ("P",), passed)
+        return run_if(cells["microbatch"] >= 0, state, ("P",), passed)
 
     def run_S2(self, state: State, cells: Cells) -> State:
         """S2 of the three-barrier reference: exponentials below the global maximum, and their local sum."""
@@ -93,13 +110,13 @@ class OutputSteps(VocabularyLayer):
             kept, local = self._exponentials(y, cells, y.dtype, maximum)
             return state | {"P": put(state["P"], cells["P"], record | {"kept": kept, "local": local})}
 
-        return when(cells["microbatch"] >= 0, state, ("P",), passed)
+        return run_if(cells["microbatch"] >= 0, state, ("P",), passed)
 
     def start_max(self, state: State, cells: Cells) -> Start:
         return self._local(state, cells).maximum, partial(lax.pmax, axis_name=self.layout.vocabulary_axes)
 
     def done_max(self, state: State, cells: Cells, maximum: jax.Array) -> State:
-        return self._noted(state, cells, local=self._local(state, cells)._replace(maximum=maximum))
+        return self._with_record(state, cells, local=self._local(state, cells)._replace(maximum=maximum))
 
     def start_stats(self, state: State, cells: Cells) -> Start:
         # One gather instead of a maximum that a sum must wait for.
@@ -114,7 +131,7 @@ class OutputSteps(VocabularyLayer):
         vectors = get(state["P"]["kept"]._replace(p=None, slopes=None), jnp.maximum(cells["P"], 0))
         mine, rows = lax.axis_index(self.layout.vocabulary_axes), self.head.shape[0]
         at = vocab.coefficients(of_shards, mine, vectors, self._target(cells), rows)
-        return updated | self._noted(state, cells, at=at)
+        return updated | self._with_record(state, cells, at=at)
 
     def run_T(self, state: State, cells: Cells) -> State:
         """T: the weight gradient; behind the barrier (Algorithm 1) also this shard's part of the input gradient."""
@@ -130,9 +147,9 @@ class OutputSteps(VocabularyLayer):
             return state | {"A": vocab.in_units(part, self._unit(state, cells), self.dtype)}
 
         names = (self.head_gradient,) if self.early else (self.head_gradient, "A")
-        return when(cells["microbatch"] >= 0, state, names, passed)
+        return run_if(cells["microbatch"] >= 0, state, names, passed)
 
-    def make_big(self, state: State, cells: Cells) -> State:
+    def make_grad_sum(self, state: State, cells: Cells) -> State:
         """C1 of Algorithm 2: this shard's part of the input gradient; T has made it in the others."""
         if not self.early:
             return state
@@ -143,22 +160,22 @@ class OutputSteps(VocabularyLayer):
             part = vocab.partial_input_gradient(a, self.head, at, self._target(cells), state.get("uniform"))
             return state | {"A": vocab.in_units(part, self._unit(state, cells), self.dtype)}
 
-        return when(cells["microbatch"] >= 0, state, ("A",), passed)
+        return run_if(cells["microbatch"] >= 0, state, ("A",), passed)
 
-    def start_big(self, state: State, cells: Cells) -> Start:
+    def start_grad_sum(self, state: State, cells: Cells) -> Start:
         return state["A"], self._sum_for(-1)
 
-    def done_big(self, state: State, cells: Cells, g: jax.Array) -> State:
-        return {flight("big"): g}
+    def done_grad_sum(self, state: State, cells: Cells, g: jax.Array) -> State:
+        return {flight("grad_sum"): g}
 
     def run_G(self, state: State, cells: Cells) -> State:
         """G: the final function's backward, into the last stage's inbox."""
 
         def passed(state: State) -> State:
-            g = vocab.from_units(state[flight("big")], self._unit(state, cells)).astype(self.dtype)
+            g = vocab.from_units(state[flight("grad_sum")], self._unit(state, cells)).astype(self.dtype)
             return self._final_vjp(state, cells, get(state["X"], cells["X"]), g)
 
-        return when(cells["microbatch"] >= 0, state, ("inbox", "grads.final"), passed)
+        return run_if(cells["microbatch"] >= 0, state, ("inbox", "grads.final"), passed)
 
     def run_H(self, state: State, cells: Cells) -> State:
         """H: the whole output layer on one device, forward and backward."""
@@ -173,7 +190,7 @@ class OutputSteps(VocabularyLayer):
             return self._final_vjp(state, cells, x, dx)
 
         names = ("loss", "inbox", "grads.final", self.head_gradient) if self.trains else ("loss",)
-        return when(cells["microbatch"] >= 0, state, names, passed)
+        return run_if(cells["microbatch"] >= 0, state, names, passed)
 
     # --- what the loss's extensions add to the state -----------------------------------------------------------------
 
@@ -243,6 +260,6 @@ class OutputSteps(VocabularyLayer):
     def _local(self, state: State, cells: Cells) -> Stats:
         return get(state["P"]["local"], jnp.maximum(cells["P"], 0))
 
-    def _noted(self, state: State, cells: Cells, **fields: Any) -> State:
+    def _with_record(self, state: State, cells: Cells, **fields: Any) -> State:
         """The record of one microbatch with some small fields replaced."""
         return {"P": state["P"] | {k: put_if(state["P"][k], cells["P"], v) for k, v in fields.items()}}

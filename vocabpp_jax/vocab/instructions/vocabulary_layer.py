@@ -8,18 +8,41 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ...pipeline.buffers import Cells, State, get, when
-from ...pipeline.collectives import Native, OfPermutes
+from ...pipeline.buffers import Cells, State, get, run_if
+from ...pipeline.collectives import Native, PermuteTree
 from ...pipeline.layout import Layout
 
-Collective = Callable[[jax.Array], jax.Array]
-Start = tuple[jax.Array, Collective]  # what a collective takes, and the collective
+Communicate = Callable[[jax.Array], jax.Array]
+Start = tuple[jax.Array, Communicate]  # what a collective takes, and what communicates it
+Run = Callable[[State, Cells], State]
+
+
+class Collective(NamedTuple):
+    """What a collective of the table of instructions does.
+
+    Attributes:
+        start: its operand, and what communicates it.
+        done: the entries of the state that change with its result.
+        result: shape and dtype of that.
+        make: a pass in front that makes the operand, if it needs one.
+        sends: whether it sends what ``make`` left in the state for it.
+        lands_first: whether it lands before any pass replaces its operand. The landing holds those passes back; to read
+            the operand for that, as of other collectives, would keep it alive beside the sum that the backend makes in
+            its place. In a schedule where such a pass does come first (gpipe), the compiler copies the operand.
+    """
+
+    start: Callable[[State, Cells], Start]
+    done: Callable[[State, Cells, jax.Array], State]
+    result: jax.ShapeDtypeStruct
+    make: Run | None = None
+    sends: bool = False
+    lands_first: bool = False
 
 
 def flight(name: str) -> str:
@@ -36,10 +59,6 @@ def sent(name: str) -> str:
 class VocabularyLayer:
     """One device's part of the vocabulary layers, for one batch.
 
-    A step ``run X`` is a method ``run_X(state, cells)`` that returns the state after it. A collective is two:
-    ``start_X`` returns its operand and what communicates it, ``done_X`` takes what arrived and returns what changes.
-    ``make_X``, where there is one, is a pass in front of ``start_X`` that makes the operand.
-
     Attributes:
         layout: the model, the schedule, and where the tables are.
         params: this device's ``embed``, ``final`` and, where it is not the embedding, ``head``, as
@@ -52,7 +71,7 @@ class VocabularyLayer:
     layout: Layout
     params: Any
     batch: dict[str, jax.Array]
-    collectives: Native | OfPermutes
+    collectives: Native | PermuteTree
 
     @property
     def trains(self) -> bool:
@@ -63,6 +82,12 @@ class VocabularyLayer:
     def names(self) -> set[str]:
         """The steps that occur."""
         return {step.name for step in self.layout.schedule.vocabulary.steps}
+
+    @property
+    def stream(self) -> jax.ShapeDtypeStruct:
+        """A microbatch between stages, as the vocabulary layers have it, ``[N, D]``."""
+        _, B, L = self.batch["tokens"].shape
+        return jax.ShapeDtypeStruct((B * L, self.layout.model.width), self.dtype)
 
     @property
     def head(self) -> jax.Array:
@@ -77,18 +102,23 @@ class VocabularyLayer:
     def _first_row(self, table: jax.Array) -> jax.Array | int:
         return lax.axis_index(self.layout.vocabulary_axes) * table.shape[0] if self.layout.sharded else 0
 
-    def _taken(self, state: State, cells: Cells, name: str) -> State:
-        """Takes what waits in the inbox ``[N, D]`` for a broadcast; meaningful on the device that it comes from."""
+    def _copied_from_inbox(self, state: State, cells: Cells, name: str) -> State:
+        """Takes what waits in the inbox ``[N, D]``; meaningful on the device that it is broadcast from."""
 
         def taken(s: State) -> State:
-            return s | {sent(name): get(s["inbox"], cells["inbox"]).reshape(-1, self.layout.model.width)}
+            return s | {sent(name): get(s["inbox"], cells["inbox"]).reshape(self.stream.shape)}
 
-        return when(cells["inbox"] >= 0, state, (sent(name),), taken)
+        return run_if(cells["inbox"] >= 0, state, (sent(name),), taken)
 
-    def _sum_for(self, stage: int) -> Collective:
+    def _sum_for(self, stage: int) -> Communicate:
         """The sum over all shards, for the device of one stage to read."""
         return partial(self.collectives.total, target=self.layout.schedule.placement[stage])
 
-    def _broadcast_from(self, stage: int) -> Collective:
-        """One stage's array on all devices."""
-        return partial(self.collectives.broadcast, source=self.layout.schedule.placement[stage])
+    def _broadcast(self, name: str, stage: int, done: Callable[[State, Cells, jax.Array], State]) -> Collective:
+        """The broadcast of what waits in one stage's inbox."""
+
+        def start(state: State, cells: Cells) -> Start:
+            source = self.layout.schedule.placement[stage]
+            return state[sent(name)], partial(self.collectives.broadcast, source=source)
+
+        return Collective(start, done, self.stream, partial(self._copied_from_inbox, name=name), sends=True)

@@ -1,28 +1,22 @@
 """What each instruction of the vocabulary layers does to a device's state.
 
-The names are those of :mod:`vocabpp_jax.schedules.vocabulary`; the arithmetic is in :mod:`vocabpp_jax.vocab`.
+Their names are those of :mod:`vocabpp_jax.schedules.instructions`; the arithmetic is in :mod:`vocabpp_jax.vocab`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
 
-from ... import vocab
-from ...pipeline.buffers import Cells, State, before_later_passes, behind_earlier_passes
+from ...pipeline.buffers import Cells, State, passes_wait_for, wait_for_passes, zeros
 from ...schedules import Instruction
 from .input_steps import InputSteps
 from .output_steps import OutputSteps
-from .vocabulary_layer import flight, sent
+from .vocabulary_layer import Collective, Run, flight, sent
 
 F32 = jnp.float32
-
-# Sums that land before any pass replaces their operand. The landing holds those passes back; to read the operand for
-# that, as of other collectives, would keep it alive beside the sum that the backend makes in its place. In a schedule
-# where such a pass does come first (gpipe), the compiler copies the operand.
-LANDS_FIRST = ("big",)
 
 
 class VocabularySteps(InputSteps, OutputSteps):
@@ -39,45 +33,48 @@ class VocabularySteps(InputSteps, OutputSteps):
             state |= {f"grads.{k}": g for k, g in grads.items()}
         if not self.layout.sharded:
             return state
-        _, B, L = self.batch["tokens"].shape
-        wide, dtype = (B * L, self.layout.model.width), self.dtype
-        state |= {"X": jnp.zeros((rings["X"], *wide), dtype), "P": self.empty_records(rings["P"], B * L)}
+        wide, tokens = self.stream, self.stream.shape[0]
+        state |= {"X": zeros(rings["X"], wide), "P": self.empty_records(rings["P"], tokens)}
         if self.trains:
-            state["A"] = jnp.zeros(wide, vocab.summed_dtype(dtype))
-            state |= self.initial_uniform(B * L) | self.initial_span()
-        state |= {sent(name): jnp.zeros(wide, dtype) for name in ("C0", "CB") if name in self.names}
-        return state | {flight(name): value for name, value in self._flights(wide, dtype).items()}
+            state["A"] = jnp.zeros(self.summed.shape, self.summed.dtype)
+            state |= self.initial_uniform(tokens) | self.initial_span()
+        for name in self.names:
+            if isinstance(collective := self.registry[name], Collective):
+                state[flight(name)] = jnp.zeros(collective.result.shape, collective.result.dtype)
+                if collective.sends:
+                    state[sent(name)] = jnp.zeros(wide.shape, wide.dtype)
+        return state
 
-    def _flights(self, wide: tuple[int, int], dtype: jnp.dtype) -> dict[str, Any]:
-        """What every collective leaves, before the first has run."""
-        vector, matrix = jnp.zeros(wide[:1], F32), jnp.zeros(wide, dtype)
-        gathered = jnp.zeros((self.layout.shards, 3, *wide[:1]), F32)
-        summed = jnp.zeros(wide, vocab.summed_dtype(dtype))
-        made = {"CI": matrix, "C0": matrix, "CB": matrix, "big": summed, "max": vector, "stats": gathered}
-        return {name: made[name] for name in made if name in self.names}
+    @cached_property
+    def registry(self) -> dict[str, Run | Collective]:
+        """What runs each row of the table of instructions that belongs to the vocabulary layers."""
+        return self.input_steps() | self.output_steps()
 
     def execute(self, instruction: Instruction, cells: Cells, state: State) -> State:
         """One instruction of the vocabulary layers."""
         op, name = instruction.op, instruction.name
-        step = getattr(self, f"{op}_{name}", None)
-        if step is None:
+        step = self.registry.get(name)
+        if step is None or isinstance(step, Collective) != (op in ("start", "done")):
             raise ValueError(f"the schedule has a step {op} {name!r} that the executor does not know")
         with jax.named_scope(name):
             match op:
                 case "start":
-                    # What is merely elementwise or a cell of a ring, XLA would make with what passes make later, and
-                    # copy the ring for it, unless a loop makes it.
-                    if make := getattr(self, f"make_{name}", None):
-                        state = make(state, cells)
-                    operand, communicate = step(state, cells)
-                    if name not in LANDS_FIRST:
-                        state = before_later_passes(state, operand)
-                    result = communicate(operand)
-                    # The sum's operand is spent: forgotten, it can hold the sum. What a broadcast sends stays, for its
-                    # result may be under way into the next interval, in which the next one is sent.
-                    spent = {"A": result} if state.get("A") is operand else {}
-                    return state | spent | {flight(name): result}
+                    return self._start(name, step, cells, state)
                 case "done":
-                    landed = behind_earlier_passes(state, state[flight(name)])
-                    return before_later_passes(state, landed) | step(state, cells, landed)
+                    landed = wait_for_passes(state, state[flight(name)])
+                    return passes_wait_for(state, landed) | step.done(state, cells, landed)
             return step(state, cells)
+
+    def _start(self, name: str, collective: Collective, cells: Cells, state: State) -> State:
+        # What is merely elementwise or a cell of a ring, XLA would make with what passes make later, and copy the ring
+        # for it, unless a loop makes it.
+        if collective.make:
+            state = collective.make(state, cells)
+        operand, communicate = collective.start(state, cells)
+        if not collective.lands_first:
+            state = passes_wait_for(state, operand)
+        result = communicate(operand)
+        # The sum's operand is spent: forgotten, it can hold the sum. What a broadcast sends stays, for its result may
+        # be under way into the next interval, in which the next one is sent.
+        spent = {"A": result} if state.get("A") is operand else {}
+        return state | spent | {flight(name): result}

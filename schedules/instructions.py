@@ -1,0 +1,230 @@
+"""The table of instructions: every pass and collective that a program can be made of, a row each.
+
+Lowering reads from it what each leaves in which ring buffer and what it finds there, the simulator whose duration it
+has, pictures and files what it is called, and the executor what it must know how to run. To add an instruction is to
+add a row here and a function in ``vocabpp_jax/vocab/instructions/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from .schedule import Schedule
+
+Direction = Literal["forward", "backward"]
+Condition = Callable[["Schedule"], bool]
+
+
+class Value(NamedTuple):
+    """What a ring holds: the output of a stage's F ("forward") or B ("backward").
+
+    The stage is ``offset`` from the instruction's own; of an instruction that belongs to no stage, from the ``anchor``:
+    the first or the last, whose device alone then takes part.
+    """
+
+    direction: Direction
+    offset: int = 0
+    anchor: Literal["first", "last"] | None = None
+
+
+class Access(NamedTuple):
+    """That an instruction writes or reads a cell of a ring, in schedules where ``when`` holds."""
+
+    ring: str
+    value: Value
+    op: str
+    writes: bool
+    when: Condition
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One row.
+
+    Attributes:
+        name: how schedules, durations and messages spell it.
+        title: what pictures say it is, behind its label.
+        color: in pictures, "#rrggbb".
+        runs: "per stage" (once for each stage of a device), "per device" (what runs on every shard, or on one device),
+            or "together" for a collective.
+        accesses: what it writes and reads.
+        sends: where its output goes: to the next stage (1), to the one before (-1), nowhere (0).
+        duration: what it takes if nothing is said.
+        label: the paper's letter, where that is not the name.
+        spelling: in CSV files, where torch would misread the label.
+    """
+
+    name: str
+    title: str
+    color: str
+    runs: Literal["per stage", "per device", "together"]
+    accesses: tuple[Access, ...] = ()
+    sends: Literal[-1, 0, 1] = 0
+    duration: float = 0.0
+    label: str = ""
+    spelling: str = ""
+
+    @property
+    def makes(self) -> Direction:
+        """What its output is, of a pass that sends."""
+        return "forward" if self.sends > 0 else "backward"
+
+    @property
+    def legend(self) -> str:
+        """What pictures call it."""
+        return self.title if self.runs == "together" else f"{self.name} {self.title}"
+
+    def rings(self, schedule: Schedule) -> tuple[str, ...]:
+        """The rings that it writes as it runs."""
+        return tuple(a.ring for a in self.accesses if a.writes and a.op == "run" and a.when(schedule))
+
+
+def _always(schedule: Schedule) -> bool:
+    return True
+
+
+def _trains(schedule: Schedule) -> bool:
+    return schedule.trains
+
+
+def _splits(schedule: Schedule) -> bool:
+    return schedule.splits_backward
+
+
+def _sharded(schedule: Schedule) -> bool:
+    return schedule.sharded
+
+
+def _whole(schedule: Schedule) -> bool:
+    return not schedule.sharded
+
+
+def _sums_before_T(schedule: Schedule) -> bool:
+    return schedule.sums_before_T
+
+
+def _writes(ring: str, value: Value, when: Condition = _always, op: str = "run") -> Access:
+    return Access(ring, value, op, True, when)
+
+
+def _reads(ring: str, value: Value, when: Condition = _always, op: str = "run") -> Access:
+    return Access(ring, value, op, False, when)
+
+
+_OUTPUT, _GRADIENT = Value("forward"), Value("backward")
+_EMBEDDED = Value("forward", -1, "first")  # what the first stage's F reads
+_EMBEDDED_GRADIENT = Value("backward", 0, "first")  # what the first stage's B makes
+_HIDDEN = Value("forward", 0, "last")  # what the last stage's F makes
+_HIDDEN_GRADIENT = Value("backward", 1, "last")  # what the last stage's B reads
+_RECORD = _OUTPUT  # of a microbatch, on every device
+
+_RECORDED = tuple(_reads("P", _RECORD, op=op) for op in ("start", "done"))
+
+RINGS = ("inbox", "outbox", "residual", "kept", "carried", "X", "P")
+"""The ring buffers: ``inbox``, what arrives before its slot, streams and their gradients; ``outbox``, what F and B
+leave for a transfer of the next interval; ``residual``, what F leaves for B, ``kept``, what it leaves for W too, and
+``carried``, what B leaves for W; ``X``, the last stage's output, on every device; ``P``, what S leaves for the
+reductions and T."""
+
+# Colours that stay apart for colour-blind readers and in grey: compute cold, vocabulary warm.
+_ROWS = (
+    Kind(
+        "F",
+        "forward",
+        "#4477AA",
+        "per stage",
+        (
+            _reads("inbox", Value("forward", -1)),
+            _writes("residual", _OUTPUT, _trains),
+            _writes("kept", _OUTPUT, _splits),
+        ),
+        sends=1,
+        duration=1.0,
+    ),
+    Kind(
+        "B",
+        "backward",
+        "#66BFC4",
+        "per stage",
+        (
+            _reads("inbox", Value("backward", 1)),
+            _reads("residual", _OUTPUT),
+            _reads("kept", _OUTPUT, _splits),
+            _writes("carried", _GRADIENT, _splits),
+        ),
+        sends=-1,
+        duration=2.0,
+    ),
+    Kind(
+        "W",
+        "weight gradient",
+        "#3E9A64",
+        "per stage",
+        (_reads("kept", _OUTPUT), _reads("carried", _GRADIENT)),
+    ),
+    Kind(
+        "S",
+        "logits, softmax",
+        "#EE8833",
+        "per device",
+        (_reads("X", _RECORD), _writes("P", _RECORD)),
+    ),
+    Kind(
+        "S1",
+        "maxima",
+        "#EE8833",
+        "per device",
+        (_reads("X", _RECORD), _writes("P", _RECORD)),
+        spelling="SM",
+    ),
+    Kind("S2", "softmax", "#F6B56B", "per device", (_reads("P", _RECORD),), spelling="SE"),
+    Kind(
+        "T",
+        "gradients",
+        "#CC3D4E",
+        "per device",
+        (_reads("X", _RECORD), _reads("P", _RECORD)),
+    ),
+    Kind(
+        "H",
+        "output layer",
+        "#D9553B",
+        "per device",
+        (_reads("inbox", _HIDDEN), _writes("inbox", _HIDDEN_GRADIENT, _trains)),
+    ),
+    Kind("IF", "lookup", "#B07AA1", "per device", (_writes("inbox", _EMBEDDED, _whole),), spelling="EF"),
+    Kind("IB", "scatter", "#D4A6C8", "per device", (_reads("inbox", _EMBEDDED_GRADIENT, _whole),), spelling="EB"),
+    Kind(
+        "G",
+        "final norm",
+        "#8C8C8C",
+        "per device",
+        (_reads("X", _RECORD), _writes("inbox", _HIDDEN_GRADIENT)),
+    ),
+    Kind(
+        "hidden_broadcast",
+        "broadcast of X",
+        "#7A6A53",
+        "together",
+        (_reads("inbox", _HIDDEN, op="start"), _writes("X", _RECORD, op="done")),
+    ),
+    Kind("max", "maxima", "#E0C04C", "together", _RECORDED),
+    Kind("stats", "softmax sums", "#C9A227", "together", _RECORDED),
+    Kind("grad_sum", "sum of ∇X", "#A3123F", "together", (_reads("P", _RECORD, _sums_before_T, op="start"),)),
+    Kind("embed_sum", "sum of embeddings", "#B07AA1", "together", (_writes("inbox", _EMBEDDED, op="done"),)),
+    Kind(
+        "embed_grad_broadcast",
+        "broadcast of ∇embeddings",
+        "#D4A6C8",
+        "together",
+        (_reads("inbox", _EMBEDDED_GRADIENT, op="start"),),
+    ),
+)
+KINDS = {kind.name: kind for kind in _ROWS}
+"""The rows by name, in the order of legends."""
+STAGE_PASSES = tuple(kind.name for kind in _ROWS if kind.runs == "per stage")
+DEVICE_PASSES = tuple(kind.name for kind in _ROWS if kind.runs == "per device")
+COLLECTIVES = tuple(kind.name for kind in _ROWS if kind.runs == "together")
