@@ -162,6 +162,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("name", ALLOWED | REFUSED)
 def test_an_optimizer_that_needs_whole_parameters_is_refused(name):
     if name in ALLOWED:

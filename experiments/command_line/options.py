@@ -140,8 +140,8 @@ class PipelineOptions:
     microbatch_size: int = 2
     """Sequences in a microbatch, for each copy of the model."""
     shard_optimizer: Literal["on", "off"] = "on"
-    """Whether copies of the model share the float32 parameters and the optimizer's state, a part on each, and gather
-    and scatter once a step; where off, each keeps all of them."""
+    """Whether the copies of the model, where there are several, share the float32 parameters and the optimizer's state,
+    a part on each, and gather and scatter once a step. Where off, each keeps all of them."""
     no_overlap: bool = False
     """Wait for every collective of the vocabulary layers where it stands, all of them in one place of an interval: for
     CPUs, whose collectives let no pass run beside them."""
