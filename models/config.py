@@ -79,8 +79,8 @@ class Config:
     # --- what an architecture answers --------------------------------------------------------------------------------
 
     def block(self, rngs: nnx.Rngs, axis: str | None = None) -> nnx.Module:
-        """One layer, a module ``(x [B, L, D], side) -> x``; with ``axis``, for its part of the weights on a device
-        of that mesh axis, see :mod:`vocabpp_jax.pipeline.tensor`."""
+        """One layer, a module ``(x [B, L, D], aux_inputs) -> x``; with ``axis``, for its part of the weights on a
+        device of that mesh axis, see :mod:`vocabpp_jax.pipeline.tensor`."""
         raise NotImplementedError
 
     def norm(self, rngs: nnx.Rngs) -> nnx.Module:

@@ -85,7 +85,7 @@ def _graphdef(make: Callable[[nnx.Rngs], nnx.Module]) -> Any:
 
 @dataclass(frozen=True)
 class PureBlock:
-    """One layer as a function of its parameters, ``(params, x [B, L, D], side) -> [B, L, D]``; with ``axis``, one
+    """One layer as a function of its parameters, ``(params, x [B, L, D], aux_inputs) -> [B, L, D]``; with ``axis``, one
     device's part of it."""
 
     config: Config

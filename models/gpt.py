@@ -46,7 +46,7 @@ class GPTConfig(Config):
 
 
 class Attention(nnx.Module):
-    """The attention branch of a block: ``(x [B, L, D], side) -> [B, L, D]``, norm included, residual add not.
+    """The attention branch of a block: ``(x [B, L, D], aux_inputs) -> [B, L, D]``, norm included, residual add not.
 
     The columns of ``qkv`` are ordered by head, then q, k and v, so that any run of heads is a run of columns.
     """

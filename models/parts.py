@@ -61,7 +61,7 @@ def merged_heads_linear(axis: str | None, out: nnx.Linear, a_BLHK: jax.Array) ->
 
 
 class RotaryAttention(nnx.Module):
-    """The attention branch of a block: ``(x [B, L, D], side) -> [B, L, D]``, norm included, residual add not."""
+    """The attention branch of a block: ``(x [B, L, D], aux_inputs) -> [B, L, D]``, norm included, residual add not."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class GatedMLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One pre-norm layer: ``(x [B, L, D], side) -> [B, L, D]``.
+    """One pre-norm layer: ``(x [B, L, D], aux_inputs) -> [B, L, D]``.
 
     ``side["segment_ids"]`` ``[B, L]``, where present, numbers the documents packed into a row; attention stays inside
     a document. No weight is cast in here: parameters and ``x`` share one dtype, which is the result's. A cast would be

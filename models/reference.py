@@ -58,7 +58,7 @@ def reference_logits(model: Model, params: Params, tokens_BL: jax.Array, aux_inp
             x_BLD = model.block(
                 block_params, x_BLD, aux_inputs | (model.layer_aux_inputs[n] if model.layer_aux_inputs else {})
             )
-        x_BLD = model.final(params["final"], x_BLD)
+        x_BLD = model.final(params["final"], x_BLD.reshape(-1, x_BLD.shape[-1])).reshape(x_BLD.shape)
     head_VD = params["embed"]["tokens"] if model.tied else params["head"]
     logits_BLV = jnp.matmul(x_BLD.astype(jnp.float32), head_VD.astype(jnp.float32).T, precision="highest")
     cap = model.loss.soft_cap

@@ -3,6 +3,7 @@
 from together import run_code
 
 AGREEMENT = """
+import jax
 import numpy as np
 from vocabpp_jax import make_mesh
 
@@ -23,7 +24,7 @@ mine = {"lr": process, "seed": 3, "x": process or None}
 answers["different"] = sentence(lambda: hosts.check_same("the options", mine))
 answers["long"] = [len(text) for text in hosts.gathered("é" * 3000 * (process + 1))]
 answers["first"] = hosts.from_first(["from", process])
-answers["mesh"] = sentence(lambda: make_mesh(1))
+answers["mesh"] = sentence(lambda: make_mesh(1, devices=jax.devices()[:1]))
 answers["goes on"] = hosts.agree(lambda: "yes")
 """
 

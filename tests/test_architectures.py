@@ -107,7 +107,7 @@ def test_a_local_layer_counts_the_keys_that_it_can_reach():
 @EACH
 def test_selective_keeps_what_the_cost_model_is_told(name, monkeypatch):
     where = "gemma" if name == "gemma2" else "attention"
-    monkeypatch.setattr(f"vocabpp_jax.models.{where}.written_out", lambda q, k, v, *_, **__: flash(q, k, v))
+    monkeypatch.setattr(f"vocabpp_jax.models.{where}.blocked_attention", lambda q, k, v, *_, **__: flash(q, k, v))
     config = dataclasses.replace(CONFIGS[name], seq=64)
     kept = kept_activations(config, aux_inputs=shapes(inputs(config)[2]))
     # Beside it: flash attention's sums, and the rotary frequencies, which a pipeline takes anew (see linearize).

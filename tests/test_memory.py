@@ -131,10 +131,6 @@ class TestA100:
         assert flag not in found.assumed["flags"]
         assert "embed_sum" not in hidden(found) and hidden(found) >= {"hidden_broadcast", "embed_grad_broadcast"}
 
-    def test_without_the_combine_threshold_two_sums_are_one(self):
-        found = compile_for("1f1b", "vocab-1", without=("xla_gpu_all_reduce_combine_threshold_bytes",))
-        assert len([c for c in found.collectives if c.kind == "all-reduce" and c.bytes >= 2**20]) == 1
-
     def test_a_published_run_takes_a_tenth_less_memory_than_was_published(self, tmp_path, capsys):
         out, picture = tmp_path / "report.json", tmp_path / "memory.png"
         memory.main(["--program", "step", "--json", str(out), "--plot", str(picture)])  # 4B on 8, s=2048, V=32k, m=128

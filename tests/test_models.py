@@ -236,7 +236,7 @@ flash_stand_in.defvjp(_flash_forward, _flash_backward)
 
 
 def trace_backward(config, b=1, aux_inputs=None):
-    """The jaxpr ``(parameters, x, side) -> (block output, residuals)``, its residuals and its number of parameters."""
+    """The jaxpr ``(parameters, x, aux_inputs) -> (block output, residuals)``, its residuals, how many parameters."""
     model = build(config)
     params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, config.dtype), model.param_shapes()["blocks"][0])
     x = jax.ShapeDtypeStruct((b, config.seq, config.hidden), config.dtype)

@@ -206,7 +206,7 @@ class PipelineOptions:
                 f"data_parallel is {copies}; it must divide the {devices // one} copies of the model that the devices "
                 f"have room for ({devices}, of which a copy takes {one})"
             )
-        return make_mesh(self.stages, copies, tensor=self.tensor_parallel)
+        return make_mesh(self.stages, copies, all_devices()[: one * copies], tensor=self.tensor_parallel)
 
     def pipeline(self, model: Model, schedule: Schedule, mesh: jax.sharding.Mesh, dtype: str) -> Pipeline:
         """The model on the mesh. Raises ValueError for what does not fit together."""

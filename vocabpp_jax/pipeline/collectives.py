@@ -93,5 +93,5 @@ class PermuteTree:
 
 
 def collectives(axes: tuple[str, ...], p: int, platform: str) -> Native | PermuteTree:
-    """:class:`Native` on GPUs, :class:`OfPermutes` elsewhere."""
+    """:class:`Native` on GPUs, :class:`PermuteTree` elsewhere."""
     return Native(axes) if platform in GPU_PLATFORMS else PermuteTree(axes, p)

@@ -31,9 +31,6 @@ FLAGS: dict[str, Flag] = {
     "xla_gpu_experimental_parallel_collective_overlap_limit": Flag(
         4, "the broadcast, the two sums and the transfers of an interval may be under way together"
     ),
-    "xla_gpu_all_reduce_combine_threshold_bytes": Flag(
-        0, "a sum that is needed early is not merged with one that is made late"
-    ),
     "xla_gpu_enable_command_buffer": Flag(
         "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION",
         "CUDA graphs of everything but loops: with WHILE, steps on an H100 hung or took 5% longer (docs/gpu.md)",

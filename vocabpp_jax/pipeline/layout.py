@@ -125,7 +125,7 @@ class Layout:
 
     @cached_property
     def layer_aux_inputs(self) -> tuple[tuple[dict[str, np.ndarray], ...], ...]:
-        """The model's ``layer_side`` at ``[chunk][j]``, leaves ``[p, ...]``; where a stage is shorter, some layer's."""
+        """The model's, at ``[chunk][j]``, leaves ``[p, ...]``; where a stage is shorter, some layer's."""
         own = self.model.layer_aux_inputs or ({},) * self.model.layers
         return tuple(
             tuple(jax.tree.map(lambda *xs: np.stack(xs), *(own[n or 0] for n in layers)) for layers in chunk)

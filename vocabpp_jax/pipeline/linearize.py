@@ -29,10 +29,10 @@ class Linearized:
     """The passes of one block. ``residual``, ``kept`` and ``carried`` are the shapes of what is stored between them.
 
     Attributes:
-        forward: ``(params, side, x) -> y, residual, kept``.
-        backward: ``(params, side, residual, kept, g) -> dparams, dx, carried``. Unsplit, ``dparams`` is complete and
-            ``carried`` empty; split, matrices are None in ``dparams`` and come from ``weights``.
-        weights: ``(params, side, kept, carried) -> dparams`` with vectors None; absent where not split.
+        forward: ``(params, aux_inputs, x) -> y, residual, kept``.
+        backward: ``(params, aux_inputs, residual, kept, g) -> dparams, dx, carried``. Unsplit, ``dparams`` is complete
+            and ``carried`` empty; split, matrices are None in ``dparams`` and come from ``weights``.
+        weights: ``(params, aux_inputs, kept, carried) -> dparams`` with vectors None; absent where not split.
         residual: needed by ``backward`` only.
         kept: needed by ``weights``, and perhaps by ``backward`` before.
         carried: made by ``backward`` for ``weights``.
@@ -47,7 +47,7 @@ class Linearized:
 
 
 def linearize(block: Callable, params: Tree, x: jax.ShapeDtypeStruct, aux_inputs: Tree, *, split: bool) -> Linearized:
-    """The passes of ``block(params, x, side)`` at the given shapes.
+    """The passes of ``block(params, x, aux_inputs)`` at the given shapes.
 
     Args:
         block: pure, returns the shape and dtype of ``x``.
@@ -106,7 +106,7 @@ def linearize(block: Callable, params: Tree, x: jax.ShapeDtypeStruct, aux_inputs
 
 
 def _trace_forward(block: Callable, params: Tree, aux_inputs: Tree, x: jax.ShapeDtypeStruct) -> tuple[ClosedJaxpr, Any]:
-    """The jaxpr of ``(params, side, x) -> y, *residuals`` and the tree that makes the residuals a VJP again."""
+    """The jaxpr of ``(params, aux_inputs, x) -> y, *residuals`` and the tree that makes the residuals a VJP again."""
     trees = []
 
     def forward(params, aux_inputs, x):

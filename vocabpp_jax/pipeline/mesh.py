@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from .tensor import TENSOR
 
@@ -34,29 +33,46 @@ def all_devices() -> list[jax.Device]:
         ) from None
 
 
-def make_mesh(pipe: int, data: int = 1, devices: Sequence[jax.Device] | None = None, *, tensor: int = 1) -> Mesh:
-    """A mesh ``data × pipe``, or ``data × pipe × tensor``, of the first devices that it needs; pipelines are runs of
-    consecutive devices, and a layer's parts runs within them.
+def make_mesh(
+    pipe: int, data: int | None = None, devices: Sequence[jax.Device] | None = None, *, tensor: int = 1
+) -> Mesh:
+    """A mesh ``data × pipe``, or ``data × pipe × tensor``, of all devices or of those given.
+
+    Pipelines are runs of consecutive devices, and a layer's parts runs within them. ``data``, copies of the model, is
+    as many as there are devices for if it is not given.
 
     Raises:
-        ValueError: the devices are fewer than ``data · pipe · tensor``, or not a multiple of it; without ``devices``,
-            also if a process of several has none in the mesh.
+        ValueError: the sizes do not take every device, or a process of several has none in the mesh.
     """
-    everyone = devices is None
     devices = list(all_devices() if devices is None else devices)
-    if min(pipe, data, tensor) < 1 or len(devices) % (pipe * data * tensor):
-        also = f" and tensor {tensor}" if tensor != 1 else ""
+    copies = data if data is not None else len(devices) // max(1, pipe * tensor)
+    if min(pipe, copies, tensor) < 1 or pipe * copies * tensor != len(devices):
+        sizes = f"pipe is {pipe}" + f", data {data}" * (data is not None) + f", tensor {tensor}" * (tensor != 1)
         raise ValueError(
-            f"pipe is {pipe} and data {data}{also}; each must be at least 1, and their product must divide the "
-            f"{len(devices)} devices"
+            f"{sizes}, and there are {len(devices)} devices; each must be at least 1, and together they take every "
+            "device: give other sizes, or devices=jax.devices()[:n] to leave some out"
         )
-    shape, names = ((data, pipe), (DATA, PIPE)) if tensor == 1 else ((data, pipe, tensor), (DATA, PIPE, TENSOR))
-    used = devices[: math.prod(shape)]
-    idle = {device.process_index for device in devices} - {device.process_index for device in used}
-    if everyone and idle:
-        sizes = " × ".join(f"{name} {size}" for name, size in zip(names, shape, strict=True))
+    shape, names = (copies, pipe, tensor), (DATA, PIPE, TENSOR)
+    if tensor == 1:
+        shape, names = shape[:2], names[:2]
+    _refuse_idle_processes(devices, " × ".join(f"{name} {size}" for name, size in zip(names, shape, strict=True)))
+    return Mesh(np.array(devices).reshape(shape), names)
+
+
+def _refuse_idle_processes(devices: Sequence[jax.Device], mesh: str) -> None:
+    """Raises ValueError where a process has no device in the mesh: it could not take part."""
+    present = all_devices()
+    if not set(devices) <= set(present):  # descriptions of devices, to compile for
+        return
+    if idle := {device.process_index for device in present} - {device.process_index for device in devices}:
+        without = ", ".join(map(str, sorted(idle)))
         raise ValueError(
-            f"{jax.process_count()} processes have {len(devices)} devices, and the mesh of {sizes} takes {len(used)}, "
-            f"none of process {', '.join(map(str, sorted(idle)))}; start fewer processes, or make the mesh larger"
+            f"{jax.process_count()} processes have {len(present)} devices, and the mesh of {mesh} takes "
+            f"{len(devices)}, none of process {without}; start fewer processes, or make the mesh larger"
         )
-    return Mesh(np.array(used).reshape(shape), names)
+
+
+def automatic(mesh: Mesh) -> Mesh:
+    """The same devices and axes with shardings that the compiler derives: ``jax.make_mesh`` has them explicit, and
+    would want every batch resharded by hand."""
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))

@@ -57,8 +57,8 @@ class Model:
     vocab_size: int
     width: int
     block: Callable[[Params, jax.Array, AuxInputs], jax.Array]
-    """One layer: ``(block_params, x [B, L, D], side) -> x [B, L, D]``, pure, same dtype out as in. One that chooses
-    kernels by the devices has a method ``on(platform)``, which returns the block for them; a platform is what
+    """One layer: ``(block_params, x [B, L, D], aux_inputs) -> x [B, L, D]``, pure, same dtype out as in. One that
+    chooses kernels by the devices has a method ``on(platform)``, which returns the block for them; a platform is what
     :attr:`jax.Device.platform` says."""
     init_block: Callable[[jax.Array, jax.Array], Params]
     """``(key, layer) -> block_params`` in float32: one layer's initial parameters. ``layer`` is an int32 scalar and may
@@ -68,7 +68,7 @@ class Model:
     init_final: Callable[[jax.Array], Params] = _nothing
     """``(key) -> final_params`` in float32."""
     final: Callable[[Params, jax.Array], jax.Array] = _identity
-    """What stands between the last block and the head, usually a norm: ``(final_params, x) -> x``."""
+    """From the last block to the head, usually a norm: ``(final_params, x [N, D]) -> x [N, D]``, N tokens."""
     positions: int | None = None
     """Rows of a learned position table, or None without one."""
     tied: bool = False
@@ -90,7 +90,7 @@ class Model:
             raise ValueError(f"vocab_size is {self.vocab_size}; a vocabulary needs at least 2 tokens")
         if self.layer_aux_inputs and len(self.layer_aux_inputs) != self.layers:
             raise ValueError(
-                f"layer_side has {len(self.layer_side)} entries; it takes one for each of {self.layers} layers"
+                f"layer_aux_inputs has {len(self.layer_aux_inputs)} entries; give one for each of {self.layers} layers"
             )
 
     def init(self, key: jax.Array) -> Params:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..schedules import Program, Schedule, check, evaluation, lower
-from ..vocab import Loss, counted, refuse_outside
+from ..vocab import Loss
 from ..vocab.instructions import VocabularySteps
 from .collectives import collectives
 from .executor import Executor
@@ -20,7 +20,8 @@ from .flags import compiler_options
 from .initialization import draw
 from .layout import Layout
 from .linearize import Linearized, linearize
-from .mesh import DATA, PIPE
+from .mesh import DATA, PIPE, automatic
+from .microbatches import Batch, checked, global_batch
 from .model_interface import Model
 from .nccl import keep_launch_order
 from .precision import exact_products
@@ -28,7 +29,6 @@ from .shares import Share
 from .tensor import TENSOR
 
 Params = Any
-Batch = dict[str, Any]
 _PER_MICROBATCH = PartitionSpec(None, DATA)
 
 
@@ -36,11 +36,12 @@ _PER_MICROBATCH = PartitionSpec(None, DATA)
 class Pipeline:
     """A model under a schedule on a mesh.
 
-    A batch is ``{"tokens", "labels": int32 [m, B, L], "mask": [m, B, L]}`` and, where the blocks take them,
-    ``"aux_inputs"``: a dictionary of ``[m, B, ...]`` arrays. m microbatches, B microbatch size times the data axis, L
-    length. The mask may be absent. A label of -100 does not count either; of other ids outside the vocabulary the loss
-    is NaN, or, outside ``jax.jit``, they are refused. Parameters are a tree in :attr:`layout`, float32, sharded as
-    :attr:`shardings` says: with ``shard_optimizer`` over the axis ``data`` too, as is what an optimizer keeps for them.
+    A batch is ``{"tokens", "labels": int32 [m, B, L]}``, and if need be ``"mask"`` of the same shape and
+    ``"aux_inputs"``, arrays ``[m, B, ...]`` by name that the blocks take: m microbatches, B microbatch size times the
+    data axis, L length. Or all of them ``[m · B, ...]``, which is split into microbatches. A label of -100 does not
+    count; of other ids outside the vocabulary the loss is NaN, or, outside ``jax.jit``, they are refused. Parameters
+    are a tree in :attr:`layout`, float32, sharded as :attr:`shardings` says: with ``shard_optimizer`` over the axis
+    ``data`` too, as is what an optimizer keeps for them.
 
     Raises:
         ValueError: the schedule is not sound, the mesh has no axis ``data`` or its axis ``pipe`` is not the schedule's
@@ -69,6 +70,7 @@ class Pipeline:
             )
         check(self.schedule)
         keep_launch_order()
+        object.__setattr__(self, "mesh", automatic(self.mesh))
         copies = self.mesh.shape[DATA] if self.shard_optimizer else 1
         layout = Layout(self.model, self.schedule, self.mesh.shape.get(TENSOR, 1), copies)
         object.__setattr__(self, "layout", layout)
@@ -98,6 +100,13 @@ class Pipeline:
     def shard(self, canonical: Params) -> Params:
         """Canonical parameters, placed on the mesh in the pipeline's layout."""
         return jax.jit(self.layout.pack, out_shardings=self.shardings)(canonical)
+
+    def global_batch(self, local: Batch) -> Batch:
+        """The global batch of which each process passes its own rows, ``[rows, L]``, as a data loader gives them.
+
+        Every process passes as many, and those with devices of the same copy of the model pass the same.
+        """
+        return global_batch(local, self.mesh)
 
     def jit(self, function: Callable, *, without_flags: tuple[str, ...] = (), **options: Any) -> Callable:
         """``jax.jit`` for a function that runs this pipeline: on GPUs with the XLA flags that overlap needs.
@@ -188,7 +197,7 @@ class Pipeline:
         return {name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for name, tree in found.items()}
 
     def _run(self, program: Program, params: Params, batch: Batch, *, observe: bool) -> tuple:
-        batch = self._checked(batch)
+        batch = checked(batch, self.schedule.m, self.mesh.shape[DATA], self.model)
         specs = self.layout.specs()
         device = PartitionSpec(DATA, PIPE)
         out = (
@@ -204,32 +213,6 @@ class Pipeline:
             check_vma=False,
         )
         return run(params, batch)
-
-    def _checked(self, batch: Batch) -> Batch:
-        """The batch with a float32 mask, in which labels of -100 do not count; refuses one that does not fit."""
-        if missing := {"tokens", "labels"} - set(batch):
-            raise ValueError(f"the batch has {sorted(batch)}; it needs {', '.join(sorted(missing))} too")
-        shape = jnp.shape(batch["tokens"])
-        data = self.mesh.shape[DATA]
-        if len(shape) != 3 or shape[0] != self.schedule.m or shape[1] % data:
-            raise ValueError(
-                f"tokens has shape {list(shape)}; it takes [m={self.schedule.m}, a multiple of {data}, length]"
-            )
-        if self.model.positions is not None and shape[2] > self.model.positions:
-            raise ValueError(f"tokens has length {shape[2]}; the model has {self.model.positions} positions")
-        for name in ("labels", "mask"):
-            if name in batch and jnp.shape(batch[name]) != shape:
-                raise ValueError(f"{name} has shape {list(jnp.shape(batch[name]))}; tokens has {list(shape)}")
-        mask = batch.get("mask")
-        mask = jnp.ones(shape, jnp.float32) if mask is None else jnp.asarray(mask).astype(jnp.float32)
-        for name in ("tokens", "labels"):
-            if not jnp.issubdtype(kind := jnp.result_type(batch[name]), jnp.integer):
-                raise ValueError(f"{name} has dtype {kind}; token ids are integers")
-        V = self.model.vocab_size
-        refuse_outside(batch["tokens"], batch["labels"], mask, V)
-        tokens, labels = (jnp.asarray(batch[name]).astype(jnp.int32) for name in ("tokens", "labels"))
-        labels, mask = counted(tokens, labels, mask, V)
-        return {"tokens": tokens, "labels": labels, "mask": mask, "aux_inputs": batch.get("aux_inputs", {})}
 
     def _on_device(self, program: Program, observe: bool, params: Params, batch: Batch) -> tuple:
         """One device's whole iteration."""
