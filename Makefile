@@ -4,6 +4,7 @@
 #   make train ARGS="--steps 500 --output runs/first"
 #   make test  ARGS="-k parity"
 #   make train EXTRAS=cuda12            a GPU machine
+#   make docs                           the documentation as a site, in site/
 #   make test  PYTHON=python3.13 VENV=.venv313
 
 SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11))
@@ -16,7 +17,7 @@ WORKERS ?= 2
 
 INSTALLED := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: help train test lint clean
+.PHONY: help train test lint docs site clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
@@ -31,6 +32,13 @@ lint: $(INSTALLED)
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
 
+docs:
+	@$(MAKE) --no-print-directory site EXTRAS=docs
+
+site: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 $(INSTALLED): pyproject.toml
 	@'$(PYTHON)' -c '$(SUPPORTED)' || \
 		{ echo "error: Python 3.11 or newer is needed; name one with PYTHON=..." >&2; exit 2; }
@@ -39,4 +47,4 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

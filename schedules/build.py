@@ -51,12 +51,15 @@ def build(
     """The named schedule with the named vocabulary method.
 
     Args:
-        schedule, method: one of :data:`SCHEDULES`, one of :func:`methods_of` it.
-        p, m: devices, microbatches.
+        schedule: one of :data:`SCHEDULES`.
+        method: one of :func:`methods_of` the schedule.
+        p: devices.
+        m: microbatches.
         chunks: stages a device, for interleaved-1f1b; 2 where not given.
         layer_counts: layers of every stage, which method redis needs (see :mod:`.layers`) and the others may have.
-        durations, rules: how long passes and transfers take, and what waits for what, for which :mod:`.fit` finds the
-            best order; without durations, the building block is repeated as it is.
+        durations: how long passes and transfers take, for which :mod:`.fit` finds the best order; without them, the
+            building block is repeated as it is.
+        rules: what waits for what, with durations.
         reordered: without durations, whether warm-up and cool-down may differ from the steady state where that saves
             time with F, B and W of the same length; see :mod:`.reorder`.
         inserted: intervals between the last stage's F and its B, for the vocabulary passes; as published where not

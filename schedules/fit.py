@@ -72,9 +72,13 @@ def fit(
     A block without W passes is repeated as it is: its transfers have no time to spare, so there is nothing to choose.
 
     Args:
-        block, method, m, inserted: as for :func:`.build.repeat`.
+        block: the building block, without its vocabulary passes.
+        method: the vocabulary method.
+        m: microbatches.
         durations: of all passes and transfers, or what makes them for a schedule, as :meth:`.cost.Cost.durations`.
+        name: of the schedule.
         rules: of the machine.
+        inserted: as for :func:`.build.build`.
         layer_counts: layers of every stage, or None for an even split.
 
     Raises:

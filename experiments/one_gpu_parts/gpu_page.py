@@ -49,7 +49,7 @@ def head(measured: Measured) -> str:
     return (
         "# Measured on one GPU\n\n"
         "What a single GPU tells about a pipeline of many. This page, the tables beside it in "
-        "[results/gpu](results/gpu) and the constants of the GPU's file are written by\n\n"
+        "[results/gpu](../docs/results/gpu) and the constants of the GPU's file are written by\n\n"
         "    python experiments/one_gpu.py --output docs/results/gpu --docs docs/gpu.md \\\n"
         "        --constants schedules/simulation/gpus/h100-80g.toml\n\n"
         f"Device: {of.get('device', NOT_YET)}, driver {driver}. jax {of.get('jax', NOT_YET)}, Python "

@@ -93,8 +93,8 @@ about:
 * **simulated**: pass times from a model of the GPU, put together by the event simulator ([simulator.md](simulator.md));
 * **computed**: arithmetic on sizes.
 
-What is published is in [paper/](paper): memory in GB of 1024 MiB, MFU in percent. On eight GPUs the published MFU of
-Table 5 is of a peak of 320 TFLOP/s, not 312, and so is ours beside it.
+What is published is in [paper/](../docs/paper): memory in GB of 1024 MiB, MFU in percent. On eight GPUs the published
+MFU of Table 5 is of a peak of 320 TFLOP/s, not 312, and so is ours beside it.
 """
 
 
