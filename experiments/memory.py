@@ -120,7 +120,7 @@ def prepare(model: ModelOptions, pipeline: PipelineOptions, gpu: GPU) -> Pipelin
             f"tensor_parallel is {pipeline.tensor_parallel}; the report knows pipelines without it, so give 1"
         )
     mesh = make_mesh(pipeline.stages, data, compiled.devices(gpu, pipeline.stages * data))
-    return pipeline.pipeline(model.build(config), schedule, mesh, config.dtype)
+    return pipeline.place(model.build(config), schedule, mesh, config.dtype)
 
 
 def programs(options: MemoryOptions) -> compiled.Programs:

@@ -84,7 +84,7 @@ def prepare(options: TrainOptions, config: Config, schedule: Schedule) -> Run:
     mesh = hosts.agree(options.pipeline.mesh)
     if (gpu := known_gpu(jax.devices()[0])) is not None:
         schedule = hosts.agree(lambda: options.pipeline.build(config, gpu))
-    pipe = options.pipeline.pipeline(options.model.build(), schedule, mesh, config.dtype)
+    pipe = options.pipeline.place(options.model.build(), schedule, mesh, config.dtype)
     if options.pretrained:
         hosts.agree(lambda: huggingface.check(options.model.folder, pipe))
     optimizer = adamw(

@@ -208,7 +208,7 @@ class PipelineOptions:
             )
         return make_mesh(self.stages, copies, all_devices()[: one * copies], tensor=self.tensor_parallel)
 
-    def pipeline(self, model: Model, schedule: Schedule, mesh: jax.sharding.Mesh, dtype: str) -> Pipeline:
+    def place(self, model: Model, schedule: Schedule, mesh: jax.sharding.Mesh, dtype: str) -> Pipeline:
         """The model on the mesh. Raises ValueError for what does not fit together."""
         return Pipeline(model, schedule, mesh, dtype, shard_optimizer=self.shard_optimizer == "on")
 

@@ -77,7 +77,7 @@ def prepare(options: Case) -> Pipeline:
     schedule = options.pipeline.build(config)
     x = options.pipeline
     mesh = make_mesh(x.stages, x.data_parallel or 1, all_devices()[: x.devices], tensor=x.tensor_parallel)
-    return x.pipeline(options.model.build(), schedule, mesh, config.dtype)
+    return x.place(options.model.build(), schedule, mesh, config.dtype)
 
 
 def data_of(options: Case, pipe: Pipeline) -> tuple[Any, dict[str, np.ndarray]]:

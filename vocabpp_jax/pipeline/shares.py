@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 from .mesh import DATA
 
 MOST_PADDING = 1 / 8
-"""Of what is padded by a larger part every copy keeps all: a scalar, a vector shorter than the copies are many."""
+"""An axis that would grow by more is not padded. Where all would, as in a very short vector, every copy keeps it."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import optax
 from jax.extend.core import jaxprs_in_params
 
 _MIXES = re.compile(
-    r"(reduce_(?!and$|or$)|arg(max|min)|cum|sort|top_k|dot_general|conv_general|fft|cholesky|eig|svd|qr|lu$|triangular)"
+    r"(reduce_(?!and$|or$|precision$)|arg(max|min)|cum|sort|top_k|dot_general|conv_general|fft|cholesky|eig|svd|qr|lu$"
+    r"|triangular)"
 )
 """Primitives whose result depends on several entries of an operand. Whether all entries are finite may be asked."""
 
