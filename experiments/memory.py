@@ -33,7 +33,7 @@ from vocabpp_jax.training.optimizer import adamw
 
 GIB = 2**30
 LARGE = 2**20  # bytes from which a copy in the loop counts
-RINGS = ("residual", "kept", "carried")
+RINGS = ("residual", "kept", "carried", "tail_residual", "tail_kept", "tail_carried")
 COLORS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#bbbbbb")
 
 
@@ -113,7 +113,7 @@ def on_gpu(options: ModelOptions) -> models.Config:
 def prepare(model: ModelOptions, pipeline: PipelineOptions, gpu: GPU) -> Pipeline:
     """The pipeline on GPUs that are not there. Raises ValueError for what cannot be built."""
     config = on_gpu(model)
-    schedule = pipeline.build(config, gpu)
+    schedule = pipeline.build(config, gpu, mtp_depth=model.mtp_depth)
     data = 1 if pipeline.data_parallel is None else pipeline.data_parallel
     if pipeline.tensor_parallel > 1:
         raise ValueError(

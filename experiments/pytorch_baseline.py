@@ -179,6 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = or_fail(lambda: parse(BaselineOptions, __doc__, arguments))
     if "RANK" not in os.environ:
         fail("RANK is not set; start this with torchrun, or start compare_pytorch.py")
+    or_fail(options.model.refuse_other_losses)
     config, m = or_fail(options.model.config), options.pipeline.microbatches
     rank = Rank()
     print(json.dumps(rank.join()), file=sys.stderr)

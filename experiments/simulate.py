@@ -10,13 +10,13 @@ Pass times come from a model's sizes and a GPU's roofline, or from a file of mea
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from command_line.options import MOST_PASSES, OptionalInt, OptionalStr, fail, or_fail, parse, write_json
+from command_line.options import MOST_PASSES, OptionalInt, OptionalStr, check_tail, fail, or_fail, parse, write_json
 from vocabpp_jax import models
 from vocabpp_jax.schedules import METHODS, SCHEDULES, Schedule, build, lower, methods_of
 from vocabpp_jax.schedules.layers import redistributed
@@ -64,6 +64,8 @@ class SimulateOptions:
     """Tokens in the vocabulary, if not the model's."""
     tie_embeddings: bool = False
     """Use the token embedding as the LM head."""
+    mtp_depth: int = 0
+    """Tokens beyond the next that are predicted too, each by one more layer behind the last and the same LM head."""
     gpu: str = "a100-80g"
     """GPU and network: a100-80g, h100-80g, or a .toml file like those in schedules/simulation/gpus."""
     times: OptionalStr = None
@@ -102,8 +104,9 @@ class SimulateOptions:
             "vocab_size": vocab_size or self.vocab_size,
             "tie_embeddings": self.tie_embeddings or None,
         }
+        check_tail(self.mtp_depth)
         config = models.named(self.model, **{name: value for name, value in given.items() if value is not None})
-        return Cost(models.cost_sizes(config, self.microbatch_size), load_gpu(self.gpu))
+        return Cost(models.cost_sizes(config, self.microbatch_size, self.mtp_depth), load_gpu(self.gpu))
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ def run(options: SimulateOptions, schedule: str, method: str) -> Result:
             options.redis_split,
             layers=z.layers,
             stages=options.stages,
-            rho=z.head_flops / z.layer_flops,
+            rho=z.ends_in_layers,
         )
     given = given_durations(options.durations) if options.durations else None
 
@@ -200,6 +203,7 @@ def run(options: SimulateOptions, schedule: str, method: str) -> Result:
         rules=rules,
         overlap=not options.no_overlap,
     )
+    built = replace(built, depths=z.depths)
     return Result(simulate(lower(built), durations(built), rules), cost, given is None)
 
 

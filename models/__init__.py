@@ -14,7 +14,7 @@ from vocabpp_jax.models.gemma import GemmaConfig
 from vocabpp_jax.models.gpt import GPTConfig
 from vocabpp_jax.models.llama import LlamaConfig
 from vocabpp_jax.models.qwen import QwenConfig
-from vocabpp_jax.models.reference import reference_logits, reference_loss
+from vocabpp_jax.models.reference import reference_logits, reference_loss, reference_sums
 from vocabpp_jax.models.sizes import (
     SIZES,
     attended,
@@ -52,6 +52,7 @@ __all__ = [
     "parameters",
     "reference_logits",
     "reference_loss",
+    "reference_sums",
     "vocabulary_parameters",
 ]
 

@@ -15,20 +15,24 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from vocabpp_jax.models.config import Config, attention_implementation
-from vocabpp_jax.pipeline.model_interface import AuxInputs, Model, Params, TensorSplit
+from vocabpp_jax.models.tail import Depth, PureDepth
+from vocabpp_jax.pipeline.model_interface import AuxInputs, Model, Params, Tail, TensorSplit
 from vocabpp_jax.pipeline.precision import exact_products
 from vocabpp_jax.pipeline.tensor import TENSOR
 
 _COLUMNS = {"qkv", "q", "k", "v", "gate", "up"}  # linear layers that every device computes some outputs of
-_ROWS = {"out", "down"}  # ... that every device has some inputs of
+_ROWS = {"out", "down", "project"}  # ... that every device has some inputs of
 
 
-def build(config: Config) -> Model:
+def build(config: Config, mtp_depth: int = 0, mtp_weight: float = 0.3) -> Model:
     """The model as the pipeline sees it, of any architecture. ``block`` takes parameters in the dtype of ``x``.
 
     Block parameters are nested dicts by module: a norm has ``scale`` and perhaps ``bias [D]``, a linear layer
-    ``kernel [in, out]`` and perhaps ``bias [out]``.
+    ``kernel [in, out]`` and perhaps ``bias [out]``. With ``mtp_depth`` it also predicts so many tokens further ahead,
+    their losses weighted by ``mtp_weight`` together.
     """
+    if mtp_depth < 0:
+        raise ValueError(f"mtp_depth is {mtp_depth}; it must be 0, for none, or more")
     norm = _graphdef(config.norm)
 
     def final(params: Params, x_BLD: jax.Array) -> jax.Array:
@@ -63,7 +67,18 @@ def build(config: Config) -> Model:
             specs=jax.tree_util.tree_map_with_path(_spec, shapes),
             parts=config.shared_heads,
         ),
+        tail=_tail(config, mtp_depth, mtp_weight) if mtp_depth else None,
     )
+
+
+def _tail(config: Config, depths: int, weight: float) -> Tail:
+    def init(key: jax.Array, depth: jax.Array) -> Params:
+        return nnx.to_pure_dict(nnx.state(Depth(config, None, nnx.Rngs(key))))
+
+    shapes = nnx.to_pure_dict(nnx.state(_abstract(lambda rngs: Depth(config, None, rngs))))
+    specs = jax.tree_util.tree_map_with_path(_spec, shapes)
+    split = TensorSplit(block=PureDepth(config, TENSOR), specs=specs, parts=config.shared_heads)
+    return Tail(depths=depths, weight=weight, depth=PureDepth(config), init_depth=init, tensor=split)
 
 
 def _spec(path: tuple, shape: jax.ShapeDtypeStruct) -> PartitionSpec:
@@ -108,7 +123,7 @@ class Decoder(nnx.Module):
     """The whole model, for use without a pipeline: ``tokens [B, L] -> logits [B, L, V]`` in float32.
 
     Parameters are float32 and cast to ``config.dtype`` once per call. They exchange with pipelines and checkpoints
-    as :meth:`canonical` and :meth:`from_canonical`.
+    as :meth:`canonical` and :meth:`from_canonical`, without a tail.
     """
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
@@ -152,4 +167,5 @@ class Decoder(nnx.Module):
         """The model that holds canonical parameters; copies nothing."""
         state = {**params, **params["embed"], "blocks": dict(enumerate(params["blocks"]))}
         del state["embed"]
+        state.pop("tail", None)
         return nnx.merge(_graphdef(lambda rngs: cls(config, rngs=rngs)), state)

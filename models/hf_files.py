@@ -143,13 +143,18 @@ def write(
     for file, within in zip(names, files, strict=True):
         held = dict(next(tensors) for _ in within)
         if writes:
-            try:
-                save_file({k: np.ascontiguousarray(held[k]) for k in within}, folder / file, metadata={"format": "pt"})
-            except SafetensorError as problem:  # for example a full disk
-                number = re.search(r"os error (\d+)", str(problem))
-                said = os.strerror(int(number[1])) if number else str(problem)
-                raise OSError(number and int(number[1]), said, str(folder / file)) from None
+            save_tensors({k: held[k] for k in within}, folder / file)
     if total > 1 and writes:
         where = {name: file for file, within in zip(names, files, strict=True) for name in within}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_tensors(tensors: dict[str, np.ndarray], file: File) -> None:
+    """Writes one file. Raises OSError where it cannot be."""
+    try:
+        save_file({k: np.ascontiguousarray(t) for k, t in tensors.items()}, file, metadata={"format": "pt"})
+    except SafetensorError as problem:  # for example a full disk
+        number = re.search(r"os error (\d+)", str(problem))
+        said = os.strerror(int(number[1])) if number else str(problem)
+        raise OSError(number and int(number[1]), said, str(file)) from None

@@ -59,6 +59,10 @@ def load(folder: str | File, pipe: Pipeline) -> Params:
 
 def check(folder: str | File, pipe: Pipeline) -> Callable[[Path, Index], np.ndarray]:
     """Raises what :func:`load` would, without reading a weight; returns what reads them."""
+    if pipe.model.tail:
+        raise ValueError(
+            f"mtp_depth is {pipe.model.depths}; weights that predict further tokens are not read, so it must be 0"
+        )
     architecture, config = config_of(*_config_json(folder))
     return _reader(File(folder), architecture, config, pipe.model.param_shapes())
 

@@ -6,6 +6,8 @@ D model width, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 
@@ -24,6 +26,8 @@ def reference_loss(
     dtype: str | None = None,
 ) -> jax.Array:
     """Mean of ``model.loss`` in nats over the valid tokens of the global batch, a float32 scalar; 0 where none is.
+    With a tail, the weighted mean of its depths' losses beside it: each a sum over the depth's own valid tokens,
+    divided by the number of those of the main loss.
 
     ``tokens`` and ``labels`` are ``[m, B, L]``, labels already shifted; ``mask`` of the same shape is true (nonzero)
     where a label counts, everywhere if None, and its labels may be anything elsewhere; a label of -100 never counts.
@@ -31,6 +35,21 @@ def reference_loss(
     ``[m, B, ...]``. ``params`` are canonical and computed with as they are, or cast to ``dtype`` first; logits and
     loss are float32 either way.
     """
+    sums, counts = reference_sums(model, params, tokens, labels, mask, aux_inputs, dtype)
+    weights = jnp.array([1.0, *[model.tail.weight / model.depths] * model.depths] if model.tail else [1.0])
+    return jnp.sum(weights * sums) / jnp.maximum(counts[0], 1)
+
+
+def reference_sums(
+    model: Model,
+    params: Params,
+    tokens: jax.Array,
+    labels: jax.Array,
+    mask: jax.Array | None = None,
+    aux_inputs: AuxInputs | None = None,
+    dtype: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The sums of the main loss and of every depth's, and how many labels each counts: two arrays ``[1 + depths]``."""
     if dtype is not None:
         params = jax.tree.map(lambda array: array.astype(dtype), params)
     valid = labels != IGNORED_LABEL
@@ -38,31 +57,58 @@ def reference_loss(
         valid &= mask.astype(bool)
     labels = jnp.where(valid, labels, 0)
 
-    def microbatch(total: jax.Array, batch: tuple) -> tuple[jax.Array, None]:
-        tokens_BL, labels_BL, valid_BL, side_B = batch
-        logits_BLV = reference_logits(model, params, tokens_BL, side_B)
-        return total + jnp.sum(jnp.where(valid_BL, _token_losses(model, logits_BLV, labels_BL), 0.0)), None
+    def microbatch(totals: tuple, batch: tuple) -> tuple[tuple, None]:
+        tokens_BL, labels_BL, valid_BL, aux_inputs_B = batch
+        sums, counts = [], []
+        for k, logits_BLV in enumerate(_logits(model, params, tokens_BL, aux_inputs_B)):
+            counted_BL = _ahead(valid_BL, k)
+            if (ids_BL := aux_inputs_B.get("segment_ids")) is not None:
+                counted_BL &= _ahead(ids_BL, k) == ids_BL
+            losses_BL = _token_losses(model, logits_BLV, _ahead(labels_BL, k))
+            sums.append(jnp.sum(jnp.where(counted_BL, losses_BL, 0.0)))
+            counts.append(jnp.sum(counted_BL))
+        return (totals[0] + jnp.stack(sums), totals[1] + jnp.stack(counts)), None
 
-    total, _ = jax.lax.scan(microbatch, jnp.zeros((), jnp.float32), (tokens, labels, valid, aux_inputs or {}))
-    return total / jnp.maximum(jnp.sum(valid), 1)
+    start = jnp.zeros(1 + model.depths, jnp.float32), jnp.zeros(1 + model.depths, jnp.int32)
+    return jax.lax.scan(microbatch, start, (tokens, labels, valid, aux_inputs or {}))[0]
 
 
 def reference_logits(model: Model, params: Params, tokens_BL: jax.Array, aux_inputs: AuxInputs) -> jax.Array:
     """Float32 logits ``[B, L, V]`` of one microbatch, capped where the loss says so, computed in the dtype of
     ``params`` up to the last norm."""
+    return _logits(replace(model, tail=None), params, tokens_BL, aux_inputs)[0]
+
+
+def _logits(model: Model, params: Params, tokens_BL: jax.Array, aux_inputs: AuxInputs) -> list[jax.Array]:
+    """The logits of the next token, and of the one after it for every depth of the tail."""
     with exact_products(params["embed"]["tokens"].dtype):
-        x_BLD = params["embed"]["tokens"][tokens_BL] * model.embed_scale
+        embedded_BLD = params["embed"]["tokens"][tokens_BL] * model.embed_scale
         if model.positions is not None:
-            x_BLD = x_BLD + params["embed"]["positions"][: tokens_BL.shape[1]]
+            embedded_BLD = embedded_BLD + params["embed"]["positions"][: tokens_BL.shape[1]]
+        x_BLD = embedded_BLD
         for n, block_params in enumerate(params["blocks"]):
             x_BLD = model.block(
                 block_params, x_BLD, aux_inputs | (model.layer_aux_inputs[n] if model.layer_aux_inputs else {})
             )
-        x_BLD = model.final(params["final"], x_BLD.reshape(-1, x_BLD.shape[-1])).reshape(x_BLD.shape)
+        streams = [x_BLD]
+        for k in range(1, 1 + model.depths):
+            ahead_BLD = _ahead(embedded_BLD, k)
+            depth_params, own = params["tail"][k - 1], aux_inputs | model.tail_aux_inputs
+            streams.append(model.tail.depth(depth_params, streams[-1], ahead_BLD, own))
+        finals = [model.final(params["final"], x.reshape(-1, x.shape[-1])).reshape(x.shape) for x in streams]
     head_VD = params["embed"]["tokens"] if model.tied else params["head"]
+    return [_capped(model, x_BLD, head_VD) for x_BLD in finals]
+
+
+def _capped(model: Model, x_BLD: jax.Array, head_VD: jax.Array) -> jax.Array:
     logits_BLV = jnp.matmul(x_BLD.astype(jnp.float32), head_VD.astype(jnp.float32).T, precision="highest")
     cap = model.loss.soft_cap
     return logits_BLV if cap is None else cap * jnp.tanh(logits_BLV / cap)
+
+
+def _ahead(array: jax.Array, k: int) -> jax.Array:
+    """What ``array [B, L, ...]`` has k places further on, zeros beyond the end."""
+    return jnp.concatenate([array[:, k:], jnp.zeros_like(array[:, :k])], axis=1)
 
 
 def _token_losses(model: Model, logits_BLV: jax.Array, labels_BL: jax.Array) -> jax.Array:

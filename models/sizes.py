@@ -97,7 +97,7 @@ def model_flops(config: Config, batch: int = 1) -> float:
     return config.layers * layer_flops(config, batch) + head_flops(config, batch)
 
 
-def cost_sizes(config: Config, microbatch_size: int = 1) -> Sizes:
+def cost_sizes(config: Config, microbatch_size: int = 1, mtp_depth: int = 0) -> Sizes:
     """The dimensions that the cost model of :mod:`vocabpp_jax.schedules.simulation.cost` plans with."""
     return Sizes(
         layers=config.layers,
@@ -109,4 +109,5 @@ def cost_sizes(config: Config, microbatch_size: int = 1) -> Sizes:
         matrices=layer_matrices(config),
         attended=attended(config),
         kept=config.kept_width,
+        depths=mtp_depth,
     )

@@ -121,4 +121,4 @@ def evaluation(schedule: Schedule) -> Schedule:
     """Forward passes only, on the same stages and vocabulary shards: what computes a loss and keeps no activations."""
     method = "vocab-2" if schedule.method in SHARDED else "baseline"
     forward = repeat(blocks.forward_only(schedule.placement), method, schedule.m, f"{schedule.name} evaluation")
-    return replace(forward, layer_counts=schedule.layer_counts)
+    return replace(forward, layer_counts=schedule.layer_counts, depths=schedule.depths)

@@ -21,8 +21,8 @@ Condition = Callable[["Schedule"], bool]
 class Value(NamedTuple):
     """What a ring holds: the output of a stage's F ("forward") or B ("backward").
 
-    The stage is ``offset`` from the instruction's own; of an instruction that belongs to no stage, from the ``anchor``:
-    the first or the last, whose device alone then takes part.
+    The stage is ``offset`` from the instruction's own, or from the ``anchor``, the first or the last, where that is
+    given; then only this stage's passes take part, and of instructions that belong to no stage, its device's.
     """
 
     direction: Direction
@@ -102,6 +102,22 @@ def _whole(schedule: Schedule) -> bool:
     return not schedule.sharded
 
 
+def _ahead(schedule: Schedule) -> bool:
+    return schedule.depths > 0
+
+
+def _ahead_sharded(schedule: Schedule) -> bool:
+    return schedule.depths > 0 and schedule.sharded
+
+
+def _ahead_trains(schedule: Schedule) -> bool:
+    return schedule.depths > 0 and schedule.trains
+
+
+def _ahead_splits(schedule: Schedule) -> bool:
+    return schedule.depths > 0 and schedule.splits_backward
+
+
 def _sums_before_T(schedule: Schedule) -> bool:
     return schedule.sums_before_T
 
@@ -119,15 +135,19 @@ _EMBEDDED = Value("forward", -1, "first")  # what the first stage's F reads
 _EMBEDDED_GRADIENT = Value("backward", 0, "first")  # what the first stage's B makes
 _HIDDEN = Value("forward", 0, "last")  # what the last stage's F makes
 _HIDDEN_GRADIENT = Value("backward", 1, "last")  # what the last stage's B reads
+_TAIL, _TAIL_GRADIENT = Value("forward", 0, "last"), Value("backward", 0, "last")  # of the last stage's passes
 _RECORD = _OUTPUT  # of a microbatch, on every device
 
 _RECORDED = tuple(_reads("P", _RECORD, op=op) for op in ("start", "done"))
 
-RINGS = ("inbox", "outbox", "residual", "kept", "carried", "X", "P")
+_TAIL_RINGS = ("ahead", "behind", "streams", "returned", "tail_residual", "tail_kept", "tail_carried")
+RINGS = ("inbox", "outbox", "residual", "kept", "carried", "X", "P", *_TAIL_RINGS)
 """The ring buffers: ``inbox``, what arrives before its slot, streams and their gradients; ``outbox``, what F and B
 leave for a transfer of the next interval; ``residual``, what F leaves for B, ``kept``, what it leaves for W too, and
 ``carried``, what B leaves for W; ``X``, the last stage's output, on every device; ``P``, what S leaves for the
-reductions and T."""
+reductions and T. Where further tokens than the next are predicted, on the last stage's device: ``ahead``, the sums of
+embeddings until its F, and ``behind``, their gradients from its B to the broadcast; ``streams``, what its F leaves for
+the output layer, and ``returned``, the gradients of that; ``tail_*`` as what F, B and W leave for each other."""
 
 # Colours that stay apart for colour-blind readers and in grey: compute cold, vocabulary warm.
 _ROWS = (
@@ -140,6 +160,10 @@ _ROWS = (
             _reads("inbox", Value("forward", -1)),
             _writes("residual", _OUTPUT, _trains),
             _writes("kept", _OUTPUT, _splits),
+            _reads("ahead", _TAIL, _ahead_sharded),
+            _writes("streams", _TAIL, _ahead),
+            _writes("tail_residual", _TAIL, _ahead_trains),
+            _writes("tail_kept", _TAIL, _ahead_splits),
         ),
         sends=1,
         duration=1.0,
@@ -154,6 +178,11 @@ _ROWS = (
             _reads("residual", _OUTPUT),
             _reads("kept", _OUTPUT, _splits),
             _writes("carried", _GRADIENT, _splits),
+            _reads("returned", _TAIL_GRADIENT, _ahead),
+            _reads("tail_residual", _TAIL, _ahead),
+            _reads("tail_kept", _TAIL, _ahead_splits),
+            _writes("behind", _TAIL_GRADIENT, _ahead_sharded),
+            _writes("tail_carried", _TAIL_GRADIENT, _ahead_splits),
         ),
         sends=-1,
         duration=2.0,
@@ -163,7 +192,12 @@ _ROWS = (
         "weight gradient",
         "#3E9A64",
         "per stage",
-        (_reads("kept", _OUTPUT), _reads("carried", _GRADIENT)),
+        (
+            _reads("kept", _OUTPUT),
+            _reads("carried", _GRADIENT),
+            _reads("tail_kept", _TAIL, _ahead),
+            _reads("tail_carried", _TAIL_GRADIENT, _ahead),
+        ),
     ),
     Kind(
         "S",
@@ -193,7 +227,12 @@ _ROWS = (
         "output layer",
         "#D9553B",
         "per device",
-        (_reads("inbox", _HIDDEN), _writes("inbox", _HIDDEN_GRADIENT, _trains)),
+        (
+            _reads("inbox", _HIDDEN),
+            _writes("inbox", _HIDDEN_GRADIENT, _trains),
+            _reads("streams", _TAIL, _ahead),
+            _writes("returned", _TAIL_GRADIENT, _ahead_trains),
+        ),
     ),
     Kind("IF", "lookup", "#B07AA1", "per device", (_writes("inbox", _EMBEDDED, _whole),), spelling="EF"),
     Kind("IB", "scatter", "#D4A6C8", "per device", (_reads("inbox", _EMBEDDED_GRADIENT, _whole),), spelling="EB"),
@@ -202,25 +241,35 @@ _ROWS = (
         "final norm",
         "#8C8C8C",
         "per device",
-        (_reads("X", _RECORD), _writes("inbox", _HIDDEN_GRADIENT)),
+        (_reads("X", _RECORD), _writes("inbox", _HIDDEN_GRADIENT), _writes("returned", _TAIL_GRADIENT, _ahead)),
     ),
     Kind(
         "hidden_broadcast",
         "broadcast of X",
         "#7A6A53",
         "together",
-        (_reads("inbox", _HIDDEN, op="start"), _writes("X", _RECORD, op="done")),
+        (
+            _reads("inbox", _HIDDEN, op="start"),
+            _reads("streams", _TAIL, _ahead, op="start"),
+            _writes("X", _RECORD, op="done"),
+        ),
     ),
     Kind("max", "maxima", "#E0C04C", "together", _RECORDED),
     Kind("stats", "softmax sums", "#C9A227", "together", _RECORDED),
     Kind("grad_sum", "sum of ∇X", "#A3123F", "together", (_reads("P", _RECORD, _sums_before_T, op="start"),)),
-    Kind("embed_sum", "sum of embeddings", "#B07AA1", "together", (_writes("inbox", _EMBEDDED, op="done"),)),
+    Kind(
+        "embed_sum",
+        "sum of embeddings",
+        "#B07AA1",
+        "together",
+        (_writes("inbox", _EMBEDDED, op="done"), _writes("ahead", _TAIL, _ahead, op="done")),
+    ),
     Kind(
         "embed_grad_broadcast",
         "broadcast of ∇embeddings",
         "#D4A6C8",
         "together",
-        (_reads("inbox", _EMBEDDED_GRADIENT, op="start"),),
+        (_reads("inbox", _EMBEDDED_GRADIENT, op="start"), _reads("behind", _TAIL_GRADIENT, _ahead, op="start")),
     ),
 )
 KINDS = {kind.name: kind for kind in _ROWS}

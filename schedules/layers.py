@@ -14,11 +14,18 @@ def head_in_layers(hidden: int, seq_length: int, vocab_size: int) -> float:
     return 6 * vocab_size / (72 * hidden + 12 * seq_length)
 
 
-def even_split(layers: int, stages: int) -> tuple[int, ...]:
-    """The same number for every stage, extra ones on the latest stages."""
+def even_split(layers: int, stages: int, depths: int = 0) -> tuple[int, ...]:
+    """The same number for every stage, extra ones on the latest stages.
+
+    Each depth of a tail, which the last stage has (see :attr:`.Schedule.depths`), counts as one of its layers.
+    """
     if stages < 1 or layers < 0:
         raise ValueError(f"layers is {layers} and stages {stages}; give 0 layers or more and 1 stage or more")
-    return tuple(layers // stages + (stage >= stages - layers % stages) for stage in range(stages))
+    last = max(0, -(-(layers + depths) // stages) - depths)
+    if stages == 1 or last > layers:
+        return (*(0,) * (stages - 1), layers)
+    others, rest = stages - 1, layers - last
+    return (*(rest // others + (stage >= others - rest % others) for stage in range(others)), last)
 
 
 def published_split(layers: int, stages: int, rho: float) -> tuple[int, ...]:

@@ -125,6 +125,7 @@ class Schedule:
         vocabulary: when the sharded (or unsharded) vocabulary layers run.
         layer_counts: layers a stage, or None for an even split.
         order: the program order inside slots.
+        depths: tokens beyond the next that the last stage's passes predict too.
     """
 
     name: str
@@ -136,6 +137,7 @@ class Schedule:
     vocabulary: Vocabulary
     layer_counts: tuple[int, ...] | None = None
     order: Order = Order()
+    depths: int = 0
     _chunks: tuple[int, ...] = field(init=False, repr=False, compare=False, default=())
 
     def __post_init__(self) -> None:

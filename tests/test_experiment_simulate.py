@@ -85,6 +85,7 @@ def test_durations_can_be_given(capsys):
         (["--csv", "/nowhere/x.csv"], "/nowhere/x.csv cannot be written"),
         (["--microbatches", "many"], "many"),
         (["--stages", "33"], "layers is 32"),
+        (["--mtp-depth", "-1"], "mtp_depth is -1"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_sentence(arguments, names, capsys):

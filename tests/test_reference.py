@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vocabpp_jax.models import GPTConfig, build, reference_logits, reference_loss
+from vocabpp_jax.models import GPTConfig, build, reference_logits, reference_loss, reference_sums
 from vocabpp_jax.pipeline.model_interface import Model
 
 CONFIG = GPTConfig(layers=2, hidden=16, heads=2, seq=8, vocab_size=23)
@@ -52,28 +52,43 @@ def numpy_norm(p, x):
     return (x - mean) / np.sqrt(((x - mean) ** 2).mean(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
 
 
+def numpy_block(config, p, x, allowed):
+    """One layer in float64 numpy, for one row ``x [L, D]``; ``allowed [L, L]`` says who sees whom."""
+    heads, width = config.heads, config.hidden // config.heads
+    qkv = numpy_norm(p["attention"]["norm"], x) @ p["attention"]["qkv"]["kernel"] + p["attention"]["qkv"]["bias"]
+    out = np.zeros_like(x)
+    for i in range(heads):
+        columns = slice(i * width, (i + 1) * width)
+        q, k, v = np.split(qkv[:, 3 * i * width : 3 * (i + 1) * width], 3, axis=-1)
+        scores = np.where(allowed, q @ k.T / np.sqrt(width), -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        out[:, columns] = weights / weights.sum(-1, keepdims=True) @ v
+    x = x + out @ p["attention"]["out"]["kernel"] + p["attention"]["out"]["bias"]
+    u = numpy_norm(p["mlp"]["norm"], x) @ p["mlp"]["up"]["kernel"] + p["mlp"]["up"]["bias"]
+    u = 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u**3)))
+    return x + u @ p["mlp"]["down"]["kernel"] + p["mlp"]["down"]["bias"]
+
+
 def numpy_gpt_logits(config, params, tokens, segment_ids=None):
-    """A GPT forward pass in float64 numpy, for one row ``tokens [L]`` at a time."""
-    n, heads, width = len(tokens), config.heads, config.hidden // config.heads
-    allowed = np.tril(np.ones((n, n), bool))
-    if segment_ids is not None:
-        allowed &= segment_ids[:, None] == segment_ids[None]
-    x = params["embed"]["tokens"][tokens] + params["embed"]["positions"][:n]
+    """A GPT forward pass in float64 numpy, for one row ``tokens [L]`` at a time: ``[L, V]``, and for every depth of the
+    tail ``[L - k, V]``, each a list's entry."""
+    n = len(tokens)
+    ids = np.zeros(n, int) if segment_ids is None else segment_ids
+    allowed = np.tril(np.ones((n, n), bool)) & (ids[:, None] == ids[None])
+    embedded = params["embed"]["tokens"][tokens] + params["embed"]["positions"][:n]
+    x = embedded
     for p in params["blocks"]:
-        qkv = numpy_norm(p["attention"]["norm"], x) @ p["attention"]["qkv"]["kernel"] + p["attention"]["qkv"]["bias"]
-        out = np.zeros_like(x)
-        for i in range(heads):
-            columns = slice(i * width, (i + 1) * width)
-            q, k, v = np.split(qkv[:, 3 * i * width : 3 * (i + 1) * width], 3, axis=-1)
-            scores = np.where(allowed, q @ k.T / np.sqrt(width), -np.inf)
-            weights = np.exp(scores - scores.max(-1, keepdims=True))
-            out[:, columns] = weights / weights.sum(-1, keepdims=True) @ v
-        x = x + out @ p["attention"]["out"]["kernel"] + p["attention"]["out"]["bias"]
-        u = numpy_norm(p["mlp"]["norm"], x) @ p["mlp"]["up"]["kernel"] + p["mlp"]["up"]["bias"]
-        u = 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u**3)))
-        x = x + u @ p["mlp"]["down"]["kernel"] + p["mlp"]["down"]["bias"]
+        x = numpy_block(config, p, x, allowed)
+    streams = [x]
+    for k, p in enumerate(params.get("tail", ()), start=1):
+        # Only positions whose token k places ahead exists, as published.
+        x = np.concatenate(
+            [numpy_norm(p["stream_norm"], x[: n - k]), numpy_norm(p["token_norm"], embedded[k:])], axis=-1
+        )
+        x = numpy_block(config, p["block"], x @ p["project"]["kernel"], allowed[: n - k, : n - k])
+        streams.append(x)
     head = params["embed"]["tokens"] if config.tie_embeddings else params["head"]
-    return numpy_norm(params["final"], x) @ head.T
+    return [numpy_norm(params["final"], x) @ head.T for x in streams]
 
 
 def numpy_loss(logits, labels, mask):
@@ -94,7 +109,7 @@ def test_gpt_logits_and_loss_equal_a_gpt_written_in_numpy(tied, packed):
     tokens, labels, mask = random_batch()
     ids = np.broadcast_to(np.arange(L) // 3, (m, B, L)) if packed else None
     exact = np.stack([
-        [numpy_gpt_logits(config, exact_params, tokens[i, j], ids[i, j] if packed else None) for j in range(B)]
+        [numpy_gpt_logits(config, exact_params, tokens[i, j], ids[i, j] if packed else None)[0] for j in range(B)]
         for i in range(m)
     ])  # fmt: skip
 
@@ -104,6 +119,29 @@ def test_gpt_logits_and_loss_equal_a_gpt_written_in_numpy(tied, packed):
     np.testing.assert_allclose(logits, exact[0], atol=1e-5)
     loss = reference_loss(model, params, tokens, labels, mask, aux_inputs)
     np.testing.assert_allclose(loss, numpy_loss(exact, labels, mask), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("depths", "packed"), [(1, False), (2, True)])
+def test_further_tokens_are_predicted_as_published(depths, packed):
+    model = build(CONFIG, mtp_depth=depths, mtp_weight=0.7)
+    params = random_params(model)
+    exact_params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    tokens, labels, mask = random_batch(share_valid=0.9)
+    ids = np.broadcast_to(np.arange(L) // 3, (m, B, L)) if packed else np.zeros((m, B, L), int)
+    sums = np.zeros(1 + depths)
+    counts = np.zeros(1 + depths, int)
+    for i, j in np.ndindex(m, B):
+        for k, logits in enumerate(numpy_gpt_logits(CONFIG, exact_params, tokens[i, j], ids[i, j])):
+            for n, row in enumerate(logits):
+                if mask[i, j, n + k] and ids[i, j, n] == ids[i, j, n + k]:
+                    sums[k] += np.log(np.exp(row).sum()) - row[labels[i, j, n + k]]
+                    counts[k] += 1
+    want = (sums[0] + 0.7 / depths * sums[1:].sum()) / counts[0]
+    aux_inputs = {"segment_ids": ids} if packed else {}
+    got, counted = reference_sums(model, params, tokens, labels, mask, aux_inputs)
+    np.testing.assert_allclose(got, sums, rtol=1e-5)
+    np.testing.assert_array_equal(counted, counts)
+    np.testing.assert_allclose(reference_loss(model, params, tokens, labels, mask, aux_inputs), want, rtol=1e-5)
 
 
 def test_loss_is_the_mean_over_the_global_batch_not_a_mean_of_means():

@@ -36,6 +36,9 @@ Result = TypeVar("Result")
 MOST_PASSES = 2**19
 """Stages times microbatches: a schedule names every pass, and this many take about a minute to check and lower."""
 
+MOST_DEPTHS = 16
+"""Further tokens that can be predicted; published models have 1 to 4."""
+
 # Without these, tyro writes "{None}|INT" and "(default: None)" for what may be left out.
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(optional)")]
 OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(optional)")]
@@ -80,13 +83,22 @@ class ModelOptions:
     label_smoothing: float = 0.0
     """Share of the target that is spread over the whole vocabulary."""
 
+    mtp_depth: int = 0
+    """Tokens beyond the next that are predicted too, each by one more layer behind the last and the same LM head
+    (multi-token prediction as in DeepSeek-V3)."""
+    mtp_weight: float = 0.3
+    """With mtp_depth: what their losses weigh together beside that of the next token."""
+
     LOSS: ClassVar[tuple[str, ...]] = ("soft_cap", "z_loss", "label_smoothing")
+    TAIL: ClassVar[tuple[str, ...]] = ("mtp_depth", "mtp_weight")
 
     def config(self) -> Config:
         """The model's configuration. Raises ValueError for what makes no model."""
         if self.tie_embeddings and self.untie_embeddings:
             raise ValueError("tie_embeddings and untie_embeddings are both given; give one of them")
-        given = {name: value for name, value in dataclasses.asdict(self).items() if name not in ("model", *self.LOSS)}
+        check_tail(self.mtp_depth, self.mtp_weight)
+        apart = ("model", *self.LOSS, *self.TAIL)
+        given = {name: value for name, value in dataclasses.asdict(self).items() if name not in apart}
         given = {name: value for name, value in given.items() if value is not None and value is not False}
         if given.pop("untie_embeddings", False):
             given["tie_embeddings"] = False
@@ -102,17 +114,29 @@ class ModelOptions:
 
     def build(self, config: Config | None = None) -> Model:
         """The model with its loss, as ``config`` says where one is given. Raises ValueError for what makes none."""
-        model = models.build(config or self.config())
+        model = models.build(config or self.config(), self.mtp_depth, self.mtp_weight)
         given = {name: getattr(self, name) for name in self.LOSS if getattr(self, name) is not None}
         return dataclasses.replace(model, loss=dataclasses.replace(model.loss, **given))
 
     def refuse_other_losses(self) -> None:
         """Raises ValueError where the loss is more than the cross entropy, which is all that other programs compute."""
+        if self.mtp_depth:
+            raise ValueError(
+                f"mtp_depth is {self.mtp_depth}; what it is compared with predicts the next token only, so leave it out"
+            )
         if (loss := self.build().loss) != Loss():
             raise ValueError(
                 f"the loss is {loss}; what it is compared with has the plain cross entropy, so leave out "
                 f"{', '.join(self.LOSS)}, and take a model without a soft cap"
             )
+
+
+def check_tail(depth: int, weight: float = 1.0) -> None:
+    """Raises ValueError for what predicts no further tokens."""
+    if not 0 <= depth <= MOST_DEPTHS:
+        raise ValueError(f"mtp_depth is {depth}; it must be 0, for none, or up to {MOST_DEPTHS}")
+    if not 0 < weight < float("inf"):
+        raise ValueError(f"mtp_weight is {weight}; it must be above 0 and finite")
 
 
 @dataclass(frozen=True)
@@ -154,7 +178,9 @@ class PipelineOptions:
         """The same for what it is to be timed on: a CPU that waits for a collective does nothing else meanwhile."""
         return dataclasses.replace(self, no_overlap=self.no_overlap or platform == "cpu")
 
-    def build(self, config: Config, at_hand: GPU | None = None, rules: Rules = schedules.GPU) -> Schedule:
+    def build(
+        self, config: Config, at_hand: GPU | None = None, rules: Rules = schedules.GPU, mtp_depth: int = 0
+    ) -> Schedule:
         """The schedule for a model, fitted to the GPU that the options name or that is at hand.
 
         Raises:
@@ -169,16 +195,11 @@ class PipelineOptions:
                 f"stages {self.stages} times microbatches {self.microbatches} is {passes}; a schedule can have up to "
                 f"{MOST_PASSES}"
             )
-        counts = None
+        sizes, counts = models.cost_sizes(config, self.microbatch_size, mtp_depth), None
         if self.method == "redis":
-            counts = redistributed(
-                self.redis_split,
-                layers=config.layers,
-                stages=self.stages,
-                rho=models.head_flops(config) / models.layer_flops(config),
-            )
+            counts = redistributed(self.redis_split, layers=config.layers, stages=self.stages, rho=sizes.ends_in_layers)
         gpu = at_hand if self.fit is None else None if self.fit == "none" else load_gpu(self.fit)
-        cost = gpu and Cost(models.cost_sizes(config, self.microbatch_size), gpu)
+        cost = gpu and Cost(sizes, gpu)
         return schedules.build(
             schedule=self.schedule,
             method=self.method,

@@ -74,7 +74,7 @@ def prepare(options: Case) -> Pipeline:
     if not 0 <= options.mask_fraction < 1:
         raise ValueError(f"mask_fraction is {options.mask_fraction}; it must be at least 0 and below 1")
     config = options.model.config()
-    schedule = options.pipeline.build(config)
+    schedule = options.pipeline.build(config, mtp_depth=options.model.mtp_depth)
     x = options.pipeline
     mesh = make_mesh(x.stages, x.data_parallel or 1, all_devices()[: x.devices], tensor=x.tensor_parallel)
     return x.place(options.model.build(), schedule, mesh, config.dtype)

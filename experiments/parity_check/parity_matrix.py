@@ -36,6 +36,8 @@ def matrix() -> Iterator[Case]:
                 for tied in (False, True):
                     yield case(schedule, method, p, m, tied)
         yield case(schedule, method, 4, 5, False, data=2)
+        for p, depths, tied in itertools.product((2, 4), (1, 2), (False, True)):
+            yield case(schedule, method, p, 2 * p + 1, tied, mtp_depth=depths)
         if method in SHARDED:
             for p, m in itertools.product((2, 4), (1, 5)):
                 yield case(schedule, method, p, m, False, overlap=False)
@@ -46,6 +48,7 @@ def matrix() -> Iterator[Case]:
             yield case(schedule, method, p, 3, tied, model=model, loss=loss)
         for model in ARCHITECTURES:
             yield case(schedule, method, p, 3, tied, model=model, tensor=2)
+            yield case(schedule, method, p, 3, tied, model=model, tensor=2, mtp_depth=1)
 
 
 ARCHITECTURES = ("gpt-tiny", "llama-tiny", "qwen-tiny", "gemma-tiny")
@@ -65,6 +68,7 @@ def case(
     model: str = "gpt-tiny",
     loss: tuple[str, ...] = (),
     tensor: int = 1,
+    mtp_depth: int = 0,
 ) -> Case:
     """One small configuration: a prime vocabulary, one layer a stage, some tokens masked where tied."""
     layers = 2 * p if schedule.startswith(("v-", "inter")) or method == "redis" else p
@@ -73,7 +77,7 @@ def case(
         model=ModelOptions(
             model=model, layers=layers, hidden=16, heads=2, seq=6, vocab_size=61,
             tie_embeddings=tied, untie_embeddings=not tied,
-            **{name: _EXTENSIONS[name] for name in loss},
+            mtp_depth=mtp_depth, **{name: _EXTENSIONS[name] for name in loss},
         ),
         pipeline=PipelineOptions(
             schedule=schedule, method=method, stages=p, microbatches=m, microbatch_size=2, data_parallel=data,
@@ -90,6 +94,7 @@ def name_of(options: Case) -> str:
     name += f" tensor={x.tensor_parallel}" if x.tensor_parallel > 1 else ""
     name += " no overlap" if x.no_overlap else ""
     name += f" {options.model.model}" if options.model.model != "gpt-tiny" else ""
+    name += f" mtp={options.model.mtp_depth}" if options.model.mtp_depth else ""
     return name + "".join(f" {field}" for field in ModelOptions.LOSS if getattr(options.model, field))
 
 

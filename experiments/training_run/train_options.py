@@ -20,10 +20,9 @@ from command_line.options import (
     OptionalStr,
     PipelineOptions,
 )
-from vocabpp_jax import checkpoints
+from vocabpp_jax import Model, checkpoints
 from vocabpp_jax.data import STANDARD_LIBRARY, is_megatron
 from vocabpp_jax.models import Config
-from vocabpp_jax.vocab import Loss
 
 OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(optional)")]
 
@@ -135,6 +134,11 @@ class TrainOptions:
             raise ValueError(
                 "pretrained is set and tokenizer is not; give the tokenizer.json that the model was made with"
             )
+        if self.pretrained and self.model.mtp_depth:
+            raise ValueError(
+                f"pretrained is set and mtp_depth is {self.model.mtp_depth}; weights of what predicts further tokens "
+                "are not read, so leave out one of the two"
+            )
         checkpoint_dir = self.checkpoint.checkpoint_dir
         if checkpoint_dir and checkpoints.in_bucket(checkpoints.folder_path(checkpoint_dir)) and self.output is None:
             raise ValueError(
@@ -150,15 +154,18 @@ class TrainOptions:
         new = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
         return Path(os.path.expanduser(self.output or self.checkpoint.checkpoint_dir or new))
 
-    def identity(self, config: Config, loss: Loss, corpus: dict[str, Any], tokens_per_step: int) -> dict[str, Any]:
+    def identity(self, config: Config, model: Model, corpus: dict[str, Any], tokens_per_step: int) -> dict[str, Any]:
         """What decides the numbers of the run, by name: it must not change between its parts.
 
         How the model is laid over devices, how it computes (dtype, residuals) and where it writes may change.
         """
-        model = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("dtype", "residuals")}
+        of_model = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("dtype", "residuals")}
+        of_model |= dataclasses.asdict(model.loss)
+        if model.tail:
+            of_model |= {"mtp_depth": model.tail.depths, "mtp_weight": model.tail.weight}
         own = {name: getattr(self, name) for name in ("steps", "lr", "weight_decay", "clip", "seed", "pretrained")}
         own |= {"warmup": self.warmup_steps, "document_masks": self.data.document_masks}
-        return _plain(model | dataclasses.asdict(loss) | own | {"tokens_per_step": tokens_per_step} | corpus)
+        return _plain(of_model | own | {"tokens_per_step": tokens_per_step} | corpus)
 
     def shared(self) -> dict[str, Any]:
         """What must be the same in all processes, by name. Of paths, which a host may have elsewhere, only whether

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from training_run import kept_schedule
 from training_run.train_export import Export
 from training_run.train_options import TrainOptions
 from vocabpp_jax import Pipeline, checkpoints, models
@@ -24,6 +25,7 @@ from vocabpp_jax.runtime import hosts
 from vocabpp_jax.runtime.hardware import mfu, peak_memory
 from vocabpp_jax.runtime.metrics import JsonLines, TensorBoard, draw_losses, read_records
 from vocabpp_jax.runtime.profiling import predicted_trace
+from vocabpp_jax.vocab import ahead
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ class Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        loss = self.pipe.model.loss
-        return self.options.identity(self.config, loss, self.tokens.identity, self.tokens_per_step)
+        model = self.pipe.model
+        return self.options.identity(self.config, model, self.tokens.identity, self.tokens_per_step)
 
     def place(self, local: dict[str, Any]) -> dict[str, Any]:
         return hosts.place(self.pipe.mesh, self.shape["batch"], local)
@@ -104,13 +106,14 @@ def how_to_resume(run: Run) -> str:
 
 def hardware_record(run: Run, seconds: float) -> dict[str, Any]:
     """How well a step used the devices, as far as they are known."""
-    flops = run.shape["microbatches"] * models.model_flops(run.config, run.shape["batch"])
+    sizes = models.cost_sizes(run.config, run.shape["batch"], run.pipe.model.depths)
+    flops = sizes.iteration_flops(run.shape["microbatches"])
     return {"mfu": mfu(flops, seconds, list(run.pipe.mesh.devices.flat)), "memory_bytes": peak_memory()}
 
 
 def write_prediction(run: Run, seconds: float) -> None:
     """Lay the predicted timeline of a step beside the trace of some."""
-    sizes = models.cost_sizes(run.config, run.options.pipeline.microbatch_size)
+    sizes = models.cost_sizes(run.config, run.options.pipeline.microbatch_size, run.pipe.model.depths)
     trace = predicted_trace(run.pipe.schedule, sizes, jax.devices()[0], seconds)
     (run.output / "profile" / "predicted.trace.json").write_text(trace)
 
@@ -137,14 +140,18 @@ class Records:
             writer.close()
 
 
-def validation_loss(run: Run, batches: Any, evaluate: Any, params: Any) -> float:
-    """Mean loss over all tokens of the validation batches, of which the last may be partly masked."""
-    total = count = 0.0
+def validation_losses(run: Run, batches: Any, evaluate: Any, params: Any) -> list[float]:
+    """Mean losses over all tokens of the validation batches, of which the last may be partly masked: of the next token,
+    and of each further one that is predicted."""
+    depths = run.pipe.model.depths
+    total, count = np.zeros(1 + depths), np.zeros(1 + depths)
     for i in range(len(batches)):
         batch = run.place(batches[i])
-        valid = float(jnp.sum(batch["mask"]))
-        total, count = total + float(evaluate(params, batch)) * valid, count + valid
-    return total / count
+        documents = batch.get("aux_inputs", {}).get("segment_ids")
+        _, counted = ahead(batch["labels"], batch["mask"], depths, documents)
+        valid = np.asarray(jnp.sum(counted, (0, 2, 3)), np.float64)
+        total, count = total + np.asarray(evaluate(params, batch)) * valid, count + valid
+    return (total / np.maximum(count, 1)).tolist()
 
 
 def summarise(run: Run) -> None:
@@ -159,6 +166,8 @@ def summarise(run: Run) -> None:
             f"train loss {recent:.4f}, validation loss {validations[-1][1]:.4f}; a model that knows only how frequent "
             f"every token is\nreaches the unigram entropy, {entropy:.4f} (all in nats a token)"
         )
+        for k in range(1, 1 + run.pipe.model.depths):
+            print(f"depth {k}, which predicts {k} further: {records[-1][f'validation_loss_depth_{k}']:.4f}")
     print(f"written to {run.output}: metrics.jsonl, loss.png, config.json")
 
 
@@ -171,7 +180,7 @@ def describe(run: Run, begin: int) -> None:
         "options": run.options.record(),
         "identity": run.identity,
         "model": dataclasses.asdict(run.config),
-        "parameters": models.parameters(run.config),
+        "parameters": sum(x.size for x in jax.tree.leaves(run.pipe.model.param_shapes())),
         "corpus": {
             "name": run.tokens.name,
             "fingerprint": run.tokens.fingerprint,
@@ -182,6 +191,7 @@ def describe(run: Run, begin: int) -> None:
             "validation_tokens": len(run.tokens.validation),
             "unigram_entropy": run.tokens.entropy,
         },
+        "schedule": kept_schedule.record(run.pipe.schedule, run.options, run.config),
         "activation_bytes": activation,
         "activations_in_flight": [int(n) for n in run.pipe.program.in_flight],
         "mesh": layout,

@@ -101,7 +101,8 @@ class _Values:
         stage = self.events.stage
         if value.anchor:
             anchor = 0 if value.anchor == "first" else stages - 1
-            mask, stage = mask & (self.events.device == placement[anchor]), np.full_like(stage, anchor)
+            mask = mask & np.where(stage < 0, self.events.device == placement[anchor], stage == anchor)
+            stage = np.full_like(stage, anchor)
         rows = np.flatnonzero(mask)
         if len(rows):
             backward = value.direction == "backward"

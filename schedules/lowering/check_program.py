@@ -13,6 +13,7 @@ from ..check import ScheduleError
 from .program import Instruction, Program, Segment
 
 Key = tuple[str, np.ndarray, np.ndarray]  # what a value is: "F" or "B" of a stage, of a microbatch
+_OF_TAIL = ("ahead", "behind", "streams", "returned", "tail_residual", "tail_kept", "tail_carried")
 _WRITES_P, _WRITES_X = ("S", "S1"), ("hidden_broadcast",)
 
 
@@ -78,6 +79,7 @@ class _Replay:
                 if "outbox" in x.tables:
                     touch("outbox", True, x.name, stage)
             self._stored(x, stage, touch)
+            self._of_tail(x, touch)
         elif x.op == "keep":
             self._delivered(x, made, rows, devices, devices, i, times)
         elif x.op == "permute":
@@ -125,6 +127,15 @@ class _Replay:
             touch("kept", False, "F", stage)
             touch("carried", False, "B", stage)
 
+    def _of_tail(self, x: Instruction, touch) -> None:
+        """What the last stage's passes leave and take for the tail."""
+        writes = {"F": ("streams", "tail_residual", "tail_kept"), "B": ("behind", "tail_carried"), "W": ()}
+        for ring in _OF_TAIL:
+            if ring in x.tables:
+                write = ring in writes[x.name]
+                way = "B" if ring in ("behind", "returned", "tail_carried") else "F"
+                touch(ring, write, way, 0)
+
     def _delivered(self, x: Instruction, made, rows, devices, sources, i, times) -> None:
         """A transfer writes what its source made last in this interval, or left in its outbox in the one before."""
         way, stage, microbatch = made[rows, sources].T
@@ -166,6 +177,9 @@ class _Replay:
             touch("inbox", False, *reads[x.op, x.name])
         if "X" in x.tables:
             touch("X", x.name in _WRITES_X, "F", 0)
+        for ring in ("ahead", "behind", "streams", "returned"):
+            if ring in x.tables:
+                touch(ring, ring in ("ahead", "returned"), "B" if ring in ("behind", "returned") else "F", 0)
         if "P" in x.tables:
             touch("P", x.op == "run" and x.name in _WRITES_P, "F", 0)
 

@@ -1,8 +1,7 @@
 """What a pass costs: FLOPs, bytes, and seconds on a GPU by a roofline of few constants.
 
-Symbols: ``b`` microbatch size, ``s`` sequence length, ``h`` hidden size, ``V`` vocabulary, ``L`` layers, ``p`` devices,
-``m`` microbatches. FLOPs count attention in full though it is causal, as the paper's tables do (arXiv 2411.05288,
-section 2); seconds count the causal half. An estimate for planning; for a run's real memory ask the compiler.
+Symbols as in :mod:`.dimensions`, and ``p`` devices, ``m`` microbatches. FLOPs count attention in full though it is
+causal; seconds count the causal half. An estimate for planning; for a run's real memory ask the compiler.
 """
 
 from __future__ import annotations
@@ -18,85 +17,11 @@ import numpy as np
 
 from ..layers import even_split
 from ..schedule import Schedule
+from .dimensions import Sizes
 from .durations import Durations
 from .timeline import Timeline
 
 GPUS = Path(__file__).parent / "gpus"
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """A model's dimensions: layers, and two vocabulary tables of hV (one where ``tied``).
-
-    What a layer costs follows three numbers, which are a GPT's where they are not given. ``matrices``: parameters in a
-    layer's matrices (12h²). ``attended``: elements of keys that a token's query is multiplied with (hs). ``kept``:
-    elements a token that a layer's forward keeps when norms and activation functions are recomputed (10h).
-    """
-
-    layers: int
-    hidden: int
-    seq: int
-    vocab_size: int
-    microbatch_size: int = 1
-    tied: bool = False
-    matrices: int | None = None
-    attended: float | None = None
-    kept: int | None = None
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name != "tied" and value is not None and value < 1:
-                raise ValueError(f"{f.name} is {value}; it must be at least 1")
-
-    @property
-    def bsh(self) -> int:
-        """Elements of a microbatch's stream."""
-        return self.microbatch_size * self.seq * self.hidden
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a microbatch."""
-        return self.microbatch_size * self.seq
-
-    @property
-    def scores(self) -> float:
-        """Multiply-adds of one layer's attention scores for one microbatch: ``attended`` for every token."""
-        return self.tokens * (self.hidden * self.seq if self.attended is None else self.attended)
-
-    @property
-    def layer_flops(self) -> float:
-        """FLOPs of one layer, forward and backward, for one microbatch. GPT: bsh(72h + 12s)."""
-        return 6 * self.tokens * self.layer_parameters + 12 * self.scores
-
-    @property
-    def kept_elements(self) -> int:
-        """Elements of one layer's activations that wait for the backward, for one microbatch."""
-        return self.tokens * (10 * self.hidden if self.kept is None else self.kept)
-
-    @property
-    def head_flops(self) -> int:
-        """FLOPs of the output layer, forward and backward, for one microbatch: 6bshV."""
-        return 6 * self.bsh * self.vocab_size
-
-    @property
-    def embedding_flops(self) -> int:
-        """FLOPs of the input layer, forward and backward, for one microbatch: 3bsh."""
-        return 3 * self.bsh
-
-    def iteration_flops(self, m: int) -> float:
-        """FLOPs of an iteration of ``m`` microbatches as MFU counts them: without the embedding."""
-        return m * (self.layers * self.layer_flops + self.head_flops)
-
-    @property
-    def layer_parameters(self) -> int:
-        """Parameters of one layer, without biases and norms. GPT: 12h²."""
-        return 12 * self.hidden**2 if self.matrices is None else self.matrices
-
-    @property
-    def table_parameters(self) -> int:
-        """Parameters of one vocabulary table: hV."""
-        return self.hidden * self.vocab_size
 
 
 @dataclass(frozen=True)
@@ -242,17 +167,34 @@ class Cost:
         weights = products + 0.5 * traffic + gpu.traffic(gpu.weight_traffic * z.layer_parameters)
         return products + attention + traffic, products + 2.5 * attention + 1.5 * traffic, weights
 
-    def head(self, rows: float) -> float:
-        """Seconds of a third of the products, 2bsh a row, of ``rows`` rows of the LM head."""
+    def depth(self) -> tuple[float, float, float]:
+        """Seconds of one depth of the tail, as :meth:`layer`."""
+        z, gpu = self.sizes, self.gpu
+        product = gpu.matmul(2 * z.tokens * z.projection_parameters, min(z.hidden, z.tokens))
+        edge = gpu.traffic(gpu.edge_traffic * z.bsh)
+        weights = product + gpu.traffic(gpu.weight_traffic * z.projection_parameters)
+        return tuple(x + y for x, y in zip(self.layer(), (product + edge, product + edge, weights), strict=True))
+
+    def stages(self, schedule: Schedule) -> np.ndarray:
+        """Seconds of every stage's forward, input gradient and weight gradient, ``[3, stages]``."""
         z = self.sizes
-        return self.gpu.matmul(2 * z.bsh * rows, min(z.hidden, rows, z.tokens))
+        counts = np.asarray(stage_layers(schedule, z.layers, z.depths), float)
+        times = np.multiply.outer(self.layer(), counts)
+        times[:, -1] += z.depths * np.asarray(self.depth())
+        return times
+
+    def head(self, rows: float) -> float:
+        """Seconds of a third of the products, 2bsh a row, of ``rows`` rows of the LM head, for all streams."""
+        z = self.sizes
+        return self.gpu.matmul(2 * z.streams * z.bsh * rows, min(z.hidden, rows, z.tokens))
 
     def vocabulary(self, rows: int, *, early: bool) -> dict[str, float]:
         """Seconds of the vocabulary passes of ``rows`` rows; ``early`` where S makes the input gradient (Algorithm 2),
         which T does in the others."""
         z, gpu = self.sizes, self.gpu
-        softmax = gpu.traffic(gpu.logit_traffic * z.tokens * rows / 2)
-        edge = gpu.traffic(gpu.edge_traffic * z.bsh) + gpu.launch
+        softmax = gpu.traffic(gpu.logit_traffic * z.streams * z.tokens * rows / 2)
+        input_edge = gpu.traffic(gpu.edge_traffic * z.bsh) + gpu.launch
+        edge = gpu.traffic(gpu.edge_traffic * z.streams * z.bsh) + gpu.launch
         product, in_S = self.head(rows), 2 if early else 1
         return {
             "S": in_S * product + softmax + edge,
@@ -261,30 +203,32 @@ class Cost:
             "S2": softmax / 2 + edge / 2,
             "H": 3 * product + 2 * softmax + 2 * edge,
             "G": edge / 2,
-            "IF": edge / 2,
-            "IB": edge + gpu.traffic(self.table_bytes * z.hidden * rows),
+            "IF": input_edge / 2,
+            "IB": input_edge + gpu.traffic(self.table_bytes * z.hidden * rows),
         }
 
     def durations(self, schedule: Schedule) -> Durations:
         """Seconds of every pass, transfer and collective of a schedule."""
         z, gpu, p = self.sizes, self.gpu, schedule.p
-        counts = np.asarray(stage_layers(schedule, z.layers), float)
-        forward, inputs, weights = self.layer()
+        forward, inputs, weights = self.stages(schedule)
         B = inputs if schedule.splits_backward else inputs + weights
         rows = z.vocab_size if not schedule.sharded else -(-z.vocab_size // p)
         # Collectives that run beside passes take some of the device from them; synchronous ones do not.
         slower = 1 + gpu.contention * (p > 1 and schedule.sharded and schedule.method != "interlaced")
         stream = 2 * z.bsh
-        vector = 4 * z.tokens
+        vector = 4 * z.streams * z.tokens
+        first, last = schedule.placement[0], schedule.placement[-1]
+        # The gradients that the tail has for the embedding go to the first stage's device before they are broadcast.
+        more = gpu.send(stream, last, first) if z.depths and first != last else 0.0
         return Durations(
-            F=tuple(slower * (counts * forward + gpu.launch)),
-            B=tuple(slower * (counts * B + gpu.launch)),
-            W=tuple(slower * (counts * weights + gpu.launch)),
+            F=tuple(slower * (forward + gpu.launch)),
+            B=tuple(slower * (B + gpu.launch)),
+            W=tuple(slower * (weights + gpu.launch)),
             **self.vocabulary(rows, early=schedule.method == "vocab-2"),
             embed_sum=gpu.all_reduce(stream, p),
-            hidden_broadcast=gpu.broadcast(stream, p),
-            embed_grad_broadcast=gpu.broadcast(stream, p),
-            grad_sum=gpu.all_reduce(stream, p),
+            hidden_broadcast=gpu.broadcast(z.streams * stream, p),
+            embed_grad_broadcast=gpu.broadcast(stream, p) + more,
+            grad_sum=gpu.all_reduce(z.streams * stream, p),
             max=gpu.all_reduce(vector, p),
             stats=gpu.all_reduce(3 * vector, p),
             transfer=tuple(tuple(gpu.send(stream, a, b) for b in range(p)) for a in range(p)),
@@ -312,15 +256,25 @@ class Cost:
     def cell_bytes(self, schedule: Schedule) -> dict[str, float]:
         """Bytes of one cell of every ring, with the longest stage's layers."""
         z = self.sizes
-        layers = max(stage_layers(schedule, z.layers))
-        logits = 2 * z.tokens * -(-z.vocab_size // schedule.p)
+        layers = max(stage_layers(schedule, z.layers, z.depths))
         kept = 2.0 * z.kept_elements if self.activation_bytes is None else self.activation_bytes * z.bsh
-        activations = kept * layers
-        # With the backward split: what W reads is mostly the inputs of the linear layers; dY of each comes from B.
-        split = {"residual": 0.25 * activations, "kept": 0.75 * activations, "carried": 18.0 * z.bsh * layers}
-        stores = split if schedule.splits_backward else {"residual": activations}
-        gradient = 2 * z.bsh if schedule.method == "vocab-2" else 0
-        return stores | {"inbox": 2.0 * z.bsh, "outbox": 2.0 * z.bsh, "X": 2.0 * z.bsh, "P": float(logits + gradient)}
+        stream = 2.0 * z.bsh
+        logits = 2 * z.tokens * -(-z.vocab_size // schedule.p)
+        gradient = stream if schedule.method == "vocab-2" else 0
+        ends = {"inbox": stream, "outbox": stream, "X": z.streams * stream, "P": z.streams * (logits + gradient)}
+        of_tail = self._stored(schedule, z.depths * (kept + 2 * stream), z.depths)
+        ends |= {"ahead": stream, "behind": stream, "streams": z.depths * stream, "returned": z.depths * stream}
+        return self._stored(schedule, kept * layers, layers) | ends | {f"tail_{k}": n for k, n in of_tail.items()}
+
+    def _stored(self, schedule: Schedule, activations: float, layers: int) -> dict[str, float]:
+        if not schedule.splits_backward:
+            return {"residual": activations}
+        # What W reads is mostly the inputs of the linear layers; dY of each comes from B.
+        return {
+            "residual": 0.25 * activations,
+            "kept": 0.75 * activations,
+            "carried": 18.0 * self.sizes.bsh * layers,
+        }
 
     def state(self, schedule: Schedule) -> tuple[float, ...]:
         """Bytes of parameters, gradients and optimizer state, on every device."""
@@ -330,11 +284,12 @@ class Cost:
     def parameters(self, schedule: Schedule) -> tuple[float, ...]:
         """Parameters of every device."""
         z, p = self.sizes, schedule.p
-        counts = stage_layers(schedule, z.layers)
+        counts = stage_layers(schedule, z.layers, z.depths)
         parameters = [0.0] * p
         for stage, device in enumerate(schedule.placement):
             parameters[device] += counts[stage] * z.layer_parameters
         first, last = schedule.placement[0], schedule.placement[-1]
+        parameters[last] += z.depths * (z.layer_parameters + z.projection_parameters)
         if schedule.sharded:
             tables = 1 if z.tied else 2
             parameters = [n + tables * z.table_parameters / p for n in parameters]
@@ -342,6 +297,8 @@ class Cost:
             parameters[first] += z.table_parameters
             if not (z.tied and first == last):
                 parameters[last] += z.table_parameters
+            if z.depths and not z.tied and first != last:
+                parameters[last] += z.table_parameters  # the tail's copy of the embedding
         return tuple(parameters)
 
     def peak_bytes(self, timeline: Timeline) -> tuple[float, ...]:
@@ -356,8 +313,9 @@ class Cost:
         )
 
 
-def stage_layers(schedule: Schedule, layers: int) -> tuple[int, ...]:
-    """Layers of every stage: as the schedule says, else an even split, where later stages have one more.
+def stage_layers(schedule: Schedule, layers: int, depths: int = 0) -> tuple[int, ...]:
+    """Layers of every stage: as the schedule says, else an even split, where later stages have one more and each of
+    ``depths`` counts as a layer of the last.
 
     Raises:
         ValueError: the schedule's layers are not as many as the model's, or there are fewer layers than stages.
@@ -366,6 +324,6 @@ def stage_layers(schedule: Schedule, layers: int) -> tuple[int, ...]:
         if sum(schedule.layer_counts) != layers:
             raise ValueError(f"layers is {layers}; the schedule's stages hold {sum(schedule.layer_counts)}")
         return tuple(schedule.layer_counts)
-    if layers < schedule.stages:
+    if layers < schedule.stages - (depths > 0 and schedule.stages > 1):
         raise ValueError(f"layers is {layers}; the schedule has {schedule.stages} stages, and each needs one")
-    return even_split(layers, schedule.stages)
+    return even_split(layers, schedule.stages, depths)

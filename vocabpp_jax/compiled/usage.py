@@ -56,6 +56,7 @@ def used_parameters(pipe: Pipeline) -> tuple[int, ...]:
     counts += sum(x.size for x in jax.tree.leaves(shapes["final"]))
     tables = shapes["embed"] | ({"head": shapes["head"]} if "head" in shapes else {})
     first, last = pipe.schedule.placement[0], pipe.schedule.placement[-1]
+    counts[last] += sum(x.size for x in jax.tree.leaves([shapes.get("tail"), shapes.get("ahead")])) // p
     for name, table in tables.items():
         if layout.sharded:
             counts += table.size // p

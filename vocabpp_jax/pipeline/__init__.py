@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .layout import Layout
     from .mesh import DATA, PIPE, make_mesh
-    from .model_interface import Model, TensorSplit
+    from .model_interface import Model, Tail, TensorSplit
     from .pipeline import Batch, Pipeline
     from .tensor import TENSOR
 
-__all__ = ["DATA", "PIPE", "TENSOR", "Batch", "Layout", "Model", "Pipeline", "TensorSplit", "make_mesh"]
+__all__ = ["DATA", "PIPE", "TENSOR", "Batch", "Layout", "Model", "Pipeline", "Tail", "TensorSplit", "make_mesh"]
 
 _MODULE_OF = {
     "Batch": "pipeline",
@@ -25,6 +25,7 @@ _MODULE_OF = {
     "PIPE": "mesh",
     "Pipeline": "pipeline",
     "TENSOR": "tensor",
+    "Tail": "model_interface",
     "TensorSplit": "model_interface",
     "make_mesh": "mesh",
 }

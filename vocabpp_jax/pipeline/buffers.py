@@ -90,3 +90,15 @@ def put_if(ring: Any, cell: jax.Array, value: Any) -> Any:
 def zeros(cells: int, shapes: Any) -> Any:
     """A ring of ``cells`` for a tree of shapes."""
     return jax.tree.map(lambda s: jnp.zeros((cells, *s.shape), s.dtype), shapes)
+
+
+def replaced(items: tuple, j: int, item: Any) -> tuple:
+    """The tuple with one entry replaced."""
+    return (*items[:j], item, *items[j + 1 :])
+
+
+def accumulated(total: Any, gradients: Any) -> Any:
+    """Adds gradients in float32; None where this pass makes none."""
+    return jax.tree.map(
+        lambda g, t: t if g is None else t + g.astype(jnp.float32), gradients, total, is_leaf=lambda g: g is None
+    )

@@ -35,8 +35,8 @@ class Native:
         """The source's ``x``, on all devices of the axis ``pipe``."""
         return lax.pbroadcast(x, (PIPE,), source)
 
-    def total(self, x: jax.Array, target: int) -> jax.Array:
-        """The sum of ``x`` over all shards, for the target to read."""
+    def total(self, x: jax.Array, target: int, also: int | None = None) -> jax.Array:
+        """The sum of ``x`` over all shards, for the target to read, and another device where one is named."""
         return lax.psum(x, self.axes)
 
     def gather(self, x: jax.Array) -> jax.Array:
@@ -64,13 +64,15 @@ class PermuteTree:
             x = jnp.where((behind >= reached) & (behind < 2 * reached), arrived, x)
         return x
 
-    def total(self, x: jax.Array, target: int) -> jax.Array:
+    def total(self, x: jax.Array, target: int, also: int | None = None) -> jax.Array:
         """As :meth:`Native.total`."""
         x = lax.psum(x, self.axes[1:]) if self.axes[1:] else x
         # A device to which nothing is sent receives zeros.
         for reached, more in reversed(list(self._rounds())):
             x += lax.ppermute(x, PIPE, [self._pair(target, n + reached, n) for n in range(more)])
-        return x
+        if also in (None, target):
+            return x
+        return jnp.where(lax.axis_index(PIPE) == also, lax.ppermute(x, PIPE, [(target, also)]), x)
 
     def gather(self, x: jax.Array) -> jax.Array:
         """As :meth:`Native.gather`."""

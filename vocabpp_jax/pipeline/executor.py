@@ -25,10 +25,24 @@ from jax import lax
 
 from ..schedules import KINDS, Instruction, Program, Segment
 from ..vocab.instructions import VocabularySteps, flight
-from .buffers import Cells, State, delay_until, get, passes_wait_for, put, put_if, run_if, wait_for_passes, zeros
+from .buffers import (
+    Cells,
+    State,
+    accumulated,
+    delay_until,
+    get,
+    passes_wait_for,
+    put,
+    put_if,
+    replaced,
+    run_if,
+    wait_for_passes,
+    zeros,
+)
 from .layout import Layout
 from .linearize import Linearized
 from .mesh import PIPE
+from .tail_passes import CELL, Tail
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,7 @@ class Executor:
             axis.
         side: per-microbatch inputs of the blocks, ``[m, B, ...]``.
         x: shape and dtype of the stream between blocks.
+        tail: what predicts further tokens, where the model has it.
         observe: count the activations in flight while running.
     """
 
@@ -53,6 +68,7 @@ class Executor:
     params: Any
     aux_inputs: Any
     x: jax.ShapeDtypeStruct
+    tail: Tail | None = None
     observe: bool = False
 
     def __call__(self) -> State:
@@ -85,6 +101,8 @@ class Executor:
                 "in_flight": jnp.zeros((), jnp.int32),
                 "clobbered": jnp.zeros((), bool),
             }
+        if self.tail:
+            state |= self.tail.initial_state(rings, self.x)
         return state | self.steps.initial_state(rings)
 
     def run_segment(self, segment: Segment, state: State) -> State:
@@ -130,6 +148,7 @@ class Executor:
             updates += ("out", *(("outbox",) if "outbox" in state else ()))
         if kind.name != "F":
             updates += (f"grads.blocks.{c}",)
+        updates += self._of_tail(kind.name, cells)
         with jax.named_scope(f"{kind.name}{c}"):
             run = self.passes[kind.name]
             return run_if(cells["microbatch"] >= 0, state, updates, lambda s: run(s, cells, c))
@@ -146,16 +165,16 @@ class Executor:
             s = s | {"out": y}
             for ring, values in (("residual", residual), ("kept", kept)):
                 if ring in s:
-                    s = s | {ring: _replaced(s[ring], j, put(s[ring][j], cells[ring], values))}
+                    s = s | {ring: replaced(s[ring], j, put(s[ring][j], cells[ring], values))}
             return s
 
         names = ("out", *KINDS["F"].rings(self.program.schedule))
-        state = self._each_layer(state, c, range(self.layout.depth), layer, names)
+        state = self._with_tail(self._each_layer(state, c, range(self.layout.depth), layer, names), cells, "F")
         return self._occupy(_left(state, cells), cells, True)
 
     def backward(self, state: State, cells: Cells, c: int) -> State:
         """B: a stage's layers in reverse, from the gradient that arrived."""
-        state = state | {"out": get(state["inbox"], cells["inbox"])}
+        state = self._with_tail(state | {"out": get(state["inbox"], cells["inbox"])}, cells, "B")
         grads = f"grads.blocks.{c}"
 
         def layer(s: State, j: int) -> State:
@@ -167,9 +186,9 @@ class Executor:
             dparams, dx, carried = self.block.backward(
                 self.params["blocks"][c][j], aux_inputs, residual, kept, s["out"]
             )
-            s = s | {"out": dx, grads: _replaced(s[grads], j, _accumulated(s[grads][j], dparams))}
+            s = s | {"out": dx, grads: replaced(s[grads], j, accumulated(s[grads][j], dparams))}
             if "carried" in s:
-                s = s | {"carried": _replaced(s["carried"], j, put(s["carried"][j], cells["carried"], carried))}
+                s = s | {"carried": replaced(s["carried"], j, put(s["carried"][j], cells["carried"], carried))}
             return s
 
         names = ("out", grads, *KINDS["B"].rings(self.program.schedule))
@@ -192,9 +211,9 @@ class Executor:
                 get(s["kept"][j], cell("kept")),
                 get(s["carried"][j], cell("carried")),
             )
-            return s | {grads: _replaced(s[grads], j, _accumulated(s[grads][j], dparams))}
+            return s | {grads: replaced(s[grads], j, accumulated(s[grads][j], dparams))}
 
-        state = self._each_layer(state, c, range(self.layout.depth), layer, (grads,))
+        state = self._with_tail(self._each_layer(state, c, range(self.layout.depth), layer, (grads,)), cells, "W")
         return self._occupy(state, cells, False)
 
     def aux_inputs_of(self, cells: Cells, c: int, j: int) -> Any:
@@ -213,6 +232,18 @@ class Executor:
             else:
                 state = run_if(j < mine, state, names, lambda s, j=j: layer(s, j))
         return state
+
+    def _with_tail(self, state: State, cells: Cells, kind: str) -> State:
+        """What of a pass is the tail's, where the pass has a cell for it: only the last stage's has."""
+        if CELL[kind] not in cells:
+            return state
+        updates = KINDS[kind].rings(self.program.schedule) + self._of_tail(kind, cells)
+        run = {"F": self.tail.forward, "B": self.tail.backward, "W": self.tail.weights}[kind]
+        return run_if(cells[CELL[kind]] >= 0, state, updates, lambda s: run(s, cells))
+
+    def _of_tail(self, kind: str, cells: Cells) -> tuple[str, ...]:
+        """What the tail's part of a pass changes beside the pass's rings, nothing where it has none."""
+        return self.tail.changes[kind] if CELL[kind] in cells else ()
 
     # --- observation -------------------------------------------------------------------------------------------------
 
@@ -254,17 +285,6 @@ def _landed(state: State, arriving: jax.Array, cells: Cells) -> State:
     """Puts what has arrived into the inbox, and no sooner: the passes until then need not wait for it."""
     arrived = wait_for_passes(state, arriving)
     return state | {"inbox": put_if(state["inbox"], cells["deliver"], arrived)}
-
-
-def _replaced(items: tuple, j: int, item: Any) -> tuple:
-    return (*items[:j], item, *items[j + 1 :])
-
-
-def _accumulated(total: Any, gradients: Any) -> Any:
-    """Adds gradients in float32; None where this pass makes none."""
-    return jax.tree.map(
-        lambda g, t: t if g is None else t + g.astype(jnp.float32), gradients, total, is_leaf=lambda g: g is None
-    )
 
 
 def _columns(segment: Segment) -> tuple[list[dict[str, int]], np.ndarray]:

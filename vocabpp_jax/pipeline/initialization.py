@@ -93,8 +93,29 @@ def _rest(layout: Layout, key: jax.Array) -> Params:
     params = {"embed": {name: table(name, count) for name, count in rows.items()}, "final": model.draw_final(key)}
     if "head" in layout.shares:
         params["head"] = table("head", model.vocab_size)
-    whole = {"final"} if layout.sharded else set(params)
-    return params | {name: jax.tree.map(Share.own, layout.shares[name], params[name]) for name in whole}
+    if layout.copied:
+        params["ahead"] = {name: _copy(layout, key, name, rows[name]) for name in layout.copied}
+    if model.tail:
+        params["tail"] = tuple(_depth(layout, key, k) for k in range(model.depths))
+    drawn_so = {"embed", "head"} if layout.sharded else set()
+    whole = {name: tree for name, tree in params.items() if name not in drawn_so}
+    return params | {name: jax.tree.map(Share.own, layout.shares[name], tree) for name, tree in whole.items()}
+
+
+def _depth(layout: Layout, key: jax.Array, k: int) -> Params:
+    """One depth of the tail on the last stage's device, zeros on the others."""
+    depth = layout.model.draw_depth(key, k)
+    if layout.tensor > 1:
+        depth = jax.tree.map(partial(_part, layout.tensor), depth, layout.model.tail.tensor.specs)
+    here = lax.axis_index(PIPE) == layout.schedule.placement[-1]
+    return jax.tree.map(lambda w: jnp.where(here, w, 0)[None], depth)
+
+
+def _copy(layout: Layout, key: jax.Array, table: str, count: int) -> jax.Array:
+    """An unsharded table on the last stage's device, zeros on the others: ``[1, count, D]``."""
+    here = lax.axis_index(PIPE) == layout.schedule.placement[-1]
+    zeros = lambda rows: jnp.zeros((len(rows), layout.model.width))  # noqa: E731
+    return lax.cond(here, partial(layout.model.draw_rows, key, table), zeros, jnp.arange(count))[None]
 
 
 def _shard(layout: Layout, key: jax.Array, table: str, count: int) -> jax.Array:

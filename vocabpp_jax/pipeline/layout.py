@@ -9,6 +9,8 @@ In the pipeline's layout every leaf that belongs to a device has its devices in 
   last stage's, zeros between, since one program gives every device the same shapes. A device that holds both of an
   untied model needs a second table, ``head``.
 * ``final`` is on every device.
+* ``tail`` is a layer like the others, one for each depth, on the last stage's device. Where the vocabulary is not
+  sharded and the first stage is on another, ``ahead`` is a copy of the tables in ``embed`` beside it.
 
 With a mesh axis ``tensor`` of size T each block's leaf is split over it as the model says, and a sharded vocabulary has
 ``p T`` shards, one a device; what is unsharded, and ``final``, is the same on all T.
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -60,6 +62,8 @@ class Layout:
             raise ValueError(
                 f"tensor is {self.tensor}; it must divide the {split.parts} parts that a layer has (heads)"
             )
+        if self.tensor > 1 and self.model.tail and self.model.tail.tensor is None:
+            raise ValueError(f"tensor is {self.tensor}; this model's tail says nothing of a tensor axis: use 1")
         if self.tensor > 1:
             self._check_split()
         if sum(self.layer_counts) != self.model.layers:
@@ -74,15 +78,18 @@ class Layout:
         return self.schedule.sharded
 
     def _check_split(self) -> None:
-        shapes = self.model.param_shapes()["blocks"][0]
-        specs = jax.tree.leaves(self.model.tensor.specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
-        for (path, shape), spec in zip(jax.tree_util.tree_leaves_with_path(shapes), specs, strict=True):
-            for size, axis in zip(shape.shape, spec, strict=False):
-                if axis == TENSOR and size % self.tensor:
-                    where = jax.tree_util.keystr(path, simple=True, separator=".")
-                    raise ValueError(
-                        f"tensor is {self.tensor}; it must divide {size}, an axis of {where} {list(shape.shape)}"
-                    )
+        model, shapes = self.model, self.model.param_shapes()
+        parts = [(shapes["blocks"][0], model.tensor)]
+        parts += [(shapes["tail"][0], model.tail.tensor)] if model.tail else []
+        for tree, split in parts:
+            specs = jax.tree.leaves(split.specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+            for (path, shape), spec in zip(jax.tree_util.tree_leaves_with_path(tree), specs, strict=True):
+                for size, axis in zip(shape.shape, spec, strict=False):
+                    if axis == TENSOR and size % self.tensor:
+                        where = jax.tree_util.keystr(path, simple=True, separator=".")
+                        raise ValueError(
+                            f"tensor is {self.tensor}; it must divide {size}, an axis of {where} {list(shape.shape)}"
+                        )
 
     @property
     def vocabulary_axes(self) -> tuple[str, ...]:
@@ -96,13 +103,15 @@ class Layout:
 
     @cached_property
     def layer_counts(self) -> tuple[int, ...]:
-        """Layers of every stage; where the split is uneven, later stages have one more."""
+        """Layers of every stage; where the split is uneven, later stages have one more, a depth of the tail counted as
+        one of the last stage's."""
         if self.schedule.layer_counts is not None:
             return self.schedule.layer_counts
         stages, layers = self.schedule.stages, self.model.layers
-        if layers < stages:
-            raise ValueError(f"layers is {layers}; {stages} stages need at least one each, so {stages} or more")
-        return even_split(layers, stages)
+        needed = stages - (self.model.depths > 0 and stages > 1)
+        if layers < needed:
+            raise ValueError(f"layers is {layers}; {needed} stages need at least one each, so {needed} or more")
+        return even_split(layers, stages, self.model.depths)
 
     @cached_property
     def stage_of(self) -> tuple[tuple[int, ...], ...]:
@@ -135,13 +144,25 @@ class Layout:
     @property
     def head_is_embedding(self) -> bool:
         """Whether embedding and head share an array: tied, or the two ends of an unsharded pipeline."""
-        first, last = self.schedule.placement[0], self.schedule.placement[-1]
-        return self.model.tied or (not self.sharded and first != last)
+        return self.model.tied or (not self.sharded and self.apart)
 
     @property
     def tied_across(self) -> bool:
         """Whether a tied table exists twice, on the first and on the last stage's device."""
-        return self.model.tied and not self.sharded and self.schedule.placement[0] != self.schedule.placement[-1]
+        return self.model.tied and not self.sharded and self.apart
+
+    @property
+    def apart(self) -> bool:
+        """Whether first and last stage are on different devices."""
+        return self.schedule.placement[0] != self.schedule.placement[-1]
+
+    @property
+    def copied(self) -> tuple[str, ...]:
+        """The tables of an unsharded embedding that the tail needs a copy of on the last stage's device. A tied token
+        table is there."""
+        if self.sharded or not self.apart or not self.model.tail:
+            return ()
+        return (() if self.model.tied else ("tokens",)) + (() if self.model.positions is None else ("positions",))
 
     def padded(self, rows: int) -> int:
         """Rows of a sharded table: a multiple of the shards, each of a multiple of :data:`ROW_MULTIPLE` rows that the
@@ -166,13 +187,16 @@ class Layout:
         tree = self.shapes_in_use()
         whole = {key: jax.tree.map(lambda _: PartitionSpec(), branch) for key, branch in tree.items()}
         tables = PartitionSpec(self.vocabulary_axes) if self.sharded else PartitionSpec(PIPE)
-        specs = {key: jax.tree.map(lambda _: tables, tree[key]) for key in ("embed", "head") if key in tree}
+        specs = {key: jax.tree.map(lambda _: tables, tree[key]) for key in ("embed", "head", "ahead") if key in tree}
         if self.tensor == 1:
-            specs["blocks"] = jax.tree.map(lambda _: PartitionSpec(PIPE), tree["blocks"])
+            specs |= {
+                key: jax.tree.map(lambda _: PartitionSpec(PIPE), tree[key]) for key in ("blocks", "tail") if key in tree
+            }
         else:
-            behind = lambda spec: PartitionSpec(PIPE, *spec)  # noqa: E731
-            layer = jax.tree.map(behind, self.model.tensor.specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+            layer = _behind_pipe(self.model.tensor.specs)
             specs["blocks"] = tuple(tuple(layer for _ in chunk) for chunk in tree["blocks"])
+            if self.model.tail:
+                specs["tail"] = (_behind_pipe(self.model.tail.tensor.specs),) * self.model.depths
         return whole | specs
 
     def shapes(self) -> Params:
@@ -199,17 +223,22 @@ class Layout:
             "final": canonical["final"],
             "embed": {},
         }
+        last = self.schedule.placement[-1]
+        if self.model.tail:
+            packed["tail"] = jax.tree.map(partial(self._on, last), canonical["tail"])
         if self.sharded:
             for name, table in canonical["embed"].items():
                 packed["embed"][name] = self._pad(table)
             if not self.model.tied:
                 packed["head"] = self._pad(canonical["head"])
             return packed
-        first, last = self.schedule.placement[0], self.schedule.placement[-1]
+        first = self.schedule.placement[0]
         for name, table in canonical["embed"].items():
             packed["embed"][name] = self._on(first, table)
+        if self.copied:
+            packed["ahead"] = {name: self._on(last, canonical["embed"][name]) for name in self.copied}
         head = canonical["embed"]["tokens"] if self.model.tied else canonical["head"]
-        if first != last:
+        if self.apart:
             packed["embed"]["tokens"] = packed["embed"]["tokens"].at[last].set(head)
         elif not self.model.tied:
             packed["head"] = self._on(last, head)
@@ -237,6 +266,8 @@ class Layout:
         if not self.model.tied:
             head = packed["embed"]["tokens"] if self.head_is_embedding else packed["head"]
             canonical["head"] = head[: self.model.vocab_size] if self.sharded else head[last]
+        if self.model.tail:
+            canonical["tail"] = jax.tree.map(lambda x: x[last], packed["tail"])
         return canonical
 
     def unique(self) -> Params:
@@ -245,12 +276,14 @@ class Layout:
         if self.tied_across:
             first = jnp.arange(self.schedule.p) == self.schedule.placement[0]
             ones["embed"]["tokens"] = first.astype(jnp.float32)[:, None, None]
+        if self.copied:
+            ones["ahead"] = dict.fromkeys(self.copied, 0.0)
         return ones
 
     def matrices(self) -> Params:
         """True where a leaf is a matrix of the model, False for vectors (norms, biases): what weight decay asks."""
         return {
-            key: jax.tree.map(lambda x, k=key: x.ndim - (k == "blocks") >= 2, branch)
+            key: jax.tree.map(lambda x, k=key: x.ndim - (k in ("blocks", "tail")) >= 2, branch)
             for key, branch in self.shapes().items()
         }
 
@@ -259,3 +292,8 @@ class Layout:
 
     def _on(self, device: int, table: jax.Array) -> jax.Array:
         return jnp.zeros((self.schedule.p, *table.shape), table.dtype).at[device].set(table)
+
+
+def _behind_pipe(specs: Params) -> Params:
+    """Specs of a layer with the stages in front."""
+    return jax.tree.map(lambda s: PartitionSpec(PIPE, *s), specs, is_leaf=lambda s: isinstance(s, PartitionSpec))

@@ -39,6 +39,10 @@ def checked(batch: Batch, m: int, data: int, model: Model) -> Batch:
         shape = jnp.shape(batch["tokens"])
     if model.positions is not None and shape[2] > model.positions:
         raise ValueError(f"tokens has length {shape[2]}; the model has {model.positions} positions")
+    if shape[2] <= model.depths:
+        raise ValueError(
+            f"tokens has length {shape[2]}; to predict {model.depths} further tokens it takes more than those"
+        )
     mask = batch.get("mask")
     mask = jnp.ones(shape, jnp.float32) if mask is None else jnp.asarray(mask).astype(jnp.float32)
     for name in ("tokens", "labels"):

@@ -39,6 +39,34 @@ class TensorSplit:
     """The axis must divide this (heads, where whole heads go to devices)."""
 
 
+@dataclass(frozen=True, eq=False)
+class Tail:
+    """What predicts ``depths`` tokens beyond the next, from behind the last layer; see :mod:`vocabpp_jax.models.tail`.
+
+    The loss is ``main + weight / depths · Σ depth losses``, each the sum over its tokens divided by the number of
+    labels that count for the main loss, as published. Depth k of position i has the label of position i + k; it counts
+    where that does, and where both are in one document (``aux_inputs["segment_ids"]``) of one row.
+    """
+
+    depths: int
+    weight: float
+    """λ: what all depths together weigh beside the main loss."""
+    depth: Callable[[Params, jax.Array, jax.Array, AuxInputs], jax.Array]
+    """One depth: ``(depth_params, h [B, L, D], embedded [B, L, D], aux_inputs) -> h``, pure, same dtype out as in.
+    ``embedded`` is the input layer's output so many tokens ahead, 0 beyond the row's end. May have ``on(platform)``."""
+    init_depth: Callable[[jax.Array, jax.Array], Params]
+    """``(key, depth) -> depth_params`` in float32, as :attr:`Model.init_block`."""
+    tensor: TensorSplit | None = None
+    """How a depth runs on a mesh with an axis ``tensor``, or None if it cannot; its ``block`` takes what ``depth``
+    takes."""
+
+    def __post_init__(self) -> None:
+        if self.depths < 1:
+            raise ValueError(f"mtp_depth is {self.depths}; a tail needs at least 1, and 0 is none")
+        if not 0 < self.weight < float("inf"):
+            raise ValueError(f"mtp_weight is {self.weight}; it must be above 0 and finite")
+
+
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity, as its functions are
 class Model:
     """A decoder as a pipeline sees it: embedding, ``layers`` equal blocks, a final function, an LM head.
@@ -48,7 +76,8 @@ class Model:
         {"embed":  {"tokens": [V, D], "positions": [L, D]},   # "positions" only where `positions` is set
          "blocks": (block_0, ..., block_{layers-1}),           # equal structures and shapes, in depth order
          "final":  ...,                                        # whatever `final` takes, may be {}
-         "head":   [V, D]}                                     # absent where `tied`
+         "head":   [V, D],                                     # absent where `tied`
+         "tail":   (depth_1, ..., depth_D)}                    # absent without a `tail`
 
     Shapes: B batch, L length, D model width, V vocabulary.
     """
@@ -82,6 +111,8 @@ class Model:
     or none: a block finds its own among ``aux_inputs``. Gemma 2's local and global layers differ by such a number."""
     tensor: TensorSplit | None = None
     """How blocks run on a mesh with an axis ``tensor``, or None if they cannot."""
+    tail: Tail | None = None
+    """What predicts further tokens than the next, or None."""
 
     def __post_init__(self) -> None:
         if self.layers < 1:
@@ -101,7 +132,11 @@ class Model:
             "blocks": tuple(self.draw_block(key, jnp.int32(layer)) for layer in range(self.layers)),
             "final": self.draw_final(key),
         }
-        return params if self.tied else params | {"head": self.draw_rows(key, "head", jnp.arange(self.vocab_size))}
+        if not self.tied:
+            params["head"] = self.draw_rows(key, "head", jnp.arange(self.vocab_size))
+        if self.tail:
+            params["tail"] = tuple(self.draw_depth(key, k) for k in range(self.depths))
+        return params
 
     def draw_block(self, key: jax.Array, layer: jax.Array) -> Params:
         """The initial parameters of one layer of the model that ``key`` stands for."""
@@ -111,6 +146,20 @@ class Model:
         """Initial rows ``[len(rows), D]`` of a table. Each depends only on its own number, so shards draw their own."""
         key = _key_of(table, key)
         return jax.vmap(lambda row: self.init_row(jax.random.fold_in(key, row), table))(rows)
+
+    def draw_depth(self, key: jax.Array, depth: int) -> Params:
+        """The initial parameters of one depth of the tail, from 0."""
+        return self.tail.init_depth(jax.random.fold_in(_key_of("tail", key), depth), jnp.int32(depth))
+
+    @property
+    def depths(self) -> int:
+        """Tokens beyond the next that are predicted."""
+        return self.tail.depths if self.tail else 0
+
+    @property
+    def tail_aux_inputs(self) -> AuxInputs:
+        """What the tail's layers find among ``aux_inputs`` as their own: the last layer's."""
+        return self.layer_aux_inputs[-1] if self.layer_aux_inputs else {}
 
     def draw_final(self, key: jax.Array) -> Params:
         """The initial parameters of the final function."""
@@ -123,7 +172,7 @@ class Model:
         return shapes | {"blocks": shapes["blocks"] * self.layers}
 
 
-_PARTS = ("blocks", "final", "tokens", "positions", "head")
+_PARTS = ("blocks", "final", "tokens", "positions", "head", "tail")
 _KEYS = "threefry2x32"  # of jax's generators the only one whose numbers are the same drawn alone, in a batch or sharded
 
 

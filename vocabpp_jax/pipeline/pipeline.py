@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..schedules import Program, Schedule, check, evaluation, lower
-from ..vocab import Loss
+from ..vocab import Loss, ahead
 from ..vocab.instructions import VocabularySteps
 from .collectives import collectives
 from .executor import Executor
@@ -26,6 +26,7 @@ from .model_interface import Model
 from .nccl import keep_launch_order
 from .precision import exact_products
 from .shares import Share
+from .tail_passes import Tail, shifting
 from .tensor import TENSOR
 
 Params = Any
@@ -56,6 +57,8 @@ class Pipeline:
     layout: Layout = field(init=False, repr=False)
     _block: Callable = field(init=False, repr=False, compare=False)
     """A layer, or one device's part of it, for the devices of the mesh."""
+    _depth: Callable | None = field(init=False, repr=False, compare=False)
+    """So a depth of the tail."""
 
     def __post_init__(self) -> None:
         if self.compute_dtype not in ("float32", "bfloat16"):
@@ -71,12 +74,16 @@ class Pipeline:
         check(self.schedule)
         keep_launch_order()
         object.__setattr__(self, "mesh", automatic(self.mesh))
+        object.__setattr__(self, "schedule", replace(self.schedule, depths=self.model.depths))
         copies = self.mesh.shape[DATA] if self.shard_optimizer else 1
         layout = Layout(self.model, self.schedule, self.mesh.shape.get(TENSOR, 1), copies)
         object.__setattr__(self, "layout", layout)
-        block = self.model.block if self.layout.tensor == 1 else self.model.tensor.block
+        model, whole = self.model, self.layout.tensor == 1
         platform = self.mesh.devices.flat[0].platform
-        object.__setattr__(self, "_block", block.on(platform) if hasattr(block, "on") else block)
+        block = model.block if whole else model.tensor.block
+        depth = model.tail and (model.tail.depth if whole else model.tail.tensor.block)
+        for name, function in (("_block", block), ("_depth", depth)):
+            object.__setattr__(self, name, function.on(platform) if hasattr(function, "on") else function)
 
     @cached_property
     def program(self) -> Program:
@@ -123,17 +130,23 @@ class Pipeline:
 
     def value_and_grad(self, params: Params, batch: Batch) -> tuple[jax.Array, Params]:
         """The loss, and its float32 gradients sharded as the parameters are. Pure: put it under :meth:`jit`."""
-        loss, grads, _ = self._run(self.program, params, batch, observe=False)
-        return loss, grads
+        losses, grads, _ = self._run(self.program, params, batch, observe=False)
+        return losses.sum(), grads
 
     def observed_value_and_grad(self, params: Params, batch: Batch) -> tuple[jax.Array, Params, dict[str, jax.Array]]:
         """Also what the running program counts: ``in_flight [data, p]``, the most activations alive at once on a
         device, and ``clobbered [data, p]``, whether one was ever overwritten while alive or freed while dead."""
-        return self._run(self.program, params, batch, observe=True)
+        losses, grads, seen = self._run(self.program, params, batch, observe=True)
+        return losses.sum(), grads, seen
 
     def evaluate(self, params: Params, batch: Batch) -> jax.Array:
         """The cross entropy alone, by a forward-only program that keeps no activations: a soft cap is part of the
-        model, a z-loss and smoothed labels are there for training."""
+        model, a z-loss and smoothed labels are there for training, and so is what predicts further tokens."""
+        return self.evaluate_depths(params, batch)[0]
+
+    def evaluate_depths(self, params: Params, batch: Batch) -> jax.Array:
+        """Beside :meth:`evaluate` the cross entropy of every further token that is predicted, ``[1 + depths]``, each
+        the mean over the tokens that count for it."""
         return self._run(self._evaluation, params, batch, observe=False)[0]
 
     @cached_property
@@ -148,8 +161,10 @@ class Pipeline:
         """
         dtype = jnp.dtype(self.compute_dtype)
         rounded = jax.tree.map(lambda w: w.astype(dtype), params)
-        read_only = self.layout.data == 1 and not self.layout.head_is_embedding
-        return rounded | {"embed": params["embed"]} if read_only else rounded
+        if self.layout.data > 1:
+            return rounded
+        looked_up = ("ahead",) if self.layout.head_is_embedding else ("embed", "ahead")
+        return rounded | {name: params[name] for name in looked_up if name in params}
 
     def activation_bytes(self, batch: int, length: int, aux_inputs: Any = None) -> dict[str, int]:
         """Bytes that one microbatch in flight costs on a device, counted from the traced block.
@@ -227,13 +242,9 @@ class Pipeline:
         """What one device runs, from its part of the parameters at rest and of the batch."""
         with jax.named_scope("gather"):
             rounded = jax.tree.map(Share.gather, self.layout.shares, self.rounded(params))
-        blocks = jax.tree.map(lambda w: w.reshape(w.shape[1:]), rounded["blocks"])
-        tables = {k: v for k, v in rounded.items() if k != "blocks"}
-        if not self.layout.sharded:
-            tables |= {
-                k: jax.tree.map(lambda w: w.reshape(w.shape[1:]), tables[k]) for k in ("embed", "head") if k in tables
-            }
-        count = jax.lax.psum(batch["mask"].sum(), DATA)
+        own = ("blocks", "tail") if self.layout.sharded else ("blocks", "tail", "embed", "head", "ahead")
+        rounded |= {k: jax.tree.map(lambda w: w.reshape(w.shape[1:]), rounded[k]) for k in own if k in rounded}
+        tables = {k: v for k, v in rounded.items() if k not in ("blocks", "tail")}
         model = self.model
         if not program.schedule.trains:
             model = replace(model, loss=Loss(soft_cap=model.loss.soft_cap))
@@ -241,29 +252,48 @@ class Pipeline:
         vocabulary = VocabularySteps(
             layout,
             tables,
-            {"tokens": batch["tokens"], "labels": batch["labels"], "weight": batch["mask"] / jnp.maximum(count, 1)},
+            {"tokens": batch["tokens"]} | self._targets(batch, trains=program.schedule.trains),
             collectives(layout.vocabulary_axes, program.schedule.p, self.mesh.devices.flat[0].platform),
         )
         _, B, L = batch["tokens"].shape
         x = jax.ShapeDtypeStruct((B, L, self.model.width), self.compute_dtype)
+        tail = None
+        if model.tail:
+            both = jax.ShapeDtypeStruct((2, *x.shape), x.dtype)
+            passes = self._linearized(program, shifting(self._depth), both, rounded["tail"][0], batch["aux_inputs"])
+            tail = Tail(passes, vocabulary, rounded["tail"], batch["aux_inputs"], model.tail_aux_inputs)
         return Executor(
             program,
             layout,
-            self._linearized(program, x, blocks, batch["aux_inputs"]),
+            self._linearized(program, self._block, x, rounded["blocks"][0][0], batch["aux_inputs"]),
             vocabulary,
-            tables | {"blocks": blocks},
+            tables | {"blocks": rounded["blocks"]},
             batch["aux_inputs"],
             x,
+            tail,
             observe,
         )
 
-    def _linearized(self, program: Program, x: jax.ShapeDtypeStruct, blocks: Params, aux_inputs: Any) -> Linearized:
-        block = jax.tree.map(_shape, blocks[0][0])
-        one_side = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), aux_inputs)
-        one_side |= jax.tree.map(_shape, self._one_layer_aux_inputs)
+    def _targets(self, batch: Batch, trains: bool) -> dict[str, jax.Array]:
+        """The labels of the next token and of each further one ``[m, 1 + depths, B, L]``, and how much they count.
+
+        In training all weigh what their losses do in the loss; in evaluation each loss is a mean of its own.
+        """
+        labels, mask = ahead(batch["labels"], batch["mask"], self.model.depths, batch["aux_inputs"].get("segment_ids"))
+        count = jnp.maximum(jax.lax.psum(mask.sum((0, 2, 3)), DATA), 1)
+        if trains and (tail := self.model.tail):
+            count = count[0] / jnp.array([1.0] + [tail.weight / tail.depths] * tail.depths)
+        weight = mask / count[:, None, None]
+        return {"labels": labels, "weight": weight}
+
+    def _linearized(
+        self, program: Program, function: Callable, x: jax.ShapeDtypeStruct, params: Params, aux_inputs: Any
+    ) -> Linearized:
+        one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), aux_inputs)
+        one |= jax.tree.map(_shape, self._one_layer_aux_inputs)
         if not program.schedule.trains:
-            return Linearized(lambda p, s, x: (self._block(p, x, s), (), ()), None, None, (), (), ())
-        return linearize(self._block, block, x, one_side, split=program.schedule.splits_backward)
+            return Linearized(lambda p, s, x: (function(p, x, s), (), ()), None, None, (), (), ())
+        return linearize(function, jax.tree.map(_shape, params), x, one, split=program.schedule.splits_backward)
 
     @property
     def _one_layer_aux_inputs(self) -> dict[str, Any]:
@@ -277,18 +307,23 @@ class Pipeline:
             "embed": {k: state[f"grads.embed.{k}"] for k in params["embed"]},
             "final": state["grads.final"],
         }
-        if "head" in params:
-            grads["head"] = state["grads.head"]
+        grads |= {name: state[f"grads.{name}"] for name in ("head", "tail") if name in params}
+        if self.layout.copied:
+            grads["ahead"] = {name: state[f"grads.ahead.{name}"] for name in self.layout.copied}
         grads = jax.tree.map(lambda g, w: g.reshape((1,) * (w.ndim - g.ndim) + g.shape), grads, params)
         if self.mesh.shape[DATA] > 1:
             with jax.named_scope("scatter"):
                 grads = jax.tree.map(Share.scatter, self.layout.shares, grads)
         grads["final"] = jax.lax.psum(grads["final"], PIPE)
+        first, last = (jax.lax.axis_index(PIPE) == self.schedule.placement[n] for n in (0, -1))
         if self.layout.tied_across:
             table = jax.lax.psum(grads["embed"]["tokens"], PIPE)
-            first, last = self.schedule.placement[0], self.schedule.placement[-1]
-            d = jax.lax.axis_index(PIPE)
-            grads["embed"]["tokens"] = jnp.where((d == first) | (d == last), table, 0)
+            grads["embed"]["tokens"] = jnp.where(first | last, table, 0)
+        for name in self.layout.copied:
+            own = grads["embed"][name]
+            table = jax.lax.psum(jnp.where(first, own, 0) + grads["ahead"][name], PIPE)
+            grads["embed"][name] = jnp.where(first, table, own)
+            grads["ahead"][name] = jnp.where(last, table, 0)
         return grads
 
 

@@ -50,7 +50,7 @@ def assemble(pipe: Pipeline, read: Read) -> Any:
 
 def _part(layout: Layout, path: Path, index: Index, read: Read) -> np.ndarray:
     """One device's part of a leaf of the pipeline's tree."""
-    if path[0] == "final" or (path[0] != "blocks" and layout.sharded):
+    if not _by_device(layout, path):
         return read(path, index)
     devices = [_origin(layout, path, d) for d in range(index[0].start, index[0].stop)]
     shape = tuple(i.stop - i.start for i in index[1:])
@@ -73,6 +73,11 @@ def _padded(layout: Layout, read: Read) -> Read:
     return part
 
 
+def _by_device(layout: Layout, path: Path) -> bool:
+    """Whether the first axis of a leaf of the pipeline's tree is the devices."""
+    return path[0] in ("blocks", "tail") or (path[0] != "final" and not layout.sharded)
+
+
 def _origin(layout: Layout, path: Path, d: int) -> Path | None:
     """The canonical leaf that device ``d`` holds in a leaf whose first axis is the devices; None where it has none."""
     if path[0] == "blocks":
@@ -80,17 +85,21 @@ def _origin(layout: Layout, path: Path, d: int) -> Path | None:
         n = layout.layer_of[c][j][d]
         return None if n is None else ("blocks", n, *rest)
     first, last = layout.schedule.placement[0], layout.schedule.placement[-1]
+    if path[0] in ("tail", "ahead"):
+        of = path if path[0] == "tail" else ("embed", *path[1:])
+        return of if d == last else None
     if path == ("embed", "tokens") and d == last != first:
         return path if layout.model.tied else ("head",)
     return path if d == (last if path == ("head",) else first) else None
 
 
 def canonical_leaves(layout: Layout, params: Any) -> Iterator[tuple[Path, np.ndarray]]:
-    """The canonical leaves of a pipeline's parameters, one after the other, whole and on every process's host."""
+    """The canonical leaves of a pipeline's parameters, one after the other, whole and on every process's host; those of
+    a tail come last."""
     packed = dict(leaves(params))
     origins = {}
     for path in packed:
-        if path[0] != "final" and not (path[0] != "blocks" and layout.sharded):
+        if _by_device(layout, path):
             for d in range(layout.schedule.p):
                 if (of := _origin(layout, path, d)) is not None:
                     origins.setdefault(of, (path, d))

@@ -121,5 +121,6 @@ def make_step(
 
 
 def make_evaluation(pipe: Pipeline, without_flags: tuple[str, ...] = ()) -> Callable[[Any, Batch], jax.Array]:
-    """``(params, batch) -> loss``, compiled: the forward-only program. ``without_flags`` as in :func:`make_step`."""
-    return pipe.jit(pipe.evaluate, without_flags=without_flags)
+    """``(params, batch) -> losses [1 + depths]``, compiled: the forward-only program. ``without_flags`` as in
+    :func:`make_step`."""
+    return pipe.jit(pipe.evaluate_depths, without_flags=without_flags)

@@ -1,7 +1,7 @@
 """The vocabulary layers, sharded by rows over a mesh axis: pure functions over one device's arrays."""
 
 from .input_layer import lookup, scatter
-from .labels import IGNORED_LABEL, counted, refuse_outside
+from .labels import IGNORED_LABEL, ahead, counted, refuse_outside
 from .loss import Loss
 from .output_layer import (
     Coefficients,
@@ -31,6 +31,7 @@ __all__ = [
     "Shard",
     "Stats",
     "Target",
+    "ahead",
     "coefficients",
     "combine",
     "counted",

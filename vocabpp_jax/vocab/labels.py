@@ -22,6 +22,22 @@ def counted(tokens: jax.Array, labels: jax.Array, mask: jax.Array, vocab_size: i
     return labels, jnp.where(bad, jnp.nan, mask)
 
 
+def ahead(
+    labels: jax.Array, mask: jax.Array, depths: int, documents: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Labels and loss mask ``[m, 1 + depths, B, L]`` of the next token and of so many further ones, from those of the
+    next ``[m, B, L]``: position i has what i + k has, in the same row and, of ``documents [m, B, L]``, the same one."""
+    L, found = labels.shape[-1], []
+    for k in range(1 + depths):
+        shifted = [jnp.pad(a[..., k:], ((0, 0), (0, 0), (0, k))) for a in (labels, mask)]
+        if documents is not None and k:
+            same = documents[..., k:] == documents[..., : L - k]
+            shifted[1] = jnp.where(jnp.pad(same, ((0, 0), (0, 0), (0, k))), shifted[1], 0)
+        found.append(shifted)
+    labels, mask = (jnp.stack(arrays, axis=1) for arrays in zip(*found, strict=True))
+    return labels, mask
+
+
 def refuse_outside(tokens: object, labels: object, mask: object, vocab_size: int) -> None:
     """Raises ValueError for what :func:`counted` makes NaN, where the values are there to be read: outside
     ``jax.jit``, and not on other hosts' devices."""

@@ -17,7 +17,7 @@ from jax import lax
 from ... import vocab
 from ...pipeline.buffers import Cells, State, get, put, put_if, run_if, zeros
 from .. import Coefficients, Kept, Loss, Shard, Stats, Target
-from .vocabulary_layer import Collective, Run, Start, VocabularyLayer, flight
+from .vocabulary_layer import Collective, Run, Start, VocabularyLayer, flight, sent
 
 F32 = jnp.float32
 
@@ -27,7 +27,7 @@ class OutputSteps(VocabularyLayer):
 
     def output_steps(self) -> dict[str, Run | Collective]:
         """The steps by their names in the table of instructions."""
-        vector = jax.ShapeDtypeStruct(self.stream.shape[:1], F32)
+        vector = jax.ShapeDtypeStruct(self.streams.shape[:1], F32)
         gathered = jax.ShapeDtypeStruct((self.layout.shards, 3, *vector.shape), F32)
         return {
             "S": self.run_S,
@@ -36,7 +36,13 @@ class OutputSteps(VocabularyLayer):
             "T": self.run_T,
             "G": self.run_G,
             "H": self.run_H,
-            "hidden_broadcast": self._broadcast("hidden_broadcast", -1, self.done_hidden_broadcast),
+            "hidden_broadcast": Collective(
+                self.start_hidden_broadcast,
+                self.done_hidden_broadcast,
+                self.streams,
+                partial(self._copied, name="hidden_broadcast", waiting=self._waiting),
+                sends=True,
+            ),
             "max": Collective(self.start_max, self.done_max, vector),
             "stats": Collective(self.start_stats, self.done_stats, gathered),
             "grad_sum": Collective(
@@ -47,7 +53,7 @@ class OutputSteps(VocabularyLayer):
     @property
     def summed(self) -> jax.ShapeDtypeStruct:
         """What a shard puts into the sum of the input gradient."""
-        return jax.ShapeDtypeStruct(self.stream.shape, vocab.summed_dtype(self.dtype))
+        return jax.ShapeDtypeStruct(self.streams.shape, vocab.summed_dtype(self.dtype))
 
     @property
     def early(self) -> bool:
@@ -68,6 +74,9 @@ class OutputSteps(VocabularyLayer):
     def shard(self) -> Shard:
         """The rows of the head's table that this device holds."""
         return Shard(self._first_row(self.head), self.layout.model.vocab_size)
+
+    def start_hidden_broadcast(self, state: State, cells: Cells) -> Start:
+        return state[sent("hidden_broadcast")], self._broadcast_from(-1)
 
     def done_hidden_broadcast(self, state: State, cells: Cells, x: jax.Array) -> State:
         return {"X": put_if(state["X"], cells["X"], x)}
@@ -125,7 +134,8 @@ class OutputSteps(VocabularyLayer):
     def done_stats(self, state: State, cells: Cells, gathered: jax.Array) -> State:
         of_shards = Stats(*jnp.moveaxis(gathered, 1, 0))
         weighted = self._weight(cells) * vocab.losses(vocab.combine(of_shards), self.loss)
-        updated = {"loss": state["loss"] + jnp.sum(jnp.where(cells["microbatch"] >= 0, weighted, 0))}
+        weighted = jnp.where(cells["microbatch"] >= 0, weighted, 0)
+        updated = {"loss": state["loss"] + weighted.reshape(1 + self.depths, -1).sum(1)}
         if not self.trains:
             return updated
         vectors = get(state["P"]["kept"]._replace(p=None, slopes=None), jnp.maximum(cells["P"], 0))
@@ -175,21 +185,28 @@ class OutputSteps(VocabularyLayer):
             g = vocab.from_units(state[flight("grad_sum")], self._unit(state, cells)).astype(self.dtype)
             return self._final_vjp(state, cells, get(state["X"], cells["X"]), g)
 
-        return run_if(cells["microbatch"] >= 0, state, ("inbox", "grads.final"), passed)
+        return run_if(cells["microbatch"] >= 0, state, (*self._returns, "grads.final"), passed)
 
     def run_H(self, state: State, cells: Cells) -> State:
         """H: the whole output layer on one device, forward and backward."""
 
         def passed(state: State) -> State:
-            x = get(state["inbox"], cells["inbox"]).reshape(-1, self.layout.model.width)
+            x = self._waiting(state, cells).reshape(-1, self.layout.model.width)
             tokens = (self.layout.model.final(self.params["final"], x), self._labels(cells), self._weight(cells))
+            losses, gradients, total = [], [], state.get(self.head_gradient)
+            for stream in zip(*(jnp.split(a, 1 + self.depths) for a in tokens), strict=True):
+                if self.trains:
+                    loss, total, dx = vocab.whole_layer(stream, self.head, self.shard, total, self.loss)
+                    gradients.append(dx)
+                else:
+                    loss = vocab.whole_loss(stream, self.head, self.shard, self.loss)
+                losses.append(loss)
+            state = state | {"loss": state["loss"] + jnp.stack(losses)}
             if not self.trains:
-                return state | {"loss": state["loss"] + vocab.whole_loss(tokens, self.head, self.shard, self.loss)}
-            loss, total, dx = vocab.whole_layer(tokens, self.head, self.shard, state[self.head_gradient], self.loss)
-            state = state | {"loss": state["loss"] + loss, self.head_gradient: total}
-            return self._final_vjp(state, cells, x, dx)
+                return state
+            return self._final_vjp(state | {self.head_gradient: total}, cells, x, jnp.concatenate(gradients))
 
-        names = ("loss", "inbox", "grads.final", self.head_gradient) if self.trains else ("loss",)
+        names = ("loss", *self._returns, "grads.final", self.head_gradient) if self.trains else ("loss",)
         return run_if(cells["microbatch"] >= 0, state, names, passed)
 
     # --- what the loss's extensions add to the state -----------------------------------------------------------------
@@ -228,9 +245,22 @@ class OutputSteps(VocabularyLayer):
     def _final_vjp(self, state: State, cells: Cells, x: jax.Array, g: jax.Array) -> State:
         _, vjp = jax.vjp(self.layout.model.final, self.params["final"], x)
         dfinal, dx = vjp(g)
-        inbox = put(state["inbox"], cells["deliver"], dx.reshape(state["inbox"].shape[1:]))
+        dx = dx.reshape(1 + self.depths, *state["inbox"].shape[1:])
+        returned = {"inbox": put(state["inbox"], cells["deliver"], dx[0])}
+        if self.depths:
+            returned["returned"] = put(state["returned"], cells["returned"], dx[1:])
         grads = jax.tree.map(lambda t, d: t + d.astype(F32), state["grads.final"], dfinal)
-        return state | {"inbox": inbox, "grads.final": grads}
+        return state | returned | {"grads.final": grads}
+
+    @property
+    def _returns(self) -> tuple[str, ...]:
+        """Where the gradients of the last stage's output go."""
+        return ("inbox", "returned") if self.depths else ("inbox",)
+
+    def _waiting(self, state: State, cells: Cells) -> jax.Array:
+        """The last stage's output ``[1 + depths, B, L, D]``."""
+        main = get(state["inbox"], cells["inbox"])[None]
+        return jnp.concatenate([main, get(state["streams"], cells["streams"])]) if self.depths else main
 
     def _hidden(self, state: State, cells: Cells) -> jax.Array:
         """The head's input ``[N, D]``: computed again wherever it is needed, so that only the stream is stored."""

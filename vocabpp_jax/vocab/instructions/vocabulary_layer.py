@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ...pipeline.buffers import Cells, State, get, run_if
+from ...pipeline.buffers import Cells, State, run_if
 from ...pipeline.collectives import Native, PermuteTree
 from ...pipeline.layout import Layout
 
@@ -63,8 +63,8 @@ class VocabularyLayer:
         layout: the model, the schedule, and where the tables are.
         params: this device's ``embed``, ``final`` and, where it is not the embedding, ``head``, as
             :meth:`.Pipeline.rounded` leaves them.
-        batch: ``tokens`` and ``labels`` ``[m, B, L]``; ``weight`` ``[m, B, L]`` float32, the mask over the global
-            count of valid tokens.
+        batch: ``tokens`` ``[m, B, L]``; ``labels`` and ``weight`` ``[m, 1 + depths, B, L]`` for the next token and
+            each further one, the weight in float32: the mask over the global count of valid tokens.
         collectives: how the shards communicate.
     """
 
@@ -79,6 +79,11 @@ class VocabularyLayer:
         return self.layout.schedule.trains
 
     @property
+    def depths(self) -> int:
+        """Tokens beyond the next that are predicted: the output layer takes so many more streams of a microbatch."""
+        return self.layout.model.depths
+
+    @property
     def names(self) -> set[str]:
         """The steps that occur."""
         return {step.name for step in self.layout.schedule.vocabulary.steps}
@@ -88,6 +93,12 @@ class VocabularyLayer:
         """A microbatch between stages, as the vocabulary layers have it, ``[N, D]``."""
         _, B, L = self.batch["tokens"].shape
         return jax.ShapeDtypeStruct((B * L, self.layout.model.width), self.dtype)
+
+    @property
+    def streams(self) -> jax.ShapeDtypeStruct:
+        """What the output layer takes of it: as many tokens again for each further one, ``[(1 + depths) N, D]``."""
+        tokens, width = self.stream.shape
+        return jax.ShapeDtypeStruct(((1 + self.depths) * tokens, width), self.dtype)
 
     @property
     def head(self) -> jax.Array:
@@ -102,23 +113,19 @@ class VocabularyLayer:
     def _first_row(self, table: jax.Array) -> jax.Array | int:
         return lax.axis_index(self.layout.vocabulary_axes) * table.shape[0] if self.layout.sharded else 0
 
-    def _copied_from_inbox(self, state: State, cells: Cells, name: str) -> State:
-        """Takes what waits in the inbox ``[N, D]``; meaningful on the device that it is broadcast from."""
+    def _copied(self, state: State, cells: Cells, name: str, waiting: Callable[[State, Cells], jax.Array]) -> State:
+        """Takes what waits in the inbox, ``[..., D]``; meaningful on the device that it is broadcast from."""
 
         def taken(s: State) -> State:
-            return s | {sent(name): get(s["inbox"], cells["inbox"]).reshape(self.stream.shape)}
+            return s | {sent(name): waiting(s, cells).reshape(-1, self.layout.model.width)}
 
         return run_if(cells["inbox"] >= 0, state, (sent(name),), taken)
 
-    def _sum_for(self, stage: int) -> Communicate:
-        """The sum over all shards, for the device of one stage to read."""
-        return partial(self.collectives.total, target=self.layout.schedule.placement[stage])
+    def _sum_for(self, stage: int, also: int | None = None) -> Communicate:
+        """The sum over all shards, for the device of one stage to read, and of another where one is given."""
+        placement = self.layout.schedule.placement
+        return partial(self.collectives.total, target=placement[stage], also=None if also is None else placement[also])
 
-    def _broadcast(self, name: str, stage: int, done: Callable[[State, Cells, jax.Array], State]) -> Collective:
-        """The broadcast of what waits in one stage's inbox."""
-
-        def start(state: State, cells: Cells) -> Start:
-            source = self.layout.schedule.placement[stage]
-            return state[sent(name)], partial(self.collectives.broadcast, source=source)
-
-        return Collective(start, done, self.stream, partial(self._copied_from_inbox, name=name), sends=True)
+    def _broadcast_from(self, stage: int) -> Communicate:
+        """One stage's array on all devices."""
+        return partial(self.collectives.broadcast, source=self.layout.schedule.placement[stage])

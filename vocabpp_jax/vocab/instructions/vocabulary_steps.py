@@ -24,17 +24,18 @@ class VocabularySteps(InputSteps, OutputSteps):
 
     def initial_state(self, rings: dict[str, int]) -> State:
         """The output layer's records, zero gradients of the tables and the final function, zero loss."""
-        state: State = {"loss": jnp.zeros((), F32)}
+        state: State = {"loss": jnp.zeros(1 + self.depths, F32)}
         if self.trains:
             grads = jax.tree.map(
                 lambda w: jnp.zeros(w.shape, F32), {k: v for k, v in self.params.items() if k != "blocks"}
             )
-            state |= {f"grads.embed.{k}": g for k, g in grads.pop("embed").items()}
+            for part in ("embed", "ahead"):
+                state |= {f"grads.{part}.{k}": g for k, g in grads.pop(part, {}).items()}
             state |= {f"grads.{k}": g for k, g in grads.items()}
         if not self.layout.sharded:
             return state
-        wide, tokens = self.stream, self.stream.shape[0]
-        state |= {"X": zeros(rings["X"], wide), "P": self.empty_records(rings["P"], tokens)}
+        tokens = self.streams.shape[0]
+        state |= {"X": zeros(rings["X"], self.streams), "P": self.empty_records(rings["P"], tokens)}
         if self.trains:
             state["A"] = jnp.zeros(self.summed.shape, self.summed.dtype)
             state |= self.initial_uniform(tokens) | self.initial_span()
@@ -42,7 +43,7 @@ class VocabularySteps(InputSteps, OutputSteps):
             if isinstance(collective := self.registry[name], Collective):
                 state[flight(name)] = jnp.zeros(collective.result.shape, collective.result.dtype)
                 if collective.sends:
-                    state[sent(name)] = jnp.zeros(wide.shape, wide.dtype)
+                    state[sent(name)] = jnp.zeros(collective.result.shape, collective.result.dtype)
         return state
 
     @cached_property
