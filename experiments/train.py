@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from command_line.options import PipelineOptions, fail, or_fail, parse
+from training_run.kept_schedule import decide_schedule
 from training_run.train_export import plan_export
 from training_run.train_options import TrainOptions, check_output, make_folder
 from training_run.train_run import (
@@ -51,29 +52,27 @@ from vocabpp_jax.runtime.faults import (
     reason,
     say_and_leave,
 )
-from vocabpp_jax.runtime.hardware import known_gpu
 from vocabpp_jax.runtime.metrics import StepProgress
 from vocabpp_jax.runtime.profiling import Profile
-from vocabpp_jax.schedules import Schedule
 from vocabpp_jax.training.optimizer import adamw, warmup_cosine
 
 __all__ = ["PipelineOptions", "TrainOptions", "main", "prepare", "run_training"]
 STARTS_AGAIN = "start all processes again to go on from the last checkpoint"
 
 
-def join(options: TrainOptions) -> tuple[Config, Schedule]:
+def join(options: TrainOptions) -> Config:
     """Check everything that needs no device, and find the other processes, where there are any."""
     try:
         options.check()
         config = options.model.config()
-        schedule = options.pipeline.build(config, mtp_depth=options.model.mtp_depth)
+        options.pipeline.build(config, mtp_depth=options.model.mtp_depth)
     except ValueError as problem:
         options.cluster.tell_and_fail(problem)
     options.cluster.join(simulated_devices=options.pipeline.devices)
-    return config, schedule
+    return config
 
 
-def prepare(options: TrainOptions, config: Config, schedule: Schedule) -> Run:
+def prepare(options: TrainOptions, config: Config) -> Run:
     """Check everything, cheap things first, make the data, find where to go on.
 
     Raises:
@@ -82,8 +81,8 @@ def prepare(options: TrainOptions, config: Config, schedule: Schedule) -> Run:
     hosts.agree(lambda: None)  # hears of a problem that another process had before it joined
     hosts.check_same("the options", options.shared())
     mesh = hosts.agree(options.pipeline.mesh)
-    if (gpu := known_gpu(jax.devices()[0])) is not None:
-        schedule = hosts.agree(lambda: options.pipeline.build(config, gpu, mtp_depth=options.model.mtp_depth))
+    output = Path(hosts.from_first(str(options.output_folder())))
+    schedule = decide_schedule(options, config, output)
     pipe = Pipeline(options.model.build(), schedule, mesh, compute_dtype=config.dtype)
     if options.pretrained:
         hosts.agree(lambda: huggingface.check(options.model.folder, pipe))
@@ -94,7 +93,6 @@ def prepare(options: TrainOptions, config: Config, schedule: Schedule) -> Run:
         weight_decay=options.weight_decay,
         decay_mask=lambda _: pipe.layout.matrices(),
     )
-    output = Path(hosts.from_first(str(options.output_folder())))
     export = plan_export(options, config, pipe)
     run = Run(options, config, pipe, optimizer, read_tokens(options, config), output, None, None, export)
     hosts.agree(lambda: run.data(0))
@@ -277,10 +275,10 @@ def leave(sentence: str, status: int, agreed: bool) -> NoReturn:
     fail(sentence, status)
 
 
-def train_to_the_end(options: TrainOptions, config: Config, schedule: Schedule) -> str | None:
+def train_to_the_end(options: TrainOptions, config: Config) -> str | None:
     """Prepare and train; whatever goes wrong ends in a sentence and a status."""
     try:
-        run = prepare(options, config, schedule)
+        run = prepare(options, config)
     except hosts.Agreed as problem:
         leave(str(problem), 2, agreed=True)
     except (ValueError, OSError) as problem:
@@ -302,11 +300,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     again to go on. 2 for wrong input, 1 for what would fail again."""
     options = parse(TrainOptions, __doc__, arguments)
     hosts.quiet_libraries()
-    config, schedule = or_fail(lambda: join(options))
+    config = or_fail(lambda: join(options))
     signal = None
     try:
         with LastWords(f"ended before its time; {STARTS_AGAIN}", wanted=jax.process_count() > 1):
-            signal = train_to_the_end(options, config, schedule)
+            signal = train_to_the_end(options, config)
     except Exception as problem:
         if sentence := out_of_memory(problem):
             leave(sentence, 1, agreed=False)

@@ -168,7 +168,8 @@ def checkpoints(random: Random, inputs: Inputs, folder: Path) -> Action:
     shutil.copytree(inputs.checkpoints, folder / "kept")
     files = sorted(path for path in (folder / "kept").rglob("*") if path.is_file())
     records = [path for path in files if path.name == "metadata" and path.parent.name == "run"]
-    for path in random.sample(files, random.choice((1, 1, 3))) if random.random() < 0.6 else records[:1]:
+    some = random.sample(files, min(len(files), random.choice((1, 1, 3))))
+    for path in some if random.random() < 0.6 else records[:1]:
         if path.name == "metadata" and random.random() < 0.7:
             path.write_bytes(text_of_json(random, json.loads(path.read_bytes())))
         elif random.random() < 0.2:
@@ -249,7 +250,7 @@ def command_lines(random: Random, inputs: Inputs, folder: Path) -> Action:
         return _reported(*words, *flags)
     arguments = [*SMALL, "--data", str(inputs.text)] if command == "train" else "--stages 2 --microbatches 2".split()
     fields = _fields(options)
-    for name in random.sample(sorted(fields), random.choice((1, 1, 2, 4))):
+    for name in random.sample(sorted(fields), min(len(fields), random.choice((1, 1, 2, 4)))):
         arguments.append(f"--{name.replace('_', '-')}")
         if fields[name] is not bool:
             arguments.append(word_of(random, *_good(name, inputs)))
@@ -263,7 +264,7 @@ def _parses(random: Random, inputs: Inputs) -> Action:
     options = random.choice(_OTHERS)
     fields = _fields(options)
     arguments = []
-    for name in random.sample(sorted(fields), random.choice((1, 2, 4))):
+    for name in random.sample(sorted(fields), min(len(fields), random.choice((1, 2, 4)))):
         arguments += [
             f"--{name.replace('_', '-')}",
             *([] if fields[name] is bool else [word_of(random, *_good(name, inputs))]),

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from training_run import kept_schedule
 from training_run.train_export import Export
 from training_run.train_options import TrainOptions
 from vocabpp_jax import Pipeline, checkpoints, models
@@ -190,6 +191,7 @@ def describe(run: Run, begin: int) -> None:
             "validation_tokens": len(run.tokens.validation),
             "unigram_entropy": run.tokens.entropy,
         },
+        "schedule": kept_schedule.record(run.pipe.schedule, run.options, run.config),
         "activation_bytes": activation,
         "activations_in_flight": [int(n) for n in run.pipe.program.in_flight],
         "mesh": layout,

@@ -1,0 +1,54 @@
+"""The schedule of a run: made once, kept in config.json, so that a run that goes on runs the same program."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from training_run.train_options import TrainOptions
+from vocabpp_jax.models import Config
+from vocabpp_jax.runtime import hosts
+from vocabpp_jax.runtime.hardware import known_gpu
+from vocabpp_jax.schedules import Schedule
+from vocabpp_jax.schedules.simulation import formats
+
+
+def decide_schedule(options: TrainOptions, config: Config, output: Path) -> Schedule:
+    """The schedule that an earlier part of this run had, if its options and sizes were the same; else one for the
+    devices at hand. The same in all processes.
+
+    Raises:
+        ValueError: what cannot be scheduled.
+    """
+    depth = options.model.mtp_depth
+    decided_by = inputs(options, config)
+    kept = hosts.from_first(jax.process_index() == 0 and _kept(output, decided_by) or None)
+    if kept is not None:
+        return formats.from_json(kept)
+    return hosts.agree(lambda: options.pipeline.build(config, known_gpu(jax.devices()[0]), mtp_depth=depth))
+
+
+def inputs(options: TrainOptions, config: Config) -> dict[str, Any]:
+    """What of a run's options decides its schedule, as config.json has it."""
+    names = ("schedule", "method", "stages", "chunks", "redis_split", "microbatches", "microbatch_size")
+    sizes = {name: getattr(config, name) for name in ("layers", "hidden", "seq", "vocab_size")}
+    found = {name: getattr(options.pipeline, name) for name in (*names, "no_overlap", "fit")}
+    return found | sizes | {"mtp_depth": options.model.mtp_depth}
+
+
+def record(schedule: Schedule, options: TrainOptions, config: Config) -> dict[str, Any]:
+    """What config.json keeps of it: the options that decided it, and the schedule as one line of JSON."""
+    return {"decided_by": inputs(options, config), "json": formats.to_json(schedule)}
+
+
+def _kept(output: Path, decided_by: dict[str, Any]) -> str | None:
+    """The schedule in a folder's config.json, where the same options decided it and it can be read."""
+    try:
+        kept = json.loads((output / "config.json").read_text())["schedule"]
+        formats.from_json(kept["json"])
+        return kept["json"] if kept["decided_by"] == decided_by else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # a folder that is new, or of a version that kept none
