@@ -117,13 +117,13 @@ def prepare(model: ModelOptions, pipeline: PipelineOptions, gpu: GPU) -> Pipelin
     data = 1 if pipeline.data_parallel is None else pipeline.data_parallel
     there = compiled.devices(gpu, pipeline.stages * pipeline.tensor_parallel * data)
     mesh = make_mesh(pipeline.stages, data, there, tensor=pipeline.tensor_parallel)
-    return Pipeline(model.build(config), schedule, mesh, compute_dtype=config.dtype)
+    return pipeline.place(model.build(config), schedule, mesh, config.dtype)
 
 
 def programs(options: MemoryOptions) -> compiled.Programs:
     """The programs of the run that is described."""
     pipe = prepare(options.model, options.pipeline, load_gpu(options.gpu))
-    optimizer = adamw(1e-4, 1000, 100, decay_mask=lambda _: pipe.layout.matrices())
+    optimizer = adamw(1e-4, 1000, 100)
     return compiled.Programs(
         pipe, optimizer, options.pipeline.microbatch_size, options.model.config().seq, options.without
     )
@@ -160,7 +160,7 @@ def report(options: MemoryOptions) -> tuple[Report, str]:
     memory = program.memory_analysis()
     peak = memory.peak_memory_in_bytes
     parts["everything else"] = peak - sum(parts.values())
-    a_parameter = sum(state) / (state.parameters / 4)
+    a_parameter = sum(state) / (state.gradients / 4)
     return (
         Report(
             gpu=gpu.name,
@@ -176,10 +176,9 @@ def report(options: MemoryOptions) -> tuple[Report, str]:
             compile_seconds=seconds,
             instructions=compiled.instruction_count(text),
             assumed={
-                "state": "float32 parameters, gradients and two Adam moments; donated",
-                "passes": f"{pipe.compute_dtype}, from a copy of the weights but for an embedding that is not the head"
-                if state.rounded
-                else pipe.compute_dtype,
+                "state": "float32 parameters, gradients and two Adam moments; donated"
+                + (f"; parameters and moments shared by {pipe.layout.data} copies" if pipe.layout.data > 1 else ""),
+                "passes": _passes(pipe, state),
                 "attention": on_gpu(model).attention,
                 "residuals": on_gpu(model).residuals,
                 "flags": " ".join(
@@ -190,6 +189,14 @@ def report(options: MemoryOptions) -> tuple[Report, str]:
         ),
         text,
     )
+
+
+def _passes(pipe: Pipeline, state: compiled.StateBytes) -> str:
+    """What passes compute in, and from what."""
+    if pipe.layout.data > 1:
+        return f"{pipe.compute_dtype}, from weights that are gathered once a step"
+    copy = ", from a copy of the weights but for an embedding that is not the head"
+    return pipe.compute_dtype + (copy if state.rounded else "")
 
 
 # --- for people ------------------------------------------------------------------------------------------------------

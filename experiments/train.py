@@ -35,7 +35,7 @@ from training_run.train_run import (
     validation_losses,
     write_prediction,
 )
-from vocabpp_jax import Pipeline, checkpoints, train
+from vocabpp_jax import checkpoints, train
 from vocabpp_jax.data import TokenizedCorpus, load_tokens, prefetched
 from vocabpp_jax.models import Config, huggingface
 from vocabpp_jax.runtime import hosts
@@ -83,7 +83,7 @@ def prepare(options: TrainOptions, config: Config) -> Run:
     mesh = hosts.agree(options.pipeline.mesh)
     output = Path(hosts.from_first(str(options.output_folder())))
     schedule = decide_schedule(options, config, output)
-    pipe = Pipeline(options.model.build(), schedule, mesh, compute_dtype=config.dtype)
+    pipe = options.pipeline.place(options.model.build(), schedule, mesh, config.dtype)
     if options.pretrained:
         hosts.agree(lambda: huggingface.check(options.model.folder, pipe))
     optimizer = adamw(
@@ -91,7 +91,6 @@ def prepare(options: TrainOptions, config: Config) -> Run:
         options.steps,
         options.warmup_steps,
         weight_decay=options.weight_decay,
-        decay_mask=lambda _: pipe.layout.matrices(),
     )
     export = plan_export(options, config, pipe)
     run = Run(options, config, pipe, optimizer, read_tokens(options, config), output, None, None, export)
