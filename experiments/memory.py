@@ -115,12 +115,9 @@ def prepare(model: ModelOptions, pipeline: PipelineOptions, gpu: GPU) -> Pipelin
     config = on_gpu(model)
     schedule = pipeline.build(config, gpu, mtp_depth=model.mtp_depth)
     data = 1 if pipeline.data_parallel is None else pipeline.data_parallel
-    if pipeline.tensor_parallel > 1:
-        raise ValueError(
-            f"tensor_parallel is {pipeline.tensor_parallel}; the report knows pipelines without it, so give 1"
-        )
-    mesh = make_mesh(pipeline.stages, data, compiled.devices(gpu, pipeline.stages * data))
-    return Pipeline(model.build(config), schedule, mesh, compute_dtype=config.dtype)
+    there = compiled.devices(gpu, pipeline.stages * pipeline.tensor_parallel * data)
+    mesh = make_mesh(pipeline.stages, data, there, tensor=pipeline.tensor_parallel)
+    return pipeline.place(model.build(config), schedule, mesh, config.dtype)
 
 
 def programs(options: MemoryOptions) -> compiled.Programs:
@@ -134,6 +131,11 @@ def programs(options: MemoryOptions) -> compiled.Programs:
 
 def report(options: MemoryOptions) -> tuple[Report, str]:
     """Compiles the step and reads the result; also the compiled program's text."""
+    if options.pipeline.tensor_parallel > 1:
+        raise ValueError(
+            f"tensor_parallel is {options.pipeline.tensor_parallel}; what the parts of the step's memory are is known "
+            "without it, so give 1"
+        )
     gpu, model, pipeline, run = load_gpu(options.gpu), options.model, options.pipeline, programs(options)
     pipe, optimizer, length, size = run.pipe, run.optimizer, run.length, run.microbatch_size
     program, seconds = run.compile_step()
@@ -158,7 +160,7 @@ def report(options: MemoryOptions) -> tuple[Report, str]:
     memory = program.memory_analysis()
     peak = memory.peak_memory_in_bytes
     parts["everything else"] = peak - sum(parts.values())
-    a_parameter = sum(state) / (state.parameters / 4)
+    a_parameter = sum(state) / (state.gradients / 4)
     return (
         Report(
             gpu=gpu.name,
@@ -174,10 +176,9 @@ def report(options: MemoryOptions) -> tuple[Report, str]:
             compile_seconds=seconds,
             instructions=compiled.instruction_count(text),
             assumed={
-                "state": "float32 parameters, gradients and two Adam moments; donated",
-                "passes": f"{pipe.compute_dtype}, from a copy of the weights but for an embedding that is not the head"
-                if state.rounded
-                else pipe.compute_dtype,
+                "state": "float32 parameters, gradients and two Adam moments; donated"
+                + (f"; parameters and moments shared by {pipe.layout.data} copies" if pipe.layout.data > 1 else ""),
+                "passes": _passes(pipe, state),
                 "attention": on_gpu(model).attention,
                 "residuals": on_gpu(model).residuals,
                 "flags": " ".join(
@@ -188,6 +189,14 @@ def report(options: MemoryOptions) -> tuple[Report, str]:
         ),
         text,
     )
+
+
+def _passes(pipe: Pipeline, state: compiled.StateBytes) -> str:
+    """What passes compute in, and from what."""
+    if pipe.layout.data > 1:
+        return f"{pipe.compute_dtype}, from weights that are gathered once a step"
+    copy = ", from a copy of the weights but for an embedding that is not the head"
+    return pipe.compute_dtype + (copy if state.rounded else "")
 
 
 # --- for people ------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from training_run.train_run import (
     validation_losses,
     write_prediction,
 )
-from vocabpp_jax import Pipeline, checkpoints, train
+from vocabpp_jax import checkpoints, train
 from vocabpp_jax.data import TokenizedCorpus, load_tokens, prefetched
 from vocabpp_jax.models import Config, huggingface
 from vocabpp_jax.runtime import hosts
@@ -83,7 +83,7 @@ def prepare(options: TrainOptions, config: Config) -> Run:
     mesh = hosts.agree(options.pipeline.mesh)
     output = Path(hosts.from_first(str(options.output_folder())))
     schedule = decide_schedule(options, config, output)
-    pipe = Pipeline(options.model.build(), schedule, mesh, compute_dtype=config.dtype)
+    pipe = options.pipeline.place(options.model.build(), schedule, mesh, config.dtype)
     if options.pretrained:
         hosts.agree(lambda: huggingface.check(options.model.folder, pipe))
     optimizer = adamw(
@@ -298,7 +298,7 @@ def train_to_the_end(options: TrainOptions, config: Config) -> str | None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command. Status 0 at the end; 75 if a signal came and the run was saved, 76 if another process failed: start
     again to go on. 2 for wrong input, 1 for what would fail again."""
-    options = parse(TrainOptions, __doc__, arguments)
+    options = or_fail(parse(TrainOptions, __doc__, arguments).planned)
     hosts.quiet_libraries()
     config = or_fail(lambda: join(options))
     signal = None

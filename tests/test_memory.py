@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 
 import jax
 import pytest
@@ -138,6 +139,19 @@ class TestA100:
         assert sum(found["parts"].values()) == found["peak_bytes"]
         assert found["loop_copy_bytes"] == 0 and picture.stat().st_size > 10_000
         assert "assumed" in capsys.readouterr().out
+
+    def test_copies_gather_rounded_weights_scatter_gradients_and_keep_a_share_of_the_state(self):
+        options = options_for("1f1b", "vocab-2", p=4)
+        options = dataclasses.replace(options, pipeline=dataclasses.replace(options.pipeline, data_parallel=2))
+        found, text = memory.report(options)
+        assert_hidden_and_not_copied(found)
+        whole = found.parts["gradients"]
+        assert found.parts["parameters"] + found.parts["optimizer"] == pytest.approx(12 / 2 * whole / 4, rel=1e-3)
+        entry = text[text.index("\nENTRY ") :]
+        gathered = re.findall(r"= (.+) all-gather(?:-start)?\(.*/gather/", entry)
+        scattered = sum(compiled.hlo.shape_bytes(x) for x in re.findall(r"= (.+) reduce-scatter-done\(", entry))
+        assert gathered and not any("f32" in shape for shape in gathered)
+        assert scattered == whole / 2
 
     def test_every_program_is_reported(self, tmp_path, capsys):
         out = tmp_path / "report.json"

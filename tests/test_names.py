@@ -50,6 +50,20 @@ def test_the_options_of_training_hold_names_as_they_are_spelt():
     assert options.data.data == "stdlib" and options.model.config().hidden == models.SIZES["4B"].hidden
 
 
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("--stages 2", "on"),
+        ("--shard-optimizer", "on"),
+        ("--shard_optimizer --stages 2", "on"),
+        ("--shard-optimizer OFF --stages 2", "off"),
+        ("--shard-optimizer=off", "off"),
+    ],
+)
+def test_what_is_on_or_off_is_on_where_it_stands_alone(line, meant):
+    assert parse(TrainOptions, "", line.split()).pipeline.shard_optimizer == meant
+
+
 def test_the_options_of_other_commands():
     assert parse(SimulateOptions, "", ["--rules", "On-CPUs", "--model", "21b"]).rules == "on-cpus"
     assert parse(CheckpointOptions, "", ["VERIFY", "List"]).action == "verify"

@@ -57,7 +57,7 @@ def reference(pipe: Pipeline, steps: int = 3, clip: float = 0.05):
     ("schedule", "method", "p", "data", "tied"),
     [
         ("1f1b", "vocab-2", 2, 1, False),
-        ("1f1b", "baseline", 2, 1, True),
+        ("1f1b", "baseline", 2, 2, True),
         ("v-half", "baseline", 2, 1, False),
         ("zb-h1", "vocab-1", 4, 2, True),
     ],

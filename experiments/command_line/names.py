@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
@@ -27,7 +28,7 @@ _NAMES: dict[str, Iterable[str]] = {
 
 def with_names(options: type, arguments: Sequence[str]) -> list[str]:
     """The arguments with every name as it is spelt: those above, and the values of options with a fixed choice
-    (``Literal``)."""
+    (``Literal``). An option that is on or off is on where it stands alone."""
     flags: dict[str, Iterable[str]] = {}
     positional: list[list[str]] = []  # those with a choice come before those without
     for name, choices, by_place in _options(options):
@@ -36,11 +37,12 @@ def with_names(options: type, arguments: Sequence[str]) -> list[str]:
         elif not by_place and (names := choices or _NAMES.get(name)):
             flags[f"--{name}"] = names
     spelt, names, after_flag = [], (), False
-    for argument in arguments:
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue="--"):
         flag, equals, value = argument.partition("=")
         if argument.startswith("--"):
             names, after_flag = flags.get(flag.replace("_", "-"), ()), not equals
             spelt.append(f"{flag}={as_spelt(value, names)}" if equals else argument)
+            spelt += ["on"] if names == ["on", "off"] and after_flag and following.startswith("--") else []
         elif positional and not after_flag:
             spelt.append(as_spelt(argument, positional.pop(0)))
         else:

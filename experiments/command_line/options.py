@@ -20,7 +20,7 @@ import tyro
 
 from command_line.names import with_names
 from command_line.refusals import sentence_of
-from vocabpp_jax import Model, make_mesh, models, schedules
+from vocabpp_jax import Model, Pipeline, make_mesh, models, schedules
 from vocabpp_jax.models import Config
 from vocabpp_jax.pipeline.mesh import all_devices
 from vocabpp_jax.runtime import hosts
@@ -163,6 +163,9 @@ class PipelineOptions:
     """Microbatches in a step."""
     microbatch_size: int = 2
     """Sequences in a microbatch, for each copy of the model."""
+    shard_optimizer: Literal["on", "off"] = "on"
+    """Whether the copies of the model, where there are several, share the float32 parameters and the optimizer's state,
+    a part on each, and gather and scatter once a step. Where off, each keeps all of them."""
     no_overlap: bool = False
     """Wait for every collective of the vocabulary layers where it stands, all of them in one place of an interval: for
     CPUs, whose collectives let no pass run beside them."""
@@ -225,6 +228,10 @@ class PipelineOptions:
                 f"have room for ({devices}, of which a copy takes {one})"
             )
         return make_mesh(self.stages, copies, all_devices()[: one * copies], tensor=self.tensor_parallel)
+
+    def place(self, model: Model, schedule: Schedule, mesh: jax.sharding.Mesh, dtype: str) -> Pipeline:
+        """The model on the mesh. Raises ValueError for what does not fit together."""
+        return Pipeline(model, schedule, mesh, dtype, shard_optimizer=self.shard_optimizer == "on")
 
     @property
     def devices(self) -> int:

@@ -77,7 +77,7 @@ def prepare(options: Case) -> Pipeline:
     schedule = options.pipeline.build(config, mtp_depth=options.model.mtp_depth)
     x = options.pipeline
     mesh = make_mesh(x.stages, x.data_parallel or 1, all_devices()[: x.devices], tensor=x.tensor_parallel)
-    return Pipeline(options.model.build(), schedule, mesh, compute_dtype=config.dtype)
+    return x.place(options.model.build(), schedule, mesh, config.dtype)
 
 
 def data_of(options: Case, pipe: Pipeline) -> tuple[Any, dict[str, np.ndarray]]:

@@ -131,14 +131,14 @@ def _fingerprint(x: jax.Array) -> jax.Array:
 
 
 def _sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Split along the largest axis that the whole mesh divides, or else one of its axes does; else whole."""
+    """Split along the first axis that the whole mesh divides, or else one of its axes does; else whole. The first is
+    also what a parameter at rest is mostly split along, so that little has to move."""
     if math.prod(shape) >= SMALL:
         for names in (mesh.axis_names, *((name,) for name in sorted(mesh.axis_names, key=lambda n: -mesh.shape[n]))):
             ways = math.prod(mesh.shape[name] for name in names)
             fitting = [axis for axis, size in enumerate(shape) if size % ways == 0]
             if fitting:
-                axis = max(fitting, key=lambda a: shape[a])
-                return NamedSharding(mesh, PartitionSpec(*[None] * axis, names))
+                return NamedSharding(mesh, PartitionSpec(*[None] * fitting[0], names))
     return NamedSharding(mesh, PartitionSpec())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +15,9 @@ from ..training import shardings
 
 
 class StateBytes(NamedTuple):
-    """Bytes on every device of the float32 parameters, of the optimizer's state, of the gradients, and of the copies of
-    parameters in the compute dtype; these are 0 in float32."""
+    """Bytes on every device of the float32 parameters and of the optimizer's state, both at rest, of the gradients as
+    they are accumulated, and of the copies of parameters that passes take: rounded to the compute dtype, or gathered
+    from the copies of the model. Where there is nothing to round nor to gather, these are 0."""
 
     parameters: int
     optimizer: int
@@ -25,22 +27,27 @@ class StateBytes(NamedTuple):
 
 def state_bytes(pipe: Pipeline, optimizer: optax.GradientTransformation) -> StateBytes:
     """What a device allocates for the state of training."""
-    params = pipe.layout.shapes()
-    placed = shardings(pipe, optimizer)
-    parameters = _bytes(params, placed.params)
-    rounded = jax.tree.map(lambda w, r: None if w.dtype == r.dtype else r, params, jax.eval_shape(pipe.rounded, params))
+    layout, placed = pipe.layout, shardings(pipe, optimizer)
+    params, in_use = layout.shapes(), layout.shapes_in_use()
+    copies = jax.tree.map(
+        lambda w, r, share: None if share.axis is None and w.dtype == r.dtype else r,
+        in_use,
+        jax.eval_shape(pipe.rounded, in_use),
+        layout.shares,
+    )
+    where = jax.tree.map(partial(NamedSharding, pipe.mesh), layout.specs_in_use())
     return StateBytes(
-        parameters,
+        _bytes(params, placed.params),
         _bytes(jax.eval_shape(optimizer.init, params), placed.optimizer),
-        parameters,  # accumulated in float32 too, where the parameters lie
-        _bytes(rounded, placed.params),
+        _bytes(in_use, where),
+        _bytes(copies, where),
     )
 
 
 def used_parameters(pipe: Pipeline) -> tuple[int, ...]:
     """Parameters that each device has a use for; one program gives all devices as many as the fullest needs."""
     layout, p = pipe.layout, pipe.schedule.p
-    shapes = layout.shapes()
+    shapes = layout.shapes_in_use()
     counts = np.zeros(p, int)
     for chunk, layers in enumerate(layout.layer_of):
         for j, of_device in enumerate(layers):

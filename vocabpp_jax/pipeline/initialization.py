@@ -19,8 +19,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .layout import Layout
-from .mesh import PIPE
+from .mesh import DATA, PIPE
 from .model_interface import Params
+from .shares import Share
 from .tensor import TENSOR
 
 
@@ -72,7 +73,8 @@ def _layer(layout: Layout, key: jax.Array, layers: jax.Array) -> Params:
     block = layout.model.draw_block(key, jnp.maximum(n, 0))
     if layout.tensor > 1:
         block = jax.tree.map(partial(_part, layout.tensor), block, layout.model.tensor.specs)
-    return jax.tree.map(lambda w: jnp.where(n >= 0, w, 0)[None], block)
+    block = jax.tree.map(lambda w: jnp.where(n >= 0, w, 0)[None], block)
+    return jax.tree.map(Share.own, layout.shares["blocks"][0][0], block)
 
 
 def _part(parts: int, whole: jax.Array, spec: PartitionSpec) -> jax.Array:
@@ -89,13 +91,15 @@ def _rest(layout: Layout, key: jax.Array) -> Params:
     rows = {"tokens": model.vocab_size} | ({} if model.positions is None else {"positions": model.positions})
     table = partial(_shard if layout.sharded else _whole, layout, key)
     params = {"embed": {name: table(name, count) for name, count in rows.items()}, "final": model.draw_final(key)}
-    if "head" in layout.shapes():
+    if "head" in layout.shares:
         params["head"] = table("head", model.vocab_size)
     if layout.copied:
         params["ahead"] = {name: _copy(layout, key, name, rows[name]) for name in layout.copied}
     if model.tail:
         params["tail"] = tuple(_depth(layout, key, k) for k in range(model.depths))
-    return params
+    drawn_so = {"embed", "head"} if layout.sharded else set()
+    whole = {name: tree for name, tree in params.items() if name not in drawn_so}
+    return params | {name: jax.tree.map(Share.own, layout.shares[name], tree) for name, tree in whole.items()}
 
 
 def _depth(layout: Layout, key: jax.Array, k: int) -> Params:
@@ -115,9 +119,10 @@ def _copy(layout: Layout, key: jax.Array, table: str, count: int) -> jax.Array:
 
 
 def _shard(layout: Layout, key: jax.Array, table: str, count: int) -> jax.Array:
-    """This device's rows of a table of ``count`` rows, zeros where they are padding."""
-    size = layout.padded(count) // layout.shards
-    rows = lax.axis_index(layout.vocabulary_axes) * size + jnp.arange(size)
+    """This device's rows at rest of a table of ``count`` rows, zeros where they are padding."""
+    size = layout.padded(count) // (layout.shards * layout.data)
+    axes = (*layout.vocabulary_axes, DATA) if layout.data > 1 else layout.vocabulary_axes
+    rows = lax.axis_index(axes) * size + jnp.arange(size)
     return jnp.where((rows < count)[:, None], layout.model.draw_rows(key, table, rows), 0)
 
 

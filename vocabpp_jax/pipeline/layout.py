@@ -14,10 +14,14 @@ In the pipeline's layout every leaf that belongs to a device has its devices in 
 
 With a mesh axis ``tensor`` of size T each block's leaf is split over it as the model says, and a sharded vocabulary has
 ``p T`` shards, one a device; what is unsharded, and ``final``, is the same on all T.
+
+That is where parameters are in use. At rest, between steps, each is also split over the axis ``data``, if ``data`` is
+its size: see :mod:`vocabpp_jax.pipeline.shares`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -31,6 +35,7 @@ from ..schedules import Schedule
 from ..schedules.layers import even_split
 from .mesh import PIPE
 from .model_interface import Model
+from .shares import Share, share_of
 from .tensor import TENSOR
 
 Params = Any
@@ -39,11 +44,15 @@ ROW_MULTIPLE = 8  # rows a shard are padded to this, which is what matrix units 
 
 @dataclass(frozen=True)
 class Layout:
-    """The placement of a model's parameters under a schedule, on a mesh whose axis ``tensor`` is of size ``tensor``."""
+    """The placement of a model's parameters under a schedule, on a mesh whose axis ``tensor`` is of size ``tensor``.
+
+    ``data`` copies of the model share them at rest; 1 where each keeps all.
+    """
 
     model: Model
     schedule: Schedule
     tensor: int = 1
+    data: int = 1
 
     def __post_init__(self) -> None:
         split = self.model.tensor
@@ -156,13 +165,26 @@ class Layout:
         return (() if self.model.tied else ("tokens",)) + (() if self.model.positions is None else ("positions",))
 
     def padded(self, rows: int) -> int:
-        """Rows of a sharded table: a multiple of the shards, each of :data:`ROW_MULTIPLE` rows or a multiple."""
-        multiple = self.shards * ROW_MULTIPLE
+        """Rows of a sharded table: a multiple of the shards, each of a multiple of :data:`ROW_MULTIPLE` rows that the
+        copies divide."""
+        multiple = self.shards * math.lcm(ROW_MULTIPLE, self.data)
         return -(-rows // multiple) * multiple
 
-    def specs(self, tree: Params | None = None) -> Params:
-        """The PartitionSpec of every leaf of the pipeline's tree."""
-        tree = self.shapes() if tree is None else tree
+    @cached_property
+    def shares(self) -> Params:
+        """The :class:`.Share` of every leaf."""
+        sizes = {PIPE: self.schedule.p, TENSOR: self.tensor}
+        return jax.tree.map(
+            lambda x, spec: share_of(x.shape, spec, sizes, self.data), self.shapes_in_use(), self.specs_in_use()
+        )
+
+    def specs(self) -> Params:
+        """The PartitionSpec of every leaf of the pipeline's tree, at rest."""
+        return jax.tree.map(lambda share, spec: share.spec(spec), self.shares, self.specs_in_use())
+
+    def specs_in_use(self) -> Params:
+        """The PartitionSpec of every leaf while passes run."""
+        tree = self.shapes_in_use()
         whole = {key: jax.tree.map(lambda _: PartitionSpec(), branch) for key, branch in tree.items()}
         tables = PartitionSpec(self.vocabulary_axes) if self.sharded else PartitionSpec(PIPE)
         specs = {key: jax.tree.map(lambda _: tables, tree[key]) for key in ("embed", "head", "ahead") if key in tree}
@@ -178,11 +200,18 @@ class Layout:
         return whole | specs
 
     def shapes(self) -> Params:
-        """The pipeline's tree as global :class:`jax.ShapeDtypeStruct`."""
+        """The pipeline's tree as global :class:`jax.ShapeDtypeStruct`, at rest."""
         return jax.eval_shape(self.pack, self.model.param_shapes())
+
+    def shapes_in_use(self) -> Params:
+        """The same while passes run, without the padding of shares."""
+        return jax.eval_shape(self._placed, self.model.param_shapes())
 
     def pack(self, canonical: Params) -> Params:
         """Canonical parameters (or gradients) in the pipeline's layout."""
+        return jax.tree.map(Share.pad, self.shares, self._placed(canonical))
+
+    def _placed(self, canonical: Params) -> Params:
         blocks = canonical["blocks"]
         empty = jax.tree.map(jnp.zeros_like, blocks[0])
 
@@ -217,6 +246,7 @@ class Layout:
 
     def unpack(self, packed: Params) -> Params:
         """The canonical tree of parameters (or gradients, or optimizer moments) in the pipeline's layout."""
+        packed = jax.tree.map(Share.cut, self.shares, packed)
         place = {
             n: (c, j, d)
             for c, chunk in enumerate(self.layer_of)

@@ -25,6 +25,7 @@ from .microbatches import Batch, checked, global_batch
 from .model_interface import Model
 from .nccl import keep_launch_order
 from .precision import exact_products
+from .shares import Share
 from .tail_passes import Tail, shifting
 from .tensor import TENSOR
 
@@ -40,7 +41,8 @@ class Pipeline:
     ``"aux_inputs"``, arrays ``[m, B, ...]`` by name that the blocks take: m microbatches, B microbatch size times the
     data axis, L length. Or all of them ``[m · B, ...]``, which is split into microbatches. A label of -100 does not
     count; of other ids outside the vocabulary the loss is NaN, or, outside ``jax.jit``, they are refused. Parameters
-    are a tree in :attr:`layout`, float32, sharded as :attr:`shardings` says.
+    are a tree in :attr:`layout`, float32, sharded as :attr:`shardings` says: with ``shard_optimizer`` over the axis
+    ``data`` too, as is what an optimizer keeps for them.
 
     Raises:
         ValueError: the schedule is not sound, the mesh has no axis ``data`` or its axis ``pipe`` is not the schedule's
@@ -51,6 +53,7 @@ class Pipeline:
     schedule: Schedule
     mesh: Mesh
     compute_dtype: str = "float32"
+    shard_optimizer: bool = True
     layout: Layout = field(init=False, repr=False)
     _block: Callable = field(init=False, repr=False, compare=False)
     """A layer, or one device's part of it, for the devices of the mesh."""
@@ -72,7 +75,9 @@ class Pipeline:
         keep_launch_order()
         object.__setattr__(self, "mesh", automatic(self.mesh))
         object.__setattr__(self, "schedule", replace(self.schedule, depths=self.model.depths))
-        object.__setattr__(self, "layout", Layout(self.model, self.schedule, self.mesh.shape.get(TENSOR, 1)))
+        copies = self.mesh.shape[DATA] if self.shard_optimizer else 1
+        layout = Layout(self.model, self.schedule, self.mesh.shape.get(TENSOR, 1), copies)
+        object.__setattr__(self, "layout", layout)
         model, whole = self.model, self.layout.tensor == 1
         platform = self.mesh.devices.flat[0].platform
         block = model.block if whole else model.tensor.block
@@ -87,7 +92,7 @@ class Pipeline:
 
     @cached_property
     def shardings(self) -> Params:
-        """The NamedSharding of every parameter."""
+        """The NamedSharding of every parameter, at rest."""
         return jax.tree.map(
             partial(NamedSharding, self.mesh), self.layout.specs(), is_leaf=lambda s: isinstance(s, PartitionSpec)
         )
@@ -151,10 +156,13 @@ class Pipeline:
     def rounded(self, params: Params) -> Params:
         """The parameters as passes take them: a copy in the compute dtype.
 
-        Of an embedding that is not the head too there is none: a lookup rounds the rows that it reads.
+        Of an embedding that is not the head too there is none, where it need not be gathered: a lookup rounds the rows
+        that it reads.
         """
         dtype = jnp.dtype(self.compute_dtype)
         rounded = jax.tree.map(lambda w: w.astype(dtype), params)
+        if self.layout.data > 1:
+            return rounded
         looked_up = ("ahead",) if self.layout.head_is_embedding else ("embed", "ahead")
         return rounded | {name: params[name] for name in looked_up if name in params}
 
@@ -170,9 +178,9 @@ class Pipeline:
 
         def trace(layer: Params) -> None:
             block = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape[1:], dtype), layer)
-            traced.append(linearize(self._block, block, x, aux_inputs, split=self.schedule.splits_backward))
+            traced.append(linearize(self._layer(True), block, x, aux_inputs, split=self.schedule.splits_backward))
 
-        layer, specs = self.layout.shapes()["blocks"][0][0], self.layout.specs()["blocks"][0][0]
+        layer, specs = (tree["blocks"][0][0] for tree in (self.layout.shapes_in_use(), self.layout.specs_in_use()))
         jax.eval_shape(jax.shard_map(trace, mesh=self.mesh, in_specs=(specs,), out_specs=None, check_vma=False), layer)
         passes = traced[0]
         return {
@@ -226,20 +234,23 @@ class Pipeline:
         with exact_products(self.compute_dtype):
             state = self._executor(program, observe, params, batch)()
         loss = state["loss"] if self.layout.sharded else jax.lax.psum(state["loss"], PIPE)
+        if "auxiliary" in state:
+            loss = loss.at[0].add(jax.lax.psum(state["auxiliary"], PIPE))
         counters = {k: state[k].reshape(1, 1) for k in ("in_flight", "clobbered")} if observe else {}
         grads = self._gradients(state, params) if program.schedule.trains else {}
         return jax.lax.psum(loss, DATA), grads, counters
 
     def _executor(self, program: Program, observe: bool, params: Params, batch: Batch) -> Executor:
-        """What one device runs, from its part of the parameters and of the batch."""
-        rounded = self.rounded(params)
+        """What one device runs, from its part of the parameters at rest and of the batch."""
+        with jax.named_scope("gather"):
+            rounded = jax.tree.map(Share.gather, self.layout.shares, self.rounded(params))
         own = ("blocks", "tail") if self.layout.sharded else ("blocks", "tail", "embed", "head", "ahead")
         rounded |= {k: jax.tree.map(lambda w: w.reshape(w.shape[1:]), rounded[k]) for k in own if k in rounded}
         tables = {k: v for k, v in rounded.items() if k not in ("blocks", "tail")}
         model = self.model
         if not program.schedule.trains:
             model = replace(model, loss=Loss(soft_cap=model.loss.soft_cap))
-        layout = Layout(model, program.schedule, self.layout.tensor)
+        layout = replace(self.layout, model=model, schedule=program.schedule)
         vocabulary = VocabularySteps(
             layout,
             tables,
@@ -256,12 +267,15 @@ class Pipeline:
         return Executor(
             program,
             layout,
-            self._linearized(program, self._block, x, rounded["blocks"][0][0], batch["aux_inputs"]),
+            self._linearized(
+                program, self._layer(program.schedule.trains), x, rounded["blocks"][0][0], batch["aux_inputs"]
+            ),
             vocabulary,
             tables | {"blocks": rounded["blocks"]},
             batch["aux_inputs"],
             x,
             tail,
+            model.auxiliary and program.schedule.trains,
             observe,
         )
 
@@ -277,6 +291,18 @@ class Pipeline:
         weight = mask / count[:, None, None]
         return {"labels": labels, "weight": weight}
 
+    def _layer(self, trains: bool) -> Callable:
+        """The block; its scalar, if it returns one, scaled to the mean over microbatches and copies, or left out."""
+        if not self.model.auxiliary:
+            return self._block
+
+        def layer(params: Params, x: jax.Array, aux_inputs: Any) -> Any:
+            x, scalar = self._block(params, x, aux_inputs)
+            share = 1 / (self.schedule.m * self.mesh.shape[DATA])
+            return (x, scalar.astype(jnp.float32) * share) if trains else x
+
+        return layer
+
     def _linearized(
         self, program: Program, function: Callable, x: jax.ShapeDtypeStruct, params: Params, aux_inputs: Any
     ) -> Linearized:
@@ -291,27 +317,31 @@ class Pipeline:
         return self.model.layer_aux_inputs[0] if self.model.layer_aux_inputs else {}
 
     def _gradients(self, state: dict[str, Any], params: Params) -> Params:
-        """The accumulated gradients as a tree like the parameters, summed over what they have to be summed over."""
+        """The accumulated gradients as a tree like the parameters at rest, summed over what they have to be summed
+        over."""
         grads = {
             "blocks": tuple(state[f"grads.blocks.{c}"] for c in range(len(params["blocks"]))),
             "embed": {k: state[f"grads.embed.{k}"] for k in params["embed"]},
-            "final": jax.lax.psum(state["grads.final"], PIPE),
+            "final": state["grads.final"],
         }
         grads |= {name: state[f"grads.{name}"] for name in ("head", "tail") if name in params}
+        if self.layout.copied:
+            grads["ahead"] = {name: state[f"grads.ahead.{name}"] for name in self.layout.copied}
+        grads = jax.tree.map(lambda g, w: g.reshape((1,) * (w.ndim - g.ndim) + g.shape), grads, params)
+        if self.mesh.shape[DATA] > 1:
+            with jax.named_scope("scatter"):
+                grads = jax.tree.map(Share.scatter, self.layout.shares, grads)
+        grads["final"] = jax.lax.psum(grads["final"], PIPE)
         first, last = (jax.lax.axis_index(PIPE) == self.schedule.placement[n] for n in (0, -1))
         if self.layout.tied_across:
             table = jax.lax.psum(grads["embed"]["tokens"], PIPE)
             grads["embed"]["tokens"] = jnp.where(first | last, table, 0)
-        if self.layout.copied:
-            grads["ahead"] = {}
         for name in self.layout.copied:
             own = grads["embed"][name]
-            table = jax.lax.psum(jnp.where(first, own, 0) + state[f"grads.ahead.{name}"], PIPE)
+            table = jax.lax.psum(jnp.where(first, own, 0) + grads["ahead"][name], PIPE)
             grads["embed"][name] = jnp.where(first, table, own)
             grads["ahead"][name] = jnp.where(last, table, 0)
-        if self.mesh.shape[DATA] > 1:
-            grads = jax.lax.psum(grads, DATA)
-        return jax.tree.map(lambda g, w: g.reshape(w.shape), grads, params)
+        return grads
 
 
 def _shape(a: Any) -> jax.ShapeDtypeStruct:

@@ -33,7 +33,7 @@ def assemble(pipe: Pipeline, read: Read) -> Any:
     Args:
         read: ``(path, index) -> array``, a part of a canonical leaf in float32; called for one device's part at a time.
     """
-    layout = pipe.layout
+    layout, read = pipe.layout, _padded(pipe.layout, read)
 
     def place(path: Path, shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
         def part(index: Index) -> np.ndarray:
@@ -50,18 +50,27 @@ def assemble(pipe: Pipeline, read: Read) -> Any:
 
 def _part(layout: Layout, path: Path, index: Index, read: Read) -> np.ndarray:
     """One device's part of a leaf of the pipeline's tree."""
-    if path[0] == "final":
-        return read(path, index)
     if not _by_device(layout, path):
-        rows = layout.model.positions if path[-1] == "positions" else layout.model.vocab_size
-        first, last = min(index[0].start, rows), min(index[0].stop, rows)
-        part = np.zeros([i.stop - i.start for i in index], np.float32)
-        if first < last:
-            part[: last - first] = read(path, (slice(first, last), *index[1:]))
-        return part
+        return read(path, index)
     devices = [_origin(layout, path, d) for d in range(index[0].start, index[0].stop)]
     shape = tuple(i.stop - i.start for i in index[1:])
     return np.stack([np.zeros(shape, np.float32) if of is None else read(of, index[1:]) for of in devices])
+
+
+def _padded(layout: Layout, read: Read) -> Read:
+    """``read`` beyond the ends of a leaf too, where a layout has zeros."""
+    shapes = {path: leaf.shape for path, leaf in leaves(layout.model.param_shapes())}
+
+    def part(path: Path, index: Index) -> np.ndarray:
+        inside = tuple(slice(min(i.start, n), min(i.stop, n)) for i, n in zip(index, shapes[path], strict=True))
+        if inside == index:
+            return read(path, index)
+        found = np.zeros([i.stop - i.start for i in index], np.float32)
+        if all(i.start < i.stop for i in inside):
+            found[tuple(slice(i.stop - i.start) for i in inside)] = read(path, inside)
+        return found
+
+    return part
 
 
 def _by_device(layout: Layout, path: Path) -> bool:
@@ -94,13 +103,10 @@ def canonical_leaves(layout: Layout, params: Any) -> Iterator[tuple[Path, np.nda
             for d in range(layout.schedule.p):
                 if (of := _origin(layout, path, d)) is not None:
                     origins.setdefault(of, (path, d))
-    for path, _ in leaves(layout.model.param_shapes()):
-        if path in origins:
-            where, d = origins[path]
-            yield path, _on_host(_at_device(packed[where], d))
-        else:
-            rows = layout.model.positions if path[-1] == "positions" else layout.model.vocab_size
-            yield path, _on_host(packed[path])[: rows if path[0] != "final" else None]
+    for path, leaf in leaves(layout.model.param_shapes()):
+        where, d = origins.get(path, (path, None))
+        whole = _on_host(packed[where] if d is None else _at_device(packed[where], d))
+        yield path, whole[tuple(map(slice, leaf.shape))]
 
 
 @jax.jit

@@ -11,13 +11,15 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ..pipeline.pipeline import Batch, Pipeline
+from .elementwise import refuse_mixing
 
 Metrics = dict[str, jax.Array]
 
 
 class State(NamedTuple):
     """What training carries: steps done, float32 master parameters in the pipeline's layout, optimizer state, and how
-    many of the steps were skipped because their loss or gradient was not finite."""
+    many of the steps were skipped because their loss or gradient was not finite. Parameters and what the optimizer
+    keeps for each are shared between the copies of the model, if the pipeline says ``shard_optimizer``."""
 
     step: jax.Array
     params: Any
@@ -40,11 +42,13 @@ def shapes(pipe: Pipeline, optimizer: optax.GradientTransformation) -> State:
 def shardings(pipe: Pipeline, optimizer: optax.GradientTransformation) -> State:
     """The sharding of every leaf of the state: moments lie where their parameters do, the rest everywhere."""
     everywhere = NamedSharding(pipe.mesh, PartitionSpec())
+    whole = shapes(pipe, optimizer)
     moments = optax.tree_utils.tree_map_params(
         optimizer,
-        lambda _, sharding: sharding,
-        shapes(pipe, optimizer).optimizer,
+        lambda x, sharding, param: sharding if x.shape == param.shape else everywhere,
+        whole.optimizer,
         pipe.shardings,
+        whole.params,
         transform_non_params=lambda _: everywhere,
     )
     return State(everywhere, pipe.shardings, moments, everywhere)
@@ -86,7 +90,11 @@ def make_step(
 
     Metrics are scalars, the same on every device: ``loss`` (mean over valid tokens), ``grad_norm`` before clipping,
     ``skipped`` steps so far.
+
+    Raises:
+        ValueError: the optimizer does not treat every entry by itself, or what :meth:`.Pipeline.jit` refuses.
     """
+    refuse_mixing(optimizer, pipe.layout.shapes())
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         loss, grads = pipe.value_and_grad(state.params, batch)
