@@ -123,7 +123,7 @@ def prepare(model: ModelOptions, pipeline: PipelineOptions, gpu: GPU) -> Pipelin
 def programs(options: MemoryOptions) -> compiled.Programs:
     """The programs of the run that is described."""
     pipe = prepare(options.model, options.pipeline, load_gpu(options.gpu))
-    optimizer = adamw(1e-4, 1000, 100, decay_mask=lambda _: pipe.layout.matrices())
+    optimizer = adamw(1e-4, 1000, 100)
     return compiled.Programs(
         pipe, optimizer, options.pipeline.microbatch_size, options.model.config().seq, options.without
     )

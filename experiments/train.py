@@ -91,7 +91,6 @@ def prepare(options: TrainOptions, config: Config) -> Run:
         options.steps,
         options.warmup_steps,
         weight_decay=options.weight_decay,
-        decay_mask=lambda _: pipe.layout.matrices(),
     )
     export = plan_export(options, config, pipe)
     run = Run(options, config, pipe, optimizer, read_tokens(options, config), output, None, None, export)
