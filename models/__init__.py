@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from vocabpp_jax.models.adapters import from_nnx, from_pytree
 from vocabpp_jax.models.config import Config
 from vocabpp_jax.models.decoder import Decoder, build
 from vocabpp_jax.models.gemma import GemmaConfig
@@ -42,6 +43,8 @@ __all__ = [
     "build",
     "cost_sizes",
     "embedding_flops",
+    "from_nnx",
+    "from_pytree",
     "head_flops",
     "huggingface",
     "layer_flops",

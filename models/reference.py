@@ -35,9 +35,9 @@ def reference_loss(
     ``[m, B, ...]``. ``params`` are canonical and computed with as they are, or cast to ``dtype`` first; logits and
     loss are float32 either way.
     """
-    sums, counts = reference_sums(model, params, tokens, labels, mask, aux_inputs, dtype)
+    sums, counts, scalar = reference_sums(model, params, tokens, labels, mask, aux_inputs, dtype)
     weights = jnp.array([1.0, *[model.tail.weight / model.depths] * model.depths] if model.tail else [1.0])
-    return jnp.sum(weights * sums) / jnp.maximum(counts[0], 1)
+    return jnp.sum(weights * sums) / jnp.maximum(counts[0], 1) + scalar
 
 
 def reference_sums(
@@ -48,8 +48,9 @@ def reference_sums(
     mask: jax.Array | None = None,
     aux_inputs: AuxInputs | None = None,
     dtype: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """The sums of the main loss and of every depth's, and how many labels each counts: two arrays ``[1 + depths]``."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The sums of the main loss and of every depth's, and how many labels each counts: two arrays ``[1 + depths]``; and
+    the blocks' scalars, the mean over microbatches."""
     if dtype is not None:
         params = jax.tree.map(lambda array: array.astype(dtype), params)
     valid = labels != IGNORED_LABEL
@@ -60,36 +61,42 @@ def reference_sums(
     def microbatch(totals: tuple, batch: tuple) -> tuple[tuple, None]:
         tokens_BL, labels_BL, valid_BL, aux_inputs_B = batch
         sums, counts = [], []
-        for k, logits_BLV in enumerate(_logits(model, params, tokens_BL, aux_inputs_B)):
+        all_logits, scalar = _logits(model, params, tokens_BL, aux_inputs_B)
+        for k, logits_BLV in enumerate(all_logits):
             counted_BL = _ahead(valid_BL, k)
             if (ids_BL := aux_inputs_B.get("segment_ids")) is not None:
                 counted_BL &= _ahead(ids_BL, k) == ids_BL
             losses_BL = _token_losses(model, logits_BLV, _ahead(labels_BL, k))
             sums.append(jnp.sum(jnp.where(counted_BL, losses_BL, 0.0)))
             counts.append(jnp.sum(counted_BL))
-        return (totals[0] + jnp.stack(sums), totals[1] + jnp.stack(counts)), None
+        return (totals[0] + jnp.stack(sums), totals[1] + jnp.stack(counts), totals[2] + scalar), None
 
-    start = jnp.zeros(1 + model.depths, jnp.float32), jnp.zeros(1 + model.depths, jnp.int32)
-    return jax.lax.scan(microbatch, start, (tokens, labels, valid, aux_inputs or {}))[0]
+    start = jnp.zeros(1 + model.depths, jnp.float32), jnp.zeros(1 + model.depths, jnp.int32), jnp.zeros(())
+    sums, counts, scalar = jax.lax.scan(microbatch, start, (tokens, labels, valid, aux_inputs or {}))[0]
+    return sums, counts, scalar / len(tokens)
 
 
 def reference_logits(model: Model, params: Params, tokens_BL: jax.Array, aux_inputs: AuxInputs) -> jax.Array:
     """Float32 logits ``[B, L, V]`` of one microbatch, capped where the loss says so, computed in the dtype of
     ``params`` up to the last norm."""
-    return _logits(replace(model, tail=None), params, tokens_BL, aux_inputs)[0]
+    return _logits(replace(model, tail=None), params, tokens_BL, aux_inputs)[0][0]
 
 
-def _logits(model: Model, params: Params, tokens_BL: jax.Array, aux_inputs: AuxInputs) -> list[jax.Array]:
-    """The logits of the next token, and of the one after it for every depth of the tail."""
+def _logits(
+    model: Model, params: Params, tokens_BL: jax.Array, aux_inputs: AuxInputs
+) -> tuple[list[jax.Array], jax.Array]:
+    """The logits of the next token, and of the one after it for every depth of the tail; the blocks' scalars, added."""
     with exact_products(params["embed"]["tokens"].dtype):
         embedded_BLD = params["embed"]["tokens"][tokens_BL] * model.embed_scale
         if model.positions is not None:
             embedded_BLD = embedded_BLD + params["embed"]["positions"][: tokens_BL.shape[1]]
-        x_BLD = embedded_BLD
+        x_BLD, scalar = embedded_BLD, jnp.zeros((), jnp.float32)
         for n, block_params in enumerate(params["blocks"]):
-            x_BLD = model.block(
-                block_params, x_BLD, aux_inputs | (model.layer_aux_inputs[n] if model.layer_aux_inputs else {})
-            )
+            own = model.layer_aux_inputs[n] if model.layer_aux_inputs else {}
+            x_BLD = model.block(block_params, x_BLD, aux_inputs | own)
+            if model.auxiliary:
+                x_BLD, more = x_BLD
+                scalar += more.astype(jnp.float32)
         streams = [x_BLD]
         for k in range(1, 1 + model.depths):
             ahead_BLD = _ahead(embedded_BLD, k)
@@ -97,7 +104,7 @@ def _logits(model: Model, params: Params, tokens_BL: jax.Array, aux_inputs: AuxI
             streams.append(model.tail.depth(depth_params, streams[-1], ahead_BLD, own))
         finals = [model.final(params["final"], x.reshape(-1, x.shape[-1])).reshape(x.shape) for x in streams]
     head_VD = params["embed"]["tokens"] if model.tied else params["head"]
-    return [_capped(model, x_BLD, head_VD) for x_BLD in finals]
+    return [_capped(model, x_BLD, head_VD) for x_BLD in finals], scalar
 
 
 def _capped(model: Model, x_BLD: jax.Array, head_VD: jax.Array) -> jax.Array:

@@ -47,7 +47,7 @@ def with_step(schedule, n, step):
     return replace(schedule, vocabulary=replace(schedule.vocabulary, steps=changed))
 
 
-@settings(max_examples=1000)
+@settings(max_examples=200)
 @given(schedule=schedules(largest=12))
 def test_every_schedule_of_the_family_passes(schedule):
     for one in (schedule, evaluation(schedule)):
@@ -62,7 +62,7 @@ def test_a_large_schedule_passes(schedule, method):
     check_program(lower(built))
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(schedule=schedules(), data=st.data())
 def test_a_missing_or_doubled_pass_is_refused(schedule, data):
     d = data.draw(st.integers(0, schedule.p - 1))
@@ -76,7 +76,7 @@ def test_a_missing_or_doubled_pass_is_refused(schedule, data):
             check(with_passes(schedule, d, changed))
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(schedule=schedules(), data=st.data())
 def test_passes_in_the_wrong_order_are_refused(schedule, data):
     d = data.draw(st.integers(0, schedule.p - 1))
@@ -90,7 +90,7 @@ def test_passes_in_the_wrong_order_are_refused(schedule, data):
         check(with_passes(schedule, d, swapped))
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(schedule=schedules(), data=st.data(), later=st.integers(0, 3))
 def test_a_pass_before_its_input_or_over_another_is_refused(schedule, data, later):
     assume(schedule.stages > 1)
@@ -104,7 +104,7 @@ def test_a_pass_before_its_input_or_over_another_is_refused(schedule, data, late
         check(with_passes(schedule, d, changed))
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(schedule=schedules(), data=st.data())
 def test_a_missing_or_doubled_step_is_refused(schedule, data):
     n = data.draw(st.integers(0, len(schedule.vocabulary.steps) - 1))
@@ -115,7 +115,7 @@ def test_a_missing_or_doubled_step_is_refused(schedule, data):
             check(changed)
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(schedule=schedules(SHARDED), data=st.data())
 def test_collectives_in_different_places_are_refused(schedule, data):
     assume(schedule.p > 1)
@@ -127,7 +127,7 @@ def test_collectives_in_different_places_are_refused(schedule, data):
         check(with_step(schedule, n, moved))
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(schedule=schedules(), data=st.data())
 def test_a_step_before_its_input_or_after_its_use_is_refused(schedule, data):
     span = max(x.last for of in schedule.passes for x in of) + 50
@@ -150,7 +150,7 @@ def test_the_bound_on_activations_in_flight_is_kept(schedule):
         check(schedule, in_flight=[n - (k == d) for k, n in enumerate(peaks)])
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(schedule=schedules(), data=st.data())
 def test_a_program_with_a_wrong_cell_is_refused(schedule, data):
     program = lower(schedule)

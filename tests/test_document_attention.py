@@ -34,7 +34,7 @@ def assert_close(got, want):
         np.testing.assert_allclose(a, e, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 7, 32, 33, 95, 160])
+@pytest.mark.parametrize("length", [1, 7, 33, 160])
 @pytest.mark.parametrize("groups", [1, H])
 def test_blocks_give_what_is_written_out(monkeypatch, length, groups):
     monkeypatch.setattr(document_attention, "_QUERIES", 16)  # up to ten blocks

@@ -138,7 +138,7 @@ def test_further_tokens_are_predicted_as_published(depths, packed):
                     counts[k] += 1
     want = (sums[0] + 0.7 / depths * sums[1:].sum()) / counts[0]
     aux_inputs = {"segment_ids": ids} if packed else {}
-    got, counted = reference_sums(model, params, tokens, labels, mask, aux_inputs)
+    got, counted, _ = reference_sums(model, params, tokens, labels, mask, aux_inputs)
     np.testing.assert_allclose(got, sums, rtol=1e-5)
     np.testing.assert_array_equal(counted, counts)
     np.testing.assert_allclose(reference_loss(model, params, tokens, labels, mask, aux_inputs), want, rtol=1e-5)

@@ -58,6 +58,7 @@ class Executor:
         side: per-microbatch inputs of the blocks, ``[m, B, ...]``.
         x: shape and dtype of the stream between blocks.
         tail: what predicts further tokens, where the model has it.
+        auxiliary: whether a block returns a scalar for the loss beside the stream.
         observe: count the activations in flight while running.
     """
 
@@ -69,6 +70,7 @@ class Executor:
     aux_inputs: Any
     x: jax.ShapeDtypeStruct
     tail: Tail | None = None
+    auxiliary: bool = False
     observe: bool = False
 
     def __call__(self) -> State:
@@ -101,6 +103,8 @@ class Executor:
                 "in_flight": jnp.zeros((), jnp.int32),
                 "clobbered": jnp.zeros((), bool),
             }
+        if self.auxiliary:
+            state["auxiliary"] = jnp.zeros((), jnp.float32)
         if self.tail:
             state |= self.tail.initial_state(rings, self.x)
         return state | self.steps.initial_state(rings)
@@ -148,7 +152,7 @@ class Executor:
             updates += ("out", *(("outbox",) if "outbox" in state else ()))
         if kind.name != "F":
             updates += (f"grads.blocks.{c}",)
-        updates += self._of_tail(kind.name, cells)
+        updates += self._of_tail(kind.name, cells) + self._sums(state)
         with jax.named_scope(f"{kind.name}{c}"):
             run = self.passes[kind.name]
             return run_if(cells["microbatch"] >= 0, state, updates, lambda s: run(s, cells, c))
@@ -162,13 +166,16 @@ class Executor:
         def layer(s: State, j: int) -> State:
             aux_inputs = self.aux_inputs_of(cells, c, j)
             y, residual, kept = self.block.forward(self.params["blocks"][c][j], aux_inputs, s["out"])
+            if "auxiliary" in s:
+                y, scalar = y
+                s = s | {"auxiliary": s["auxiliary"] + scalar}
             s = s | {"out": y}
             for ring, values in (("residual", residual), ("kept", kept)):
                 if ring in s:
                     s = s | {ring: replaced(s[ring], j, put(s[ring][j], cells[ring], values))}
             return s
 
-        names = ("out", *KINDS["F"].rings(self.program.schedule))
+        names = ("out", *KINDS["F"].rings(self.program.schedule), *self._sums(state))
         state = self._with_tail(self._each_layer(state, c, range(self.layout.depth), layer, names), cells, "F")
         return self._occupy(_left(state, cells), cells, True)
 
@@ -246,6 +253,9 @@ class Executor:
         return self.tail.changes[kind] if CELL[kind] in cells else ()
 
     # --- observation -------------------------------------------------------------------------------------------------
+
+    def _sums(self, state: State) -> tuple[str, ...]:
+        return ("auxiliary",) if "auxiliary" in state else ()
 
     def _counters(self) -> tuple[str, ...]:
         return ("alive", "in_flight", "clobbered") if self.observe else ()

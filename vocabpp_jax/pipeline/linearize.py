@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, DropVar, Jaxpr, Literal, Var
 from jax.interpreters.partial_eval import dce_jaxpr
 
@@ -29,7 +30,7 @@ class Linearized:
     """The passes of one block. ``residual``, ``kept`` and ``carried`` are the shapes of what is stored between them.
 
     Attributes:
-        forward: ``(params, aux_inputs, x) -> y, residual, kept``.
+        forward: ``(params, aux_inputs, x) -> y, residual, kept``, where y is what the block returns.
         backward: ``(params, aux_inputs, residual, kept, g) -> dparams, dx, carried``. Unsplit, ``dparams`` is complete
             and ``carried`` empty; split, matrices are None in ``dparams`` and come from ``weights``.
         weights: ``(params, aux_inputs, kept, carried) -> dparams`` with vectors None; absent where not split.
@@ -38,7 +39,7 @@ class Linearized:
         carried: made by ``backward`` for ``weights``.
     """
 
-    forward: Callable[[Tree, Tree, jax.Array], tuple[jax.Array, Arrays, Arrays]]
+    forward: Callable[[Tree, Tree, jax.Array], tuple[Tree, Arrays, Arrays]]
     backward: Callable[[Tree, Tree, Arrays, Arrays, jax.Array], tuple[Tree, jax.Array, Arrays]]
     weights: Callable[[Tree, Tree, Arrays, Arrays], Tree] | None
     residual: tuple[jax.ShapeDtypeStruct, ...]
@@ -50,20 +51,21 @@ def linearize(block: Callable, params: Tree, x: jax.ShapeDtypeStruct, aux_inputs
     """The passes of ``block(params, x, aux_inputs)`` at the given shapes.
 
     Args:
-        block: pure, returns the shape and dtype of ``x``.
+        block: pure, returns the shape and dtype of ``x``, or that and a float32 scalar, whose gradient is 1.
         params, x, side: :class:`jax.ShapeDtypeStruct` trees; one device's shapes.
         split: whether weight gradients are a pass of their own. Gradients of vectors (norms, biases) stay in
             ``backward``: left in ``weights`` they would repeat a matrix product.
 
     Raises:
-        ValueError: the block changes the shape or dtype of its input.
+        ValueError: the block changes the shape or dtype of its input, or what it returns beside is no such scalar.
     """
     params_flat, params_tree = jax.tree.flatten(params)
     side_flat = jax.tree.leaves(aux_inputs)
-    fwd, vjp_tree = _trace_forward(block, params, aux_inputs, x)
-    stored = _stored_residuals(fwd.jaxpr, len(params_flat) + len(side_flat))
-    run_forward = _subset(fwd, [fwd.jaxpr.outvars[0], *stored])
-    leaves = dict.fromkeys(v for v in fwd.jaxpr.outvars[1:] if isinstance(v, Var))
+    fwd, vjp_tree, y_tree = _trace_forward(block, params, aux_inputs, x)
+    returned, residuals = fwd.jaxpr.outvars[: y_tree.num_leaves], fwd.jaxpr.outvars[y_tree.num_leaves :]
+    stored = _stored_residuals(fwd.jaxpr, residuals, len(params_flat) + len(side_flat))
+    run_forward = _subset(fwd, [*returned, *stored])
+    leaves = dict.fromkeys(v for v in residuals if isinstance(v, Var))
     rederived = [v for v in leaves if v not in set(stored)]
     rederive = _subset(fwd, rederived)
 
@@ -71,8 +73,8 @@ def linearize(block: Callable, params: Tree, x: jax.ShapeDtypeStruct, aux_inputs
         known = dict(zip(stored, stored_values, strict=True))
         # Nothing rederived depends on x, so any stand-in of its shape will do; it is cut from the traced code.
         known |= dict(zip(rederived, rederive(*params_flat, *side_flat, g), strict=True))
-        vjp = jax.tree.unflatten(vjp_tree, [_value(v, known) for v in fwd.jaxpr.outvars[1:]])
-        dparams, dx = vjp(g)
+        vjp = jax.tree.unflatten(vjp_tree, [_value(v, known) for v in residuals])
+        dparams, dx = vjp(y_tree.unflatten([g, *[jnp.ones((), jnp.float32)] * (len(returned) - 1)]))
         return (*jax.tree.leaves(dparams), dx)
 
     stored_shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in stored]
@@ -82,7 +84,8 @@ def linearize(block: Callable, params: Tree, x: jax.ShapeDtypeStruct, aux_inputs
     in_kept = [n in parts.kept for n in range(len(stored))]
 
     def forward(params, aux_inputs, x):
-        y, *values = run_forward(*jax.tree.leaves(params), *jax.tree.leaves(aux_inputs), x)
+        out = run_forward(*jax.tree.leaves(params), *jax.tree.leaves(aux_inputs), x)
+        y, values = y_tree.unflatten(out[: len(returned)]), out[len(returned) :]
         return (
             y,
             tuple(v for v, k in zip(values, in_kept, strict=True) if not k),
@@ -105,8 +108,11 @@ def linearize(block: Callable, params: Tree, x: jax.ShapeDtypeStruct, aux_inputs
     return Linearized(forward, backward, weights if split else None, select(False), select(True), parts.carried)
 
 
-def _trace_forward(block: Callable, params: Tree, aux_inputs: Tree, x: jax.ShapeDtypeStruct) -> tuple[ClosedJaxpr, Any]:
-    """The jaxpr of ``(params, aux_inputs, x) -> y, *residuals`` and the tree that makes the residuals a VJP again."""
+def _trace_forward(
+    block: Callable, params: Tree, aux_inputs: Tree, x: jax.ShapeDtypeStruct
+) -> tuple[ClosedJaxpr, Any, Any]:
+    """The jaxpr of ``(params, aux_inputs, x) -> *y, *residuals``, the tree that makes the residuals a VJP again, and
+    y's."""
     trees = []
 
     def forward(params, aux_inputs, x):
@@ -116,25 +122,29 @@ def _trace_forward(block: Callable, params: Tree, aux_inputs: Tree, x: jax.Shape
         return y, leaves
 
     jaxpr, (y, _) = jax.make_jaxpr(forward, return_shape=True)(params, aux_inputs, x)
-    if (y.shape, y.dtype) != (x.shape, x.dtype):
+    stream, *scalars = jax.tree.leaves(y)
+    if (stream.shape, stream.dtype) != (x.shape, x.dtype):
         raise ValueError(
-            f"block turns {x.dtype}{list(x.shape)} into {y.dtype}{list(y.shape)}; "
+            f"block turns {x.dtype}{list(x.shape)} into {stream.dtype}{list(stream.shape)}; "
             "a pipelined block must keep shape and dtype"
         )
-    return _inlined(jaxpr), trees[-1]
+    if len(scalars) > 1 or any((s.shape, s.dtype) != ((), jnp.float32) for s in scalars):
+        found = ", ".join(f"{s.dtype}{list(s.shape)}" for s in scalars)
+        raise ValueError(f"block returns {found} beside the stream; it may return one float32 scalar for the loss")
+    return _inlined(jaxpr), trees[-1], jax.tree.structure(y)
 
 
 def _value(v: Var | Literal, known: dict[Var, Any]) -> Any:
     return v.val if isinstance(v, Literal) else known[v]
 
 
-def _stored_residuals(jaxpr: Jaxpr, constants: int) -> list[Var]:
+def _stored_residuals(jaxpr: Jaxpr, residuals: Sequence, constants: int) -> list[Var]:
     """The residuals that depend on the input, each once."""
     moving = set(jaxpr.invars[constants:])
     for eqn in jaxpr.eqns:
         if any(isinstance(v, Var) and v in moving for v in eqn.invars):
             moving |= set(eqn.outvars)
-    leaves = [v for v in jaxpr.outvars[1:] if isinstance(v, Var)]
+    leaves = [v for v in residuals if isinstance(v, Var)]
     return [v for v in dict.fromkeys(leaves) if v in moving]
 
 

@@ -111,6 +111,9 @@ class Model:
     or none: a block finds its own among ``aux_inputs``. Gemma 2's local and global layers differ by such a number."""
     tensor: TensorSplit | None = None
     """How blocks run on a mesh with an axis ``tensor``, or None if they cannot."""
+    auxiliary: bool = False
+    """A block returns ``(x, scalar)``: in training the sum of all layers' scalars joins the loss, its mean over
+    microbatches and over the parts that the data axis makes of them. Routers balance their load this way."""
     tail: Tail | None = None
     """What predicts further tokens than the next, or None."""
 

@@ -178,7 +178,7 @@ class Pipeline:
 
         def trace(layer: Params) -> None:
             block = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape[1:], dtype), layer)
-            traced.append(linearize(self._block, block, x, aux_inputs, split=self.schedule.splits_backward))
+            traced.append(linearize(self._layer(True), block, x, aux_inputs, split=self.schedule.splits_backward))
 
         layer, specs = (tree["blocks"][0][0] for tree in (self.layout.shapes_in_use(), self.layout.specs_in_use()))
         jax.eval_shape(jax.shard_map(trace, mesh=self.mesh, in_specs=(specs,), out_specs=None, check_vma=False), layer)
@@ -234,6 +234,8 @@ class Pipeline:
         with exact_products(self.compute_dtype):
             state = self._executor(program, observe, params, batch)()
         loss = state["loss"] if self.layout.sharded else jax.lax.psum(state["loss"], PIPE)
+        if "auxiliary" in state:
+            loss = loss.at[0].add(jax.lax.psum(state["auxiliary"], PIPE))
         counters = {k: state[k].reshape(1, 1) for k in ("in_flight", "clobbered")} if observe else {}
         grads = self._gradients(state, params) if program.schedule.trains else {}
         return jax.lax.psum(loss, DATA), grads, counters
@@ -265,12 +267,15 @@ class Pipeline:
         return Executor(
             program,
             layout,
-            self._linearized(program, self._block, x, rounded["blocks"][0][0], batch["aux_inputs"]),
+            self._linearized(
+                program, self._layer(program.schedule.trains), x, rounded["blocks"][0][0], batch["aux_inputs"]
+            ),
             vocabulary,
             tables | {"blocks": rounded["blocks"]},
             batch["aux_inputs"],
             x,
             tail,
+            model.auxiliary and program.schedule.trains,
             observe,
         )
 
@@ -285,6 +290,18 @@ class Pipeline:
             count = count[0] / jnp.array([1.0] + [tail.weight / tail.depths] * tail.depths)
         weight = mask / count[:, None, None]
         return {"labels": labels, "weight": weight}
+
+    def _layer(self, trains: bool) -> Callable:
+        """The block; its scalar, if it returns one, scaled to the mean over microbatches and copies, or left out."""
+        if not self.model.auxiliary:
+            return self._block
+
+        def layer(params: Params, x: jax.Array, aux_inputs: Any) -> Any:
+            x, scalar = self._block(params, x, aux_inputs)
+            share = 1 / (self.schedule.m * self.mesh.shape[DATA])
+            return (x, scalar.astype(jnp.float32) * share) if trains else x
+
+        return layer
 
     def _linearized(
         self, program: Program, function: Callable, x: jax.ShapeDtypeStruct, params: Params, aux_inputs: Any
