@@ -115,18 +115,15 @@ def prepare(model: ModelOptions, pipeline: PipelineOptions, gpu: GPU) -> Pipelin
     config = on_gpu(model)
     schedule = pipeline.build(config, gpu, mtp_depth=model.mtp_depth)
     data = 1 if pipeline.data_parallel is None else pipeline.data_parallel
-    if pipeline.tensor_parallel > 1:
-        raise ValueError(
-            f"tensor_parallel is {pipeline.tensor_parallel}; the report knows pipelines without it, so give 1"
-        )
-    mesh = make_mesh(pipeline.stages, data, compiled.devices(gpu, pipeline.stages * data))
+    there = compiled.devices(gpu, pipeline.stages * pipeline.tensor_parallel * data)
+    mesh = make_mesh(pipeline.stages, data, there, tensor=pipeline.tensor_parallel)
     return pipeline.place(model.build(config), schedule, mesh, config.dtype)
 
 
 def programs(options: MemoryOptions) -> compiled.Programs:
     """The programs of the run that is described."""
     pipe = prepare(options.model, options.pipeline, load_gpu(options.gpu))
-    optimizer = adamw(1e-4, 1000, 100, decay_mask=lambda _: pipe.layout.matrices())
+    optimizer = adamw(1e-4, 1000, 100)
     return compiled.Programs(
         pipe, optimizer, options.pipeline.microbatch_size, options.model.config().seq, options.without
     )
@@ -134,6 +131,11 @@ def programs(options: MemoryOptions) -> compiled.Programs:
 
 def report(options: MemoryOptions) -> tuple[Report, str]:
     """Compiles the step and reads the result; also the compiled program's text."""
+    if options.pipeline.tensor_parallel > 1:
+        raise ValueError(
+            f"tensor_parallel is {options.pipeline.tensor_parallel}; what the parts of the step's memory are is known "
+            "without it, so give 1"
+        )
     gpu, model, pipeline, run = load_gpu(options.gpu), options.model, options.pipeline, programs(options)
     pipe, optimizer, length, size = run.pipe, run.optimizer, run.length, run.microbatch_size
     program, seconds = run.compile_step()

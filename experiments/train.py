@@ -91,7 +91,6 @@ def prepare(options: TrainOptions, config: Config) -> Run:
         options.steps,
         options.warmup_steps,
         weight_decay=options.weight_decay,
-        decay_mask=lambda _: pipe.layout.matrices(),
     )
     export = plan_export(options, config, pipe)
     run = Run(options, config, pipe, optimizer, read_tokens(options, config), output, None, None, export)
@@ -298,7 +297,7 @@ def train_to_the_end(options: TrainOptions, config: Config) -> str | None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command. Status 0 at the end; 75 if a signal came and the run was saved, 76 if another process failed: start
     again to go on. 2 for wrong input, 1 for what would fail again."""
-    options = parse(TrainOptions, __doc__, arguments)
+    options = or_fail(parse(TrainOptions, __doc__, arguments).planned)
     hosts.quiet_libraries()
     config = or_fail(lambda: join(options))
     signal = None

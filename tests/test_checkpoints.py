@@ -19,6 +19,7 @@ from vocabpp_jax.checkpoints import canonical as canonical_module
 from vocabpp_jax.checkpoints import folders
 from vocabpp_jax.pipeline.model_interface import Model
 from vocabpp_jax.runtime.faults import Stop
+from vocabpp_jax.training.optimizer import matrices
 
 M, B, L, V = 3, 2, 8, 29
 KEY = jax.random.key(0)
@@ -47,7 +48,7 @@ def small_model(layers, tied=False, width=32):
 def setup(schedule, method, p, layers=2, tied=False, data=1, width=32):
     mesh = make_mesh(p, data, devices=jax.devices()[: p * data])
     pipe = Pipeline(small_model(layers, tied, width), schedules.build(schedule, method, p=p, m=M), mesh)
-    optimizer = optax.adamw(1e-2, mask=lambda _: pipe.layout.matrices())
+    optimizer = optax.adamw(1e-2, mask=matrices)
     return pipe, optimizer, checkpoints.Canonical(pipe, optimizer)
 
 

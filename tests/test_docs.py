@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 EXAMPLES = [
     pytest.param(code, id=f"{path}-{n}")
-    for path in ("README.md", "docs/models.md", "docs/schedules.md", "docs/simulator.md")
+    for path in ("README.md", "docs/models.md", "docs/planner.md", "docs/schedules.md", "docs/simulator.md")
     for n, code in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), re.DOTALL))
 ]
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from vocabpp_jax import Layout, models, schedules
+from vocabpp_jax.training.optimizer import matrices
 
 
 def layout(schedule="1f1b", method="vocab-2", p=4, layers=8, tied=False, counts=None) -> Layout:
@@ -66,7 +67,12 @@ def test_layer_counts_that_do_not_add_up_are_refused():
 
 
 def test_matrices_are_told_from_vectors_behind_the_device_axis():
-    matrices = layout().matrices()
-    block = matrices["blocks"][0][0]
-    assert block["attention"]["qkv"]["kernel"] and not block["attention"]["qkv"]["bias"]
-    assert matrices["head"] and not any(jax.tree.leaves(matrices["final"]))
+    there = layout()
+    for params, layer in (
+        (there.shapes(), lambda x: x["blocks"][0][0]),
+        (there.model.param_shapes(), lambda x: x["blocks"][0]),
+    ):
+        found = matrices(params)
+        qkv = layer(found)["attention"]["qkv"]
+        assert qkv["kernel"] and not qkv["bias"]
+        assert found["head"] and not any(jax.tree.leaves(found["final"]))

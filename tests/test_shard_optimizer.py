@@ -14,6 +14,7 @@ from vocabpp_jax import Pipeline, checkpoints, compiled, make_mesh, schedules, t
 from vocabpp_jax.pipeline.shares import Share, share_of
 from vocabpp_jax.pipeline.weight_streaming import assemble, canonical_leaves
 from vocabpp_jax.training.elementwise import refuse_mixing
+from vocabpp_jax.training.optimizer import matrices
 
 M, B = 2, 12
 
@@ -25,7 +26,7 @@ def pipeline(data, p=2, method="vocab-2", tied=False, width=32, layers=2, **opti
 
 def adamw(pipe):
     # An eps like a gradient's size: with a tiny one the first steps magnify the last bits of small gradients.
-    return optax.adamw(1e-2, eps=1e-2, weight_decay=0.1, mask=lambda _: pipe.layout.matrices())
+    return optax.adamw(1e-2, eps=1e-2, weight_decay=0.1, mask=matrices)
 
 
 def batch(seed):

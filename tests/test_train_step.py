@@ -8,6 +8,7 @@ import pytest
 
 from vocabpp_jax import Pipeline, make_mesh, models, schedules, train
 from vocabpp_jax.models import reference_loss
+from vocabpp_jax.training.optimizer import matrices
 
 M, B, L, V = 3, 2, 8, 29
 
@@ -28,7 +29,7 @@ def batches(steps: int):
 
 
 def trained(pipe: Pipeline, steps: int = 3, clip: float = 0.05):
-    optimizer = optax.adamw(1e-2, weight_decay=0.1, mask=lambda _: pipe.layout.matrices())
+    optimizer = optax.adamw(1e-2, weight_decay=0.1, mask=matrices)
     state, step = train.init_state(pipe, optimizer, jax.random.key(0)), train.make_step(pipe, optimizer, clip)
     measured = []
     for batch in batches(steps):
@@ -40,8 +41,8 @@ def trained(pipe: Pipeline, steps: int = 3, clip: float = 0.05):
 def reference(pipe: Pipeline, steps: int = 3, clip: float = 0.05):
     """Plain optax on one device."""
     params = pipe.model.init(jax.random.key(0))
-    matrices = jax.tree.map(lambda w: w.ndim >= 2, params)
-    optimizer = optax.chain(optax.clip_by_global_norm(clip), optax.adamw(1e-2, weight_decay=0.1, mask=matrices))
+    decays = jax.tree.map(lambda w: w.ndim >= 2, params)
+    optimizer = optax.chain(optax.clip_by_global_norm(clip), optax.adamw(1e-2, weight_decay=0.1, mask=decays))
     moments, measured = optimizer.init(params), []
     value_and_grad = jax.jit(jax.value_and_grad(lambda c, batch: reference_loss(pipe.model, c, **batch)))
     for batch in batches(steps):

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import models, schedules
+    from . import planning as plan
     from . import training as train
     from .pipeline import Layout, Model, Pipeline, make_mesh
     from .vocab import Loss
 
-__all__ = ["Layout", "Loss", "Model", "Pipeline", "make_mesh", "models", "schedules", "train"]
+__all__ = ["Layout", "Loss", "Model", "Pipeline", "make_mesh", "models", "plan", "schedules", "train"]
 
-_PACKAGES = {"models": ".models", "schedules": ".schedules", "train": ".training"}
+_PACKAGES = {"models": ".models", "plan": ".planning", "schedules": ".schedules", "train": ".training"}
 _PACKAGE_OF = {
     "Layout": ".pipeline",
     "Loss": ".vocab",

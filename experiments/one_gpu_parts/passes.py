@@ -21,6 +21,7 @@ from speed_measure.speed_passes import RINGS
 from vocabpp_jax import Pipeline
 from vocabpp_jax.pipeline.buffers import State, run_if
 from vocabpp_jax.pipeline.executor import Executor
+from vocabpp_jax.pipeline.microbatches import checked
 from vocabpp_jax.pipeline.precision import exact_products
 from vocabpp_jax.schedules import Instruction, Program
 
@@ -85,7 +86,7 @@ class Passes(Pipeline):
 
     def repeat(self, params: Any, batch: Any, repeats: jax.Array) -> jax.Array:
         """One element of everything that is left at the end, summed."""
-        batch = self._checked(batch)
+        batch = checked(batch, self.schedule.m, 1, self.model)
         run = jax.shard_map(
             self._on_this_device,
             mesh=self.mesh,

@@ -133,7 +133,7 @@ def build(case: dict[str, Any], mesh: Any) -> tuple[Any, Any]:
     config = as_run_on(mesh.devices.flat[0], config)
     schedule = schedules.build("1f1b", case["method"], p=case["p"], m=case["microbatches"])
     pipe = Pipeline(models.build(config), schedule, mesh, compute_dtype=config.dtype)
-    return pipe, adamw(1e-4, 1000, 100, decay_mask=lambda _: pipe.layout.matrices())
+    return pipe, adamw(1e-4, 1000, 100)
 
 
 def lower_step(pipe: Any, optimizer: Any, seq: int) -> tuple[Any, Any]:

@@ -41,7 +41,7 @@ def pipelined(method: str, config: GPTConfig, steps: int) -> tuple[Any, Step]:
     """State and train step of a pipeline."""
     schedule = schedules.build("1f1b", method, p=STAGES, m=MICROBATCHES)
     pipe = Pipeline(models.build(config), schedule, make_mesh(STAGES, 1, all_devices()[:STAGES]))
-    optimizer = adamw(PEAK_LR, steps, steps // 10, decay_mask=lambda _: pipe.layout.matrices())
+    optimizer = adamw(PEAK_LR, steps, steps // 10)
     step = train.make_step(pipe, optimizer, clip=CLIP)
 
     def run(state: Any, batch: dict[str, np.ndarray]) -> tuple[Any, jax.Array]:

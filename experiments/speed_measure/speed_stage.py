@@ -133,6 +133,10 @@ class Stage:
         """A round of all passes, all ranks beginning each together."""
         self.pass_times.round(slowest)
 
+    def forget_passes(self) -> None:
+        """Begin anew: passes of another model, or of other microbatches, go by the same names."""
+        self.pass_times = PassTimes()
+
     def predict(self, name: str) -> dict[str, Any]:
         """The measured times of a pipeline's passes, and the step that the simulator makes of them, in ms."""
         return self.pass_times.predict(self.ready[name].contender.pipe)
@@ -194,7 +198,7 @@ def handlers() -> dict[str, Any]:
     stage = Stage()
     alone = ("join", "simulate", "describe", "losses")
     steps = ("prepare", "time")
-    passes = ("prepare_passes", "time_passes", "predict", "account")
+    passes = ("prepare_passes", "time_passes", "forget_passes", "predict", "account")
     return {name: getattr(stage, name) for name in (*alone, *steps, *passes)}
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from command_line import plan_file
 from command_line.options import (
     ClusterOptions,
     ModelOptions,
@@ -80,6 +81,8 @@ class WatchOptions:
 class TrainOptions:
     """What is trained, on what, for how long."""
 
+    plan: OptionalStr = None
+    """A file that plan.py wrote: the model, and how it is laid over devices. What is given beside it must agree."""
     output: OptionalStr = None
     """Folder for metrics.jsonl, loss.png and config.json. Without it, the folder of the checkpoints, or else a new one
     in runs/."""
@@ -113,6 +116,12 @@ class TrainOptions:
     @property
     def warmup_steps(self) -> int:
         return self.steps // 10 if self.warmup is None else self.warmup
+
+    def planned(self) -> TrainOptions:
+        """The options with those of the plan. Raises ValueError for what is no plan, or where another option differs
+        from it."""
+        model, pipeline = plan_file.merged(self.plan, self.model, self.pipeline)
+        return dataclasses.replace(self, model=model, pipeline=pipeline)
 
     def check(self) -> None:
         """Raise ValueError for what no run can have."""
@@ -170,7 +179,7 @@ class TrainOptions:
     def shared(self) -> dict[str, Any]:
         """What must be the same in all processes, by name. Of paths, which a host may have elsewhere, only whether
         they are given; what is behind them is compared by :meth:`identity`."""
-        paths = ("output", "export", "data", "tokenizer", "checkpoint_dir")
+        paths = ("plan", "output", "export", "data", "tokenizer", "checkpoint_dir")
         values = _flat(self.record())
         if self.model.folder:
             values["model"] = "a folder"

@@ -50,6 +50,8 @@ class GPU:
     inter_latency: float
     target: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
     """What a compiler must know of it: a GpuTargetConfigProto as a table."""
+    overlaps: bool = True
+    """Whether collectives run beside passes; on CPUs they do not."""
 
     def matmul(self, flops: float, smallest: float) -> float:
         """Seconds of matrix products with these FLOPs and this smallest dimension."""
@@ -113,7 +115,7 @@ def load_gpu(name: str) -> GPU:
     except (OSError, ValueError, RecursionError) as problem:
         raise ValueError(f"{path} is not TOML: {problem}") from None
     known = {f.name for f in fields(GPU)}
-    needed = {f.name for f in fields(GPU) if f.default_factory is MISSING}
+    needed = {f.name for f in fields(GPU) if f.default_factory is MISSING and f.default is MISSING}
     if wrong := sorted((needed - set(values)) | (set(values) - known)):
         raise ValueError(
             f"{path} {'lacks' if wrong[0] in known else 'has the unknown field'} {wrong[0]!r}; "
@@ -127,6 +129,8 @@ def load_gpu(name: str) -> GPU:
             )
         if f.type == "int" and not (type(value) is int and value > 0):
             raise ValueError(f"{path} has {f.name} {value!r}; it must be a whole number above 0")
+        if f.type == "bool" and not isinstance(values.get(f.name, True), bool):
+            raise ValueError(f"{path} has {f.name} {value!r}; it must be true or false")
     return GPU(**values)
 
 

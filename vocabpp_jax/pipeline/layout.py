@@ -280,13 +280,6 @@ class Layout:
             ones["ahead"] = dict.fromkeys(self.copied, 0.0)
         return ones
 
-    def matrices(self) -> Params:
-        """True where a leaf is a matrix of the model, False for vectors (norms, biases): what weight decay asks."""
-        return {
-            key: jax.tree.map(lambda x, k=key: x.ndim - (k in ("blocks", "tail")) >= 2, branch)
-            for key, branch in self.shapes().items()
-        }
-
     def _pad(self, table: jax.Array) -> jax.Array:
         return jnp.pad(table, ((0, self.padded(table.shape[0]) - table.shape[0]), (0, 0)))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 
 DecayMask = Callable[[Any], Any]
@@ -32,6 +33,18 @@ def warmup_cosine(peak_lr: float, steps: int, warmup: int, final_lr: float = 0.0
     return optax.join_schedules([optax.linear_schedule(peak_lr / warmup, peak_lr, warmup - 1 or 1), cosine], [warmup])
 
 
+def matrices(params: Any) -> Any:
+    """True where a leaf is a matrix of the model, False for vectors (norms, biases) and scalars.
+
+    Of a pipeline's parameters, whose layers have the devices in front, of canonical ones, and of any other tree.
+    """
+    if not (isinstance(params, dict) and "blocks" in params):
+        return jax.tree.map(lambda x: x.ndim >= 2, params)
+    in_front = type(params["blocks"][0]) is tuple  # by chunk, then by layer
+    of_layers = ("blocks", "tail") if in_front else ()
+    return {k: jax.tree.map(lambda x, k=k: x.ndim - (k in of_layers) >= 2, branch) for k, branch in params.items()}
+
+
 def adamw(
     peak_lr: float,
     steps: int,
@@ -42,12 +55,11 @@ def adamw(
     b1: float = 0.9,
     b2: float = 0.95,
     eps: float = 1e-8,
-    decay_mask: DecayMask | None = None,
+    decay_mask: DecayMask = matrices,
 ) -> optax.GradientTransformation:
     """AdamW over :func:`warmup_cosine`; ``final_lr`` is a tenth of ``peak_lr`` if not given.
 
-    ``decay_mask`` says which parameters decay. The layout decides which are matrices: in a pipeline's, a norm's
-    vector has the stages in front. Without it all of them decay.
+    ``decay_mask`` says which parameters decay: the :func:`matrices`, if it is not given.
     """
     if weight_decay < 0:
         raise ValueError(f"weight_decay is {weight_decay}; it must not be negative")

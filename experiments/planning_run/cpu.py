@@ -1,0 +1,155 @@
+"""This machine's cores as the planner knows a GPU: a file of constants, from passes timed on two of them.
+
+Two processes, each on a core of its own, run the passes of a few small pipelines as the executor does
+(:mod:`speed_measure.speed_passes`). The constants are those whose passes come nearest, by least squares over
+logarithms. The bytes that the cost model counts are bfloat16's, so what a float32 pass moves is in the constants.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from command_line.options import ModelOptions, PipelineOptions
+from planning_run.report import Timed
+from reports.least_squares import Constants, gauss_newton
+from speed_measure import speed_stage
+from speed_measure.processes import Group, free_port
+from speed_measure.turns import countdown, in_turns
+from vocabpp_jax import models
+from vocabpp_jax.planning import Plan
+from vocabpp_jax.schedules import build as build_schedule
+from vocabpp_jax.schedules.simulation.cost import GPU, Cost
+
+CASES = tuple(
+    (ModelOptions(model="gpt-mini", layers=4, hidden=hidden, heads=8, seq=128, vocab_size=8192), method, size)
+    for hidden, (method, size) in itertools.product((128, 256), itertools.product(("baseline", "vocab-2"), (1, 4)))
+)
+START = {
+    "matmul_efficiency": 0.6,
+    "half_size": 16.0,
+    "attention_efficiency": 0.2,
+    "layer_traffic": 150.0,
+    "logit_traffic": 30.0,
+    "edge_traffic": 20.0,
+    "weight_traffic": 10.0,
+    "launch": 1e-4,
+    "intra_bandwidth": 1e9,
+    "intra_latency": 1e-4,
+}
+LONG = 1e-2  # seconds from which a pass counts in full
+ROUNDS, MINUTES = 3, 20.0
+KINDS = ("F", "B", "S", "T", "H", "IB")
+SUMS = ("hidden_broadcast", "grad_sum", "transfer")
+Say = Callable[[str], None]
+
+
+def measure(path: Path, say: Say) -> None:
+    """Write the description of this machine's cores. Raises ValueError where there are not two, or it cannot be
+    written."""
+    found = _passes(say)
+    start = _described({})
+
+    def residuals(at: Constants) -> np.ndarray:
+        rows = compared(found, dataclasses.replace(start, **at))
+        return np.array([min(1.0, s / LONG) ** 0.5 * np.log(model / s) for _, s, model in rows])
+
+    constants, _ = gauss_newton(residuals, START, iterations=30)
+    fitted = dataclasses.replace(start, **constants)
+    long = [abs(model / s - 1) for _, s, model in compared(found, fitted) if s >= LONG]
+    try:
+        path.write_text(_toml(fitted))
+    except OSError as problem:
+        raise ValueError(f"measure_cpu is {path}; it cannot be written: {problem.strerror}") from None
+    say(f"written to {path}; passes of {1e3 * LONG:.0f} ms and more are off by {np.mean(long):.1%} on average")
+
+
+def _passes(say: Say) -> list[tuple[ModelOptions, str, int, dict[str, Any]]]:
+    """The cases, each with its passes' seconds."""
+    left, found = countdown(60 * MINUTES), []
+    with Group(speed_stage.STAGE_SCRIPT, 2) as group:
+        group.ask("join", left(), coordinator=f"127.0.0.1:{free_port()}", ranks=2)
+        for n, (model, method, size) in enumerate(CASES):
+            pipeline = PipelineOptions(method=method, stages=2, microbatches=4, microbatch_size=size)
+            group.ask("prepare", left(), name=str(n), **speed_stage.request(model, pipeline, "cpu"))
+            group.ask("prepare_passes", left(), name=str(n))
+            for _ in range(ROUNDS):
+                group.ask("time_passes", left())
+            found.append((model, method, size, group.ask("predict", left(), name=str(n))[0]["pass_ms"]))
+            group.ask("forget_passes", left())
+            say(f"{n + 1} of {len(CASES)}: passes of h={model.hidden}, {method}, microbatches of {size}")
+    return found
+
+
+def compared(found: Sequence, gpu: GPU) -> list[tuple[str, float, float]]:
+    """Name, measured and modelled seconds of every pass that takes time."""
+    rows = []
+    for model, method, size, ms in found:
+        schedule = build_schedule("1f1b", method, p=2, m=1, overlap=False)
+        modelled = Cost(models.cost_sizes(model.config(), size), gpu).durations(schedule)
+        names = KINDS + (SUMS if schedule.sharded else ("transfer",))
+        for name in names:
+            measured = 1e-3 * _largest(ms[name])
+            if measured > 0:
+                rows.append((f"{method} of {size}: {name}", measured, _largest(getattr(modelled, name))))
+    return rows
+
+
+def _largest(times: Any) -> float:
+    return float(np.max(np.asarray(times, float)))
+
+
+def _described(constants: dict[str, float]) -> GPU:
+    """The machine with these constants; its peak is what a core multiplies at most, which MFU is a share of."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+    cores = len(os.sched_getaffinity(0))
+    sheet = {"peak_flops": _core_flops(), "memory_bytes": memory, "memory_bandwidth": 1e10, "gpus_per_node": cores}
+    none = {"contention": 0.0, "overhead": 0.0, "inter_bandwidth": 1e9, "inter_latency": 1e-3}
+    fixed = sheet | none | {"traffic_efficiency": 1.0}
+    return GPU(name="CPU", overlaps=False, **(fixed | START | constants))
+
+
+def _core_flops(n: int = 1024) -> float:
+    """FLOP/s of one core in a large float32 product."""
+    x = jnp.ones((n, n), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(x, x))
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        jax.block_until_ready(product(x, x))
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best / len(os.sched_getaffinity(0))
+
+
+def _toml(gpu: GPU) -> str:
+    """The file that :func:`~vocabpp_jax.schedules.simulation.cost.load_gpu` reads."""
+    values = {f.name: getattr(gpu, f.name) for f in dataclasses.fields(gpu) if f.name != "target"}
+    written = {bool: lambda v: str(v).lower(), str: lambda v: f'"{v}"', int: str, float: lambda v: f"{v:.4g}"}
+    lines = [f"{name} = {written[type(value)](value)}" for name, value in values.items()]
+    return "\n".join(["# This machine's cores, written by experiments/plan.py --measure-cpu.", *lines, ""])
+
+
+# --- plans, timed ----------------------------------------------------------------------------------------------------
+
+
+def timed(plans: Sequence[Plan], run_of: Callable, rounds: int = 5) -> list[Timed]:
+    """A step of every plan, timed in turns on this machine's cores: loss and gradients."""
+    left = countdown(60 * MINUTES)
+    stages = plans[0].choice.stages
+    with Group(speed_stage.STAGE_SCRIPT, stages) as group:
+        group.ask("join", left(), coordinator=f"127.0.0.1:{free_port()}", ranks=stages)
+        for n, plan in enumerate(plans):
+            model, pipeline = run_of(plan.choice)
+            group.ask("prepare", left(), name=str(n), **speed_stage.request(model, pipeline, "cpu"))
+        times = in_turns({str(n): (group, str(n)) for n in range(len(plans))}, rounds, left)
+    return [Timed(plan, times[str(n)].seconds) for n, plan in enumerate(plans)]

@@ -1,0 +1,58 @@
+"""What one device's part of a layer holds: parameters, and what is stored between its passes, from the traced block."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import jax
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from ..pipeline.linearize import linearize
+from ..pipeline.model_interface import Model
+from ..pipeline.tensor import TENSOR
+
+
+class LayerPart(NamedTuple):
+    """One device's part of a layer: its parameters, and the bytes that a sequence leaves in each ring."""
+
+    parameters: int
+    residual: int
+    kept: int
+    carried: int
+
+    @property
+    def stored(self) -> int:
+        """Bytes of a sequence in flight."""
+        return self.residual + self.kept
+
+
+@cache
+def layer_part(model: Model, length: int, dtype: str, tensor: int, split: bool, platform: str) -> LayerPart:
+    """A layer on one of ``tensor`` devices, for sequences of a length; ``split`` where weight gradients are a pass of
+    their own. No device is needed. It is what :meth:`vocabpp_jax.Pipeline.activation_bytes` counts."""
+    block = model.block if tensor == 1 else model.tensor.block
+    block = block.on(platform) if hasattr(block, "on") else block
+    layer = model.param_shapes()["blocks"][0]
+    whole = jax.tree.map(lambda _: PartitionSpec(), layer)
+    x = jax.ShapeDtypeStruct((1, length, model.width), dtype)
+    own = model.layer_aux_inputs[0] if model.layer_aux_inputs else {}
+    aux_inputs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), own)
+    found: list[LayerPart] = []
+
+    def trace(layer) -> None:
+        part = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, dtype), layer)
+        passes = linearize(block, part, x, aux_inputs, split=split)
+        rings = (passes.residual, passes.kept, passes.carried)
+        stored = (sum(s.size * s.dtype.itemsize for s in ring) for ring in rings)
+        found.append(LayerPart(sum(w.size for w in jax.tree.leaves(layer)), *stored))
+
+    run = jax.shard_map(
+        trace,
+        mesh=AbstractMesh((tensor,), (TENSOR,)),
+        in_specs=(whole if tensor == 1 else model.tensor.specs,),
+        out_specs=None,
+        check_vma=False,
+    )
+    jax.eval_shape(run, layer)
+    return found[0]
