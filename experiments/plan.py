@@ -16,7 +16,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from command_line.options import (
     OptionalInt,
     OptionalStr,
     PipelineOptions,
+    Result,
     fail,
     or_fail,
     parse,
@@ -46,7 +47,7 @@ from vocabpp_jax.planning import Choice, Plan, Ranked, Request
 from vocabpp_jax.schedules import METHODS, SCHEDULES
 from vocabpp_jax.schedules.simulation.cost import load_gpu
 
-WIDTH = 150
+WIDTH = 170
 """Of the table, where it does not go to a terminal."""
 XLA_POOL = 0.75
 """The share of a GPU's memory that XLA takes where XLA_PYTHON_CLIENT_MEM_FRACTION does not say otherwise."""
@@ -211,18 +212,36 @@ def record(plans: Sequence[Plan], ranked: Ranked, refused: Sequence[Refused], se
     } | counts
 
 
+def written(option: str, path: str, write: Callable[[], None]) -> None:
+    """Write what an option names, or say in a sentence why it cannot be."""
+    try:
+        write()
+    except OSError as problem:
+        fail(f"{option} is {path}; it cannot be written: {problem.strerror}")
+
+
+def on_cores(run: Callable[[Any], Result]) -> Result:
+    """Have this machine's cores run something; where one fails, so does the command."""
+    from planning_run import cpu  # which needs what times pipelines
+    from speed_measure.processes import GroupFailed
+
+    try:
+        return or_fail(lambda: run(cpu))
+    except GroupFailed as problem:
+        fail(str(problem).splitlines()[0], status=1)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options = or_fail(lambda: parse(PlanOptions, __doc__, arguments))
     console = Console(stderr=options.json == "-", width=None if sys.stdout.isatty() else WIDTH)
     if options.measure_cpu:
-        from planning_run.cpu import measure
-
-        or_fail(lambda: measure(Path(options.measure_cpu), console.print))
+        on_cores(lambda cpu: cpu.measure(Path(options.measure_cpu), console.print))
         return
     request = or_fail(options.request)
     compiles = not options.no_compile and bool(request.gpu.target)
     if compiles:
         or_fail(lambda: target.devices(load_gpu(options.gpu), options.gpus))  # says at once why it cannot
+        written("kept", options.kept, lambda: Path(options.kept).mkdir(parents=True, exist_ok=True))
     ranking = plan.Ranking(request)
     began = time.monotonic()
     with console.status("ranking") as status:
@@ -232,10 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(f"{ranked.choices:,} choices ranked in {seconds:.0f} s, {ranked.simulated} simulations")
     plans, refused = list(ranked.plans), []
     if options.time_steps:
-        from planning_run.cpu import timed
-
-        found = or_fail(lambda: timed(plans, lambda choice: options.run_of(request, choice)))
-        console.print(table_of_timed(found))
+        run_of = lambda choice: options.run_of(request, choice)  # noqa: E731
+        console.print(table_of_timed(on_cores(lambda cpu: cpu.timed(plans, run_of))))
     if compiles:
         plans, refused = compiled(options, ranked, console)
         if not plans:
@@ -246,7 +263,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_text("output", options.output, plan_file.to_text(model, pipeline, plans[0].json()))
     console.print(f"written to {options.output}: train.py --plan {options.output} runs it")
     if options.plot:
-        draw([*plans, *ranking.smaller(plans[0])], request, Path(options.plot))
+        smaller = ranking.smaller(plans[0])
+        written("plot", options.plot, lambda: draw([*plans, *smaller], request, Path(options.plot)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""The planner: what it counts, ranks, refuses and writes. Nothing is compiled here."""
+"""The planner: what it counts, ranks, refuses and writes."""
 
 import csv
+import importlib.util
 import itertools
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from command_line import plan_file
 from command_line.options import ModelOptions, PipelineOptions
 from paper.calibration import frozen
 from paper.settings import published
+from planning_run import compiling, cpu
 from training_run.train_options import TrainOptions
 from vocabpp_jax import models, plan
 from vocabpp_jax.planning.bound import least_seconds
@@ -244,3 +247,59 @@ def test_a_plan_and_other_options_must_agree(tmp_path, capsys):
 
 def test_durations_of_one_stage_bound_nothing_but_work():
     assert least_seconds(build("1f1b", "baseline", p=1, m=1), Durations(F=1, B=2, H=1), 10) == pytest.approx(40)
+
+
+# --- compiling, and cores --------------------------------------------------------------------------------------------
+
+
+def test_what_has_been_compiled_is_not_compiled_again(tmp_path, monkeypatch):
+    asked_for = []
+
+    def run(command, input, **options):
+        asked_for.append(json.loads(input))
+        return subprocess.CompletedProcess(command, 0, '{"peak_bytes": 7, "seconds": 1.0}\n', "")
+
+    monkeypatch.setattr(compiling.subprocess, "run", run)
+    jobs = [compiling.Job("a100", ModelOptions(model="gpt-tiny"), PipelineOptions(stages=p)) for p in (2, 4, 2)]
+    for _ in range(2):
+        assert [found["peak_bytes"] for found in compiling.results(jobs, tmp_path, 1)] == [7, 7, 7]
+    assert [request["pipeline"]["stages"] for request in asked_for] == [2, 4]
+
+
+def test_a_plan_that_cannot_be_compiled_says_why(tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 2, "", "a warning\nerror: stages is 3\n")
+    monkeypatch.setattr(compiling.subprocess, "run", lambda *command, **options: failed)
+    job = compiling.Job("a100", ModelOptions(model="gpt-tiny"), PipelineOptions(stages=3))
+    assert list(compiling.results([job], tmp_path, 1)) == [{"refused": "stages is 3"}]
+    assert not list(tmp_path.iterdir())
+
+
+def test_cores_are_described_by_the_passes_they_ran_and_planned_for(tmp_path):
+    true = replace(cpu.described(1e10), layer_traffic=90.0, intra_latency=4e-4, matmul_efficiency=0.8)
+    found = []
+    for model, method, size in cpu.CASES:
+        schedule = build("1f1b", method, p=2, m=1, overlap=False)
+        times = Cost(models.cost_sizes(model.config(), size), true).durations(schedule).scaled(1e3)
+        found.append((model, method, size, times.__dict__))
+    fitted = cpu.fitted(found, cpu.described(1e10))
+    assert all(modelled == pytest.approx(took, rel=0.02) for _, took, modelled in cpu.compared(found, fitted))
+    file = tmp_path / "cpu.toml"
+    file.write_text(cpu.as_toml(fitted))
+    read = load_gpu(str(file))
+    assert not read.overlaps and read.layer_traffic == pytest.approx(fitted.layer_traffic, rel=1e-3)
+    config = models.named("gpt-micro", vocab_size=32_768)
+    given = asked(config, "selective") | dict(gpu=read, gpus=2, memory_bytes=8e9, global_batch=8, stages=(2,))
+    best = plan.rank(plan.Request(**given, max_tensor=1, schedules=("1f1b",)), 1).plans[0]
+    assert best.choice.method not in ("baseline", "redis")  # the head weighs more than all layers
+
+
+@pytest.mark.a100
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="jax's GPU packages are missing")
+def test_a_compiled_plan_takes_what_was_estimated_and_fits(tmp_path):
+    out, size = tmp_path / "out.json", "--layers 4 --hidden 512 --heads 4 --seq 512 --vocab-size 16384"
+    which = "--model 4B --gpus 4 --gpu a100 --global-batch 16 --stages 2 --schedules 1f1b --methods vocab-2 --compile 1"
+    memory = ["--memory", "2", "--kept", str(tmp_path), "--output", str(tmp_path / "plan.json"), "--json", str(out)]
+    command.main([*which.split(), *size.split(), *memory])
+    best = json.loads(out.read_text())["plans"][0]
+    assert best["compiled_bytes"] <= 2 * 2**30
+    assert best["estimated_bytes"] == pytest.approx(best["compiled_bytes"], rel=0.15)

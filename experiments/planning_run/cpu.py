@@ -51,29 +51,35 @@ ROUNDS, MINUTES = 3, 20.0
 KINDS = ("F", "B", "S", "T", "H", "IB")
 SUMS = ("hidden_broadcast", "grad_sum", "transfer")
 Say = Callable[[str], None]
+Cases = list[tuple[ModelOptions, str, int, dict[str, Any]]]
+"""Model, method, microbatch size, and milliseconds of the passes by name."""
 
 
 def measure(path: Path, say: Say) -> None:
     """Write the description of this machine's cores. Raises ValueError where there are not two, or it cannot be
     written."""
+    start = described(_core_flops())
     found = _passes(say)
-    start = _described({})
-
-    def residuals(at: Constants) -> np.ndarray:
-        rows = compared(found, dataclasses.replace(start, **at))
-        return np.array([min(1.0, s / LONG) ** 0.5 * np.log(model / s) for _, s, model in rows])
-
-    constants, _ = gauss_newton(residuals, START, iterations=30)
-    fitted = dataclasses.replace(start, **constants)
-    long = [abs(model / s - 1) for _, s, model in compared(found, fitted) if s >= LONG]
+    gpu = fitted(found, start)
+    long = [abs(model / s - 1) for _, s, model in compared(found, gpu) if s >= LONG]
     try:
-        path.write_text(_toml(fitted))
+        path.write_text(as_toml(gpu))
     except OSError as problem:
         raise ValueError(f"measure_cpu is {path}; it cannot be written: {problem.strerror}") from None
     say(f"written to {path}; passes of {1e3 * LONG:.0f} ms and more are off by {np.mean(long):.1%} on average")
 
 
-def _passes(say: Say) -> list[tuple[ModelOptions, str, int, dict[str, Any]]]:
+def fitted(found: Cases, start: GPU) -> GPU:
+    """The constants by which the passes come nearest to what was measured."""
+
+    def residuals(at: Constants) -> np.ndarray:
+        rows = compared(found, dataclasses.replace(start, **at))
+        return np.array([min(1.0, s / LONG) ** 0.5 * np.log(model / s) for _, s, model in rows])
+
+    return dataclasses.replace(start, **gauss_newton(residuals, START, iterations=30)[0])
+
+
+def _passes(say: Say) -> Cases:
     """The cases, each with its passes' seconds."""
     left, found = countdown(60 * MINUTES), []
     with Group(speed_stage.STAGE_SCRIPT, 2) as group:
@@ -90,7 +96,7 @@ def _passes(say: Say) -> list[tuple[ModelOptions, str, int, dict[str, Any]]]:
     return found
 
 
-def compared(found: Sequence, gpu: GPU) -> list[tuple[str, float, float]]:
+def compared(found: Cases, gpu: GPU) -> list[tuple[str, float, float]]:
     """Name, measured and modelled seconds of every pass that takes time."""
     rows = []
     for model, method, size, ms in found:
@@ -108,14 +114,14 @@ def _largest(times: Any) -> float:
     return float(np.max(np.asarray(times, float)))
 
 
-def _described(constants: dict[str, float]) -> GPU:
-    """The machine with these constants; its peak is what a core multiplies at most, which MFU is a share of."""
+def described(peak_flops: float) -> GPU:
+    """The machine before its constants are fitted; a core's peak is what it multiplies at most."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
     cores = len(os.sched_getaffinity(0))
-    sheet = {"peak_flops": _core_flops(), "memory_bytes": memory, "memory_bandwidth": 1e10, "gpus_per_node": cores}
+    sheet = {"peak_flops": peak_flops, "memory_bytes": memory, "memory_bandwidth": 1e10, "gpus_per_node": cores}
     none = {"contention": 0.0, "overhead": 0.0, "inter_bandwidth": 1e9, "inter_latency": 1e-3}
     fixed = sheet | none | {"traffic_efficiency": 1.0}
-    return GPU(name="CPU", overlaps=False, **(fixed | START | constants))
+    return GPU(name="CPU", overlaps=False, **(fixed | START))
 
 
 def _core_flops(n: int = 1024) -> float:
@@ -131,7 +137,7 @@ def _core_flops(n: int = 1024) -> float:
     return 2 * n**3 / best / len(os.sched_getaffinity(0))
 
 
-def _toml(gpu: GPU) -> str:
+def as_toml(gpu: GPU) -> str:
     """The file that :func:`~vocabpp_jax.schedules.simulation.cost.load_gpu` reads."""
     values = {f.name: getattr(gpu, f.name) for f in dataclasses.fields(gpu) if f.name != "target"}
     written = {bool: lambda v: str(v).lower(), str: lambda v: f'"{v}"', int: str, float: lambda v: f"{v:.4g}"}
@@ -142,7 +148,7 @@ def _toml(gpu: GPU) -> str:
 # --- plans, timed ----------------------------------------------------------------------------------------------------
 
 
-def timed(plans: Sequence[Plan], run_of: Callable, rounds: int = 5) -> list[Timed]:
+def timed(plans: Sequence[Plan], run_of: Callable, rounds: int = ROUNDS) -> list[Timed]:
     """A step of every plan, timed in turns on this machine's cores: loss and gradients."""
     left = countdown(60 * MINUTES)
     stages = plans[0].choice.stages
