@@ -15,7 +15,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,14 +22,16 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax
 import numpy as np
 
 import simulate
-from command_line.options import ClusterOptions, ModelOptions, PipelineOptions, fail, or_fail, parse
+import speed
+from command_line.options import ModelOptions, PipelineOptions, fail, or_fail, parse
 from reports.markdown import insert_table, table
-from vocabpp_jax import Pipeline, make_mesh, models
-from vocabpp_jax.pipeline.mesh import all_devices
+from speed_measure import speed_stage
+from speed_measure.processes import Group, GroupFailed
+from speed_measure.turns import countdown, in_turns, ratio
+from vocabpp_jax import models
 from vocabpp_jax.schedules import Schedule
 from vocabpp_jax.schedules.simulation.cost import Sizes, stage_layers
 
@@ -51,8 +52,10 @@ class MtpOptions:
     """The page whose tables are replaced."""
     microbatches: int = 128
     """Simulated microbatches."""
-    rounds: int = 15
-    """Measured: rounds in which every pipeline makes one step."""
+    rounds: int = 9
+    """Measured: rounds in which every pipeline makes one step; fewer where the time does not suffice."""
+    minutes: float = 20.0
+    """Measured: the most time that it takes."""
     steps: int = 300
     """Trained: steps of each of the two runs."""
     output: str = "runs/mtp"
@@ -106,36 +109,31 @@ def _iteration(options: MtpOptions, name: str, stages: int, V: int, method: str,
 
 
 def measured(options: MtpOptions) -> list[dict[str, Any]]:
-    """The step on two simulated devices, a line a method: median milliseconds without and with one further token."""
-    runs = {(method, depths): _step(options, method, depths) for method in ("baseline", "vocab-2") for depths in (0, 1)}
-    times: dict[Any, list[float]] = {key: [] for key in runs}
-    for _ in range(options.rounds):
-        for key, (step, _) in runs.items():
-            began = time.perf_counter()
-            step()
-            times[key].append(time.perf_counter() - began)
+    """The step of two processes with a core each, a line a method: without and with one further token, in turns."""
+    cases = {
+        (method, depths): _case(options, method, depths) for method in ("baseline", "vocab-2") for depths in (0, 1)
+    }
+    left = countdown(60 * options.minutes)
+    with Group(speed_stage.STAGE_SCRIPT, 2) as group:
+        platform = speed.join(group, left())["platform"]
+        for name, (model, pipeline, _) in cases.items():
+            group.ask("prepare", left(), name=str(name), **speed_stage.request(model, pipeline, platform))
+        times = in_turns({str(name): (group, str(name)) for name in cases}, options.rounds, left)
     lines = []
     for method in ("baseline", "vocab-2"):
-        # Of each round, so that what slows the machine slows both.
-        ratio = statistics.median(b / a for a, b in zip(times[method, 0], times[method, 1], strict=True))
-        before, after = (1e3 * statistics.median(times[method, depths]) for depths in (0, 1))
-        explained = runs[method, 1][1] / runs[method, 0][1] - 1
-        lines.append({"method": method, "ms": before, "ms, D=1": after, "D=1": ratio - 1, "by FLOPs": explained})
+        before, after = (times[str((method, depths))].seconds for depths in (0, 1))
+        line = {"method": method, "ms": 1e3 * statistics.median(before), "ms, D=1": 1e3 * statistics.median(after)}
+        explained = cases[method, 1][2] / cases[method, 0][2] - 1
+        lines.append(line | {"D=1": ratio(after, before) - 1, "by FLOPs": explained})
     return lines
 
 
-def _step(options: MtpOptions, method: str, depths: int) -> tuple[Callable[[], Any], float]:
-    """A compiled loss and gradient, and the FLOPs of all devices, which share the cores."""
-    config = options.model.config()
-    model = dataclasses.replace(options.model, layers=config.layers - depths, mtp_depth=depths)
-    laid = PipelineOptions(method=method, stages=2, microbatches=8, microbatch_size=1, no_overlap=True)
-    config, built = model.config(), model.build()
-    pipe = Pipeline(built, laid.build(config, mtp_depth=depths), make_mesh(2, 1, all_devices()[:2]))
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (8, 1, config.seq), dtype=np.int32)
-    params, batch = pipe.init(jax.random.key(0)), {"tokens": tokens, "labels": tokens}
-    run = pipe.jit(pipe.value_and_grad).lower(params, batch).compile()
-    flops = device_flops(models.cost_sizes(config, 1, depths), pipe.schedule)
-    return lambda: jax.block_until_ready(run(params, batch)), flops
+def _case(options: MtpOptions, method: str, depths: int) -> tuple[ModelOptions, PipelineOptions, float]:
+    """What is to be built, and the FLOPs of its busiest device."""
+    model = dataclasses.replace(options.model, layers=options.model.config().layers - depths, mtp_depth=depths)
+    pipeline = PipelineOptions(method=method, stages=2, microbatches=16, microbatch_size=1)
+    config = model.config()
+    return model, pipeline, device_flops(models.cost_sizes(config, 1, depths), pipeline.build(config))
 
 
 def trained(options: MtpOptions) -> list[dict[str, Any]]:
@@ -187,10 +185,12 @@ def main(arguments: list[str] | None = None) -> None:
     """The command."""
     options = or_fail(lambda: parse(MtpOptions, __doc__, arguments))
     names = or_fail(lambda: list(chosen(options)))
-    ClusterOptions().join(2)
     for name in names:
         make, formats = SECTIONS[name]
-        text = table(or_fail(lambda make=make: make(options)), formats)
+        try:
+            text = table(or_fail(lambda make=make: make(options)), formats)
+        except GroupFailed as problem:
+            fail(str(problem), status=1)
         print(text)
         or_fail(lambda name=name, text=text: insert_table(Path(options.docs), f"mtp-{name}", text))
 

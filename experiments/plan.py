@@ -47,8 +47,6 @@ from vocabpp_jax.planning import Choice, Plan, Ranked, Request
 from vocabpp_jax.schedules import METHODS, SCHEDULES
 from vocabpp_jax.schedules.simulation.cost import load_gpu
 
-SHARDS = hasattr(PipelineOptions, "shard_optimizer")
-"""Whether train.py divides the optimizer's state over copies of the model."""
 WIDTH = 170
 """Of the table, where it does not go to a terminal."""
 XLA_POOL = 0.75
@@ -140,7 +138,6 @@ class PlanOptions:
             self.methods,
             microbatch_sizes=self.microbatch_sizes,
             stages=self.stages,
-            shard_optimizer=SHARDS,
         )
 
     def run_of(self, request: Request, choice: Choice) -> tuple[ModelOptions, PipelineOptions]:
@@ -156,9 +153,8 @@ class PlanOptions:
             microbatches=request.microbatches(choice),
             microbatch_size=choice.microbatch_size,
             no_overlap=not request.gpu.overlaps,
+            shard_optimizer="on" if choice.shard_optimizer else "off",
         )
-        if SHARDS:
-            pipeline = dataclasses.replace(pipeline, shard_optimizer="on" if choice.shard_optimizer else "off")
         return dataclasses.replace(self.model, residuals=choice.residuals), pipeline
 
 

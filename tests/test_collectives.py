@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
@@ -56,6 +57,11 @@ def test_a_broadcast_and_a_sum_take_a_round_for_every_doubling(p, rounds):
         assert sum(map(len, permutes)) == p - 1  # every array moves once
 
 
-@pytest.mark.parametrize(("platform", "kind"), [("gpu", Native), ("cuda", Native), ("cpu", PermuteTree)])
-def test_gpus_have_their_own(platform, kind):
-    assert isinstance(collectives(("pipe",), 4, platform), kind)
+@pytest.mark.parametrize(("platform", "own"), [("gpu", True), ("cuda", True), ("cpu", False)])
+def test_gpus_sum_by_their_own_collective_and_cpus_by_permutes(platform, own):
+    mesh = make_mesh(4, devices=jax.devices()[:4])
+    total = jax.shard_map(
+        lambda x: collectives(("pipe",), 4, platform).total(x, 0), mesh=mesh, in_specs=P("pipe"), out_specs=P("pipe")
+    )
+    text = str(jax.make_jaxpr(total)(jnp.zeros(4)))
+    assert ("psum" in text, "ppermute" in text) == (own, not own)

@@ -157,24 +157,3 @@ def test_adding_weight_gradients_to_their_sum_costs_w_and_an_unsplit_b_what_it_m
     assert (moving.B, moving.F, moving.T) == (plain.B, plain.F, plain.T)
     whole = [Cost(z, replace(A100, weight_traffic=x)).durations(build("1f1b", "vocab-1", p=4, m=8)) for x in (0, 10)]
     assert whole[1].B[0] - whole[0].B[0] == pytest.approx(slower * added)
-
-
-def test_copies_of_the_model_share_parameters_and_moments_and_exchange_once_a_step():
-    schedule = build("1f1b", "vocab-2", p=8, m=8)
-    one, four = (Cost(FOUR_B, A100, data=n) for n in (1, 4))
-    apart = replace(four, shared_bytes=0)
-    n = one.parameters(schedule)[0]
-    assert one.state(schedule)[0] == apart.state(schedule)[0] == 18 * n
-    assert four.state(schedule)[0] == pytest.approx((6 + 12 / 4) * n)
-    alone, shared, whole = (cost.between_steps(schedule) for cost in (one, four, apart))
-    assert alone["scatter"] == alone["gather"] == 0 and alone["update"] == whole["update"] == 4 * shared["update"]
-    assert shared["scatter"] > shared["gather"] > 0.5 * shared["scatter"] - A100.inter_latency * 3
-    assert whole["sum"] == pytest.approx(2 * shared["scatter"])
-    assert shared["scatter"] > 3 / 4 * 4 * n / A100.inter_bandwidth  # a device's copy is in another node
-
-
-def test_copies_inside_a_node_exchange_over_its_links():
-    near, far = (A100.all_gather(2**30, 4, stride) for stride in (2, 8))
-    assert near == A100.all_gather(2**30, 4) < far
-    assert A100.all_gather(2**30, 1) == 0
-    assert 2 * A100.all_gather(2**30, 4) == pytest.approx(A100.all_reduce(2**30, 4))

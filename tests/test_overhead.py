@@ -14,7 +14,7 @@ def test_pipelines_and_the_plain_step_are_timed_on_one_core_and_accounted_for(tm
     overhead.main([*command, "--json", str(tmp_path / "x.json"), "--docs", str(page)])
     rows = json.loads((tmp_path / "x.json").read_text())["rows"]
     plain, ours = rows["plain step"], rows["baseline, p=2"]
-    assert plain["overhead"] == 0 and len(ours["seconds"]) == 1
+    assert len(ours["seconds"]) == len(plain["seconds"]) == 1 and min(plain["seconds"]) > 0
     assert ours["overhead"] == pytest.approx(ours["seconds"][0] / plain["seconds"][0] - 1)
     assert {"F", "B", "H", "IF", "IB", "transfers", "outside passes"} <= set(ours["account_ms"])
     assert "| baseline, p=2 |" in page.read_text() and "ms a step:" in capsys.readouterr().out

@@ -169,11 +169,11 @@ def request(model: ModelOptions, pipeline: PipelineOptions, platform: str, **cas
 
 def build(model: dict, pipeline: dict, comparator: str | None = None) -> tuple[Contender, models.Config]:
     """A contender from a :func:`request` and the comparator's name, if it is one."""
-    config, options = ModelOptions(**model).config(), PipelineOptions(**pipeline)
-    mesh = options.mesh()
+    asked, options = ModelOptions(**model), PipelineOptions(**pipeline)
+    config, mesh = asked.config(), options.mesh()
     if comparator is None:
-        pipe = Pipeline(models.build(config), options.build(config), mesh, compute_dtype=config.dtype)
-        return Ours(pipe), config
+        schedule = options.build(config, mtp_depth=asked.mtp_depth)
+        return Ours(Pipeline(asked.build(config), schedule, mesh, compute_dtype=config.dtype)), config
     if comparator not in COMPARATORS:
         raise ValueError(f"comparators has {comparator!r}; they are {', '.join(COMPARATORS)}")
     return COMPARATORS[comparator](models.build(config), mesh, options.microbatches, config.dtype), config

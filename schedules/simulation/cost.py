@@ -78,15 +78,9 @@ class GPU:
         latency, bandwidth = self._ring(p)
         return 2 * latency + 2 * (p - 1) / p * size / bandwidth if p > 1 else 0.0
 
-    def all_gather(self, size: float, p: int, stride: int = 1) -> float:
-        """Seconds until all of ``p`` devices, every ``stride``-th, have ``size`` bytes of which each has its part; or
-        until each has its part of a sum."""
-        latency, bandwidth = self._ring(p, stride)
-        return latency + (p - 1) / p * size / bandwidth if p > 1 else 0.0
-
-    def _ring(self, p: int, stride: int = 1) -> tuple[float, float]:
-        nodes = min(p, -(-p * stride // self.gpus_per_node))
-        hops = min(p, max(1, self.gpus_per_node // stride)) - 1
+    def _ring(self, p: int) -> tuple[float, float]:
+        nodes = -(-p // self.gpus_per_node)
+        hops = min(p, self.gpus_per_node) - 1
         bandwidth = self.intra_bandwidth if nodes == 1 else min(self.inter_bandwidth, self.intra_bandwidth)
         # NCCL's latency grows with the ring, but by a fraction of a message's own latency for every further device.
         return self.intra_latency * (1 + 0.1 * hops) + self.inter_latency * (nodes - 1) * 0.5, bandwidth
@@ -144,9 +138,6 @@ class Cost:
             functions are recomputed (what the sizes say, two bytes an element), 34 as in Megatron without recomputing
             (Korthikanti et al. 2022, with flash attention).
         state_bytes: a parameter's weights, gradient, and Adam state together.
-        data: copies of the model, which exchange gradients.
-        shared_bytes: what of ``state_bytes`` the copies share: float32 parameters and both of Adam's moments; 0 where
-            each keeps its own.
         table_bytes: what IB moves for each of the embedding's elements, where a framework adds a dense gradient to
             the accumulated one: 8 in float32. A scatter-add of the rows in use moves none of it.
     """
@@ -155,8 +146,6 @@ class Cost:
     gpu: GPU
     activation_bytes: float | None = None
     state_bytes: float = 18.0
-    data: int = 1
-    shared_bytes: float = 12.0
     table_bytes: float = 0.0
 
     # --- seconds ------------------------------------------------------------------------------------------------------
@@ -239,18 +228,6 @@ class Cost:
             overhead=gpu.overhead,
         )
 
-    def between_steps(self, schedule: Schedule) -> dict[str, float]:
-        """Seconds of what a step does beside its passes, on the fullest device: the float32 gradients' sum over the
-        copies, whole (``sum``) or in shares (``scatter``); the optimizer's ``update``; with shares, the ``gather`` of
-        two bytes a weight."""
-        gpu, n, stride = self.gpu, max(self.parameters(schedule)), schedule.p
-        # Gradients are read for their norm and again; parameters and moments are read and written.
-        update = gpu.traffic(32 * n / (self.data if self.shared_bytes else 1))
-        if not self.shared_bytes:
-            return {"sum": 2 * gpu.all_gather(4 * n, self.data, stride), "update": update}
-        scatter, gather = (gpu.all_gather(size * n, self.data, stride) for size in (4, 2))
-        return {"scatter": scatter, "update": update, "gather": gather}
-
     def mfu(self, m: int, p: int, seconds: float) -> float:
         """Model FLOPs utilisation of an iteration on ``p`` GPUs, 0 to 1."""
         return self.sizes.iteration_flops(m) / (seconds * p * self.gpu.peak_flops)
@@ -282,11 +259,6 @@ class Cost:
 
     def state(self, schedule: Schedule) -> tuple[float, ...]:
         """Bytes of parameters, gradients and optimizer state, on every device."""
-        each = self.state_bytes - self.shared_bytes * (1 - 1 / self.data)
-        return tuple(each * n for n in self.parameters(schedule))
-
-    def parameters(self, schedule: Schedule) -> tuple[float, ...]:
-        """Parameters of every device."""
         z, p = self.sizes, schedule.p
         counts = stage_layers(schedule, z.layers, z.depths)
         parameters = [0.0] * p
@@ -303,7 +275,7 @@ class Cost:
                 parameters[last] += z.table_parameters
             if z.depths and not z.tied and first != last:
                 parameters[last] += z.table_parameters  # the tail's copy of the embedding
-        return tuple(parameters)
+        return tuple(self.state_bytes * n for n in parameters)
 
     def peak_bytes(self, timeline: Timeline) -> tuple[float, ...]:
         """State, the most that the rings hold at once, and an unsharded head's logits, on every device."""
