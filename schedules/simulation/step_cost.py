@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from ..schedule import Schedule
-from .cost import Cost, stage_layers
+from .cost import GPU, Cost, stage_layers
 from .simulator import Durations
 
 OPTIMIZER_BYTES = 40.0
@@ -99,11 +99,18 @@ class StepCost:
     def gradient_sums(self, parameters: float, p: int) -> float:
         """Seconds to sum the float32 gradients of a device's parameters over ``data``, which waits for the last of
         them; with optimizer sharding, to scatter the sums and to gather the weights in two bytes."""
-        ways = (4, 2) if self.shard_optimizer else (4, 4)  # to scatter and to gather; a sum over copies is both
-        exchange = self.cost.gpu.all_gather
-        return sum(exchange(size * parameters, self.data, p * self.tensor) for size in ways)
+        bytes_moved = parameters * ((4 + 2) / 2 if self.shard_optimizer else 4)
+        return _strided(self.cost.gpu, self.data, p * self.tensor).all_reduce(bytes_moved, self.data)
 
     def update(self, parameters: float) -> float:
         """Seconds of the optimizer, of its norm and of rounding the weights."""
         divided = SHARDED_BYTES * (1 - 1 / self.data) if self.shard_optimizer else 0.0
         return self.cost.gpu.traffic((OPTIMIZER_BYTES - divided) * parameters)
+
+
+def _strided(gpu: GPU, members: int, stride: int) -> GPU:
+    """The GPU as a group sees it whose members are ``stride`` devices apart: fewer of them to a node. Those in one node
+    share its adapters with the other groups, each of which has as many."""
+    there = max(1, gpu.gpus_per_node // stride)
+    between = min(gpu.intra_bandwidth, gpu.inter_bandwidth * min(there, members))
+    return replace(gpu, gpus_per_node=there, inter_bandwidth=between)
