@@ -11,7 +11,7 @@ import tyro
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a look into a file needs no GPU
 
-from command_line.options import BucketPath, OptionalInt, OptionalStr, fail, or_fail, parse, write_json
+from command_line.parsing import BucketPath, OptionalInt, OptionalStr, fail, or_fail, parse, write_json
 from vocabpp_jax.checkpoints import inspection
 from vocabpp_jax.runtime.hosts import quiet_libraries
 

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from command_line.options import ClusterOptions, OptionalStr, or_fail, parse
+from command_line.options import ClusterOptions
+from command_line.parsing import OptionalStr, or_fail, parse
 from vocabpp_jax import Pipeline, make_mesh, models, schedules
 from vocabpp_jax.pipeline.mesh import all_devices
 

@@ -27,7 +27,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from command_line.options import ModelOptions, OptionalStr, PipelineOptions, or_fail, parse, write_json
+from command_line.options import ModelOptions, PipelineOptions
+from command_line.parsing import OptionalStr, or_fail, parse, write_json
 from comparators import EVEN_SHARE
 from pytorch.compare_report import ALONE, losses_table, ratios_of, speed_table
 from pytorch.megatron_logs import read_log

@@ -27,7 +27,7 @@ from fuzzing.cases import Case, run_all
 from fuzzing.families import FAMILIES, REPORTS, warm
 from fuzzing.inputs import Inputs, make_inputs
 
-from command_line.options import OptionalStr, fail, parse
+from command_line.parsing import OptionalStr, fail, parse
 
 
 @dataclass(frozen=True)

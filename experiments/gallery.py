@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line.options import parse
+from command_line.parsing import parse
 from vocabpp_jax.schedules import GPU, SCHEDULES, build, lower, methods_of
 from vocabpp_jax.schedules.simulation.durations import Durations
 from vocabpp_jax.schedules.simulation.pictures import draw, save

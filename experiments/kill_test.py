@@ -20,7 +20,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from command_line.options import OptionalStr, fail, parse, write_json
+from command_line.parsing import OptionalStr, fail, parse, write_json
 from speed_measure.processes import free_port
 from training_run.kill_faults import FAULTS, ONLY_FIRST, PHASES
 from vocabpp_jax.checkpoints import read_record, steps_in

@@ -25,7 +25,8 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
-from command_line.options import ModelOptions, OptionalStr, PipelineOptions, or_fail, parse, write_json, write_text
+from command_line.options import ModelOptions, PipelineOptions
+from command_line.parsing import OptionalStr, or_fail, parse, write_json, write_text
 from vocabpp_jax import Pipeline, compiled, make_mesh, models
 from vocabpp_jax.models.config import attention_implementation
 from vocabpp_jax.schedules.simulation.cost import GPU, load_gpu

@@ -26,7 +26,8 @@ import numpy as np
 
 import simulate
 import speed
-from command_line.options import ModelOptions, PipelineOptions, fail, or_fail, parse
+from command_line.options import ModelOptions, PipelineOptions
+from command_line.parsing import fail, or_fail, parse
 from reports.markdown import insert_table, table
 from speed_measure import speed_stage
 from speed_measure.processes import Group, GroupFailed

@@ -16,7 +16,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from command_line.options import ModelOptions, OptionalStr, PipelineOptions, or_fail, parse, write_json
+from command_line.options import ModelOptions, PipelineOptions
+from command_line.parsing import OptionalStr, or_fail, parse, write_json
 from comparators import EVEN_SHARE
 from reports.markdown import insert_table
 from speed_measure.processes import Group, GroupFailed

@@ -15,7 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from command_line.options import ClusterOptions, OptionalStr, or_fail, parse, write_json
+from command_line.options import ClusterOptions
+from command_line.parsing import OptionalStr, or_fail, parse, write_json
 from parity_check.parity_compare import Case, Parity, compare, prepare
 from parity_check.parity_matrix import run_all, summary
 from reports.markdown import insert_table, table

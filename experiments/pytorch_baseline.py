@@ -22,7 +22,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from command_line.options import ModelOptions, PipelineOptions, fail, or_fail, parse
+from command_line.options import ModelOptions, PipelineOptions
+from command_line.parsing import fail, or_fail, parse
 from comparators import EVEN_SHARE
 from pytorch.pytorch_gpt import Shape, Stage, pipeline, token_loss
 from speed_measure import exchange, processes

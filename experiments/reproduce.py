@@ -20,7 +20,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing here is measured on a G
 
 from rich.console import Console
 
-from command_line.options import ClusterOptions, fail, or_fail, parse
+from command_line.options import ClusterOptions
+from command_line.parsing import fail, or_fail, parse
 from paper import beyond, calibration, claims, convergence, layer_balance, memory_section, scaling, tables
 from paper.page import Files, Say, update
 

@@ -16,7 +16,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from command_line.options import MOST_PASSES, OptionalInt, OptionalStr, check_tail, fail, or_fail, parse, write_json
+from command_line.options import MOST_PASSES, check_tail
+from command_line.parsing import OptionalInt, OptionalStr, fail, or_fail, parse, write_json
 from vocabpp_jax import models
 from vocabpp_jax.schedules import METHODS, SCHEDULES, Schedule, build, lower, methods_of
 from vocabpp_jax.schedules.layers import redistributed

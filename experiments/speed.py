@@ -26,16 +26,8 @@ from typing import Any
 
 import jax
 
-from command_line.options import (
-    ClusterOptions,
-    ModelOptions,
-    OptionalStr,
-    PipelineOptions,
-    fail,
-    or_fail,
-    parse,
-    write_json,
-)
+from command_line.options import ClusterOptions, ModelOptions, PipelineOptions
+from command_line.parsing import OptionalStr, fail, or_fail, parse, write_json
 from comparators import COMPARATORS, EVEN_SHARE
 from reports.markdown import insert_table
 from speed_measure import speed_stage

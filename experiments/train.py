@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from command_line.options import PipelineOptions, fail, or_fail, parse
+from command_line.options import PipelineOptions
+from command_line.parsing import fail, or_fail, parse
 from training_run.kept_schedule import decide_schedule
 from training_run.train_export import plan_export
 from training_run.train_options import TrainOptions, check_output, make_folder

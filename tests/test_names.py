@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from checkpoint import CheckpointOptions
 from command_line.names import with_names
-from command_line.options import ModelOptions, parse
+from command_line.options import ModelOptions
+from command_line.parsing import parse
 from simulate import SimulateOptions
 from speed import SpeedOptions
 from training_run.train_options import TrainOptions

@@ -3,7 +3,7 @@
 import pytest
 
 from checkpoint import CheckpointOptions
-from command_line.options import parse
+from command_line.parsing import parse
 from training_run.train_options import TrainOptions
 
 

@@ -27,7 +27,7 @@ import reproduce
 import simulate
 import speed
 import train
-from command_line.options import or_fail, parse
+from command_line.parsing import or_fail, parse
 from fuzzing.cases import Action
 from fuzzing.inputs import SHAPE, SMALL, Inputs
 from fuzzing.mutate import bytes_of, json_of, text_of_json, value_of, word_of

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 
-from command_line.options import ModelOptions, PipelineOptions, or_fail
+from command_line.options import ModelOptions, PipelineOptions
+from command_line.parsing import or_fail
 from memory import MemoryOptions, programs
 
 

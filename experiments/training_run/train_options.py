@@ -13,14 +13,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from command_line import plan_file
-from command_line.options import (
-    ClusterOptions,
-    ModelOptions,
-    OptionalBucketPath,
-    OptionalInt,
-    OptionalStr,
-    PipelineOptions,
-)
+from command_line.options import ClusterOptions, ModelOptions, PipelineOptions
+from command_line.parsing import OptionalBucketPath, OptionalInt, OptionalStr
 from vocabpp_jax import Model, checkpoints
 from vocabpp_jax.data import STANDARD_LIBRARY, is_megatron
 from vocabpp_jax.models import Config
