@@ -26,8 +26,18 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs, and a GPU's plug-
 from rich.console import Console
 
 from command_line import plan_file
-from command_line.options import ModelOptions, PipelineOptions, Result
-from command_line.parsing import OptionalFloat, OptionalInt, OptionalStr, fail, or_fail, parse, write_json, write_text
+from command_line.options import ModelOptions, PipelineOptions
+from command_line.parsing import (
+    OptionalFloat,
+    OptionalInt,
+    OptionalStr,
+    Result,
+    fail,
+    or_fail,
+    parse,
+    write_json,
+    write_text,
+)
 from planning_run.compiling import Job, results
 from planning_run.report import GIB, Refused, draw, reasons, table, table_of_timed
 from vocabpp_jax import models, plan
