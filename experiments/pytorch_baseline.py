@@ -42,7 +42,7 @@ class Rank:
         return torch.device("cuda", torch.cuda.current_device()) if self.gpus else torch.device("cpu")
 
     def join(self, coordinator: str | None = None, ranks: int = 1) -> dict[str, Any]:
-        """Find the other ranks; tells what the devices are."""
+        """Find the other ranks; returns what the devices are."""
         if self.gpus:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         else:

@@ -73,7 +73,7 @@ class SimulateOptions:
     """CSV of measured pass times in the columns of docs/paper/pass_times_8xA100.csv. Prints what they predict for each
     row against what was measured; the network is --gpu's."""
     no_overlap: bool = False
-    """Wait for every collective of the vocabulary layers where it stands, as suits CPUs."""
+    """Wait for every collective of the vocabulary layers where it is issued, as suits CPUs."""
     durations: OptionalStr = None
     """How long passes take, in milliseconds, instead of what the model and the GPU say: F=466,B=549,W=405,transfer=4,
     or any other field of schedules.Durations. H=0 is a pipeline without a head."""

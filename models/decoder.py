@@ -82,7 +82,7 @@ def _tail(config: Config, depths: int, weight: float) -> Tail:
 
 
 def _spec(path: tuple, shape: jax.ShapeDtypeStruct) -> PartitionSpec:
-    """How a block's parameter lies over the axis ``tensor``; norms, and biases added to a whole sum, are not split."""
+    """How a block's parameter is split over the axis ``tensor``; norms, and biases added to a whole sum, are not."""
     layer, leaf = (path[-2].key if len(path) > 1 else None), path[-1].key
     if layer in _COLUMNS:
         return PartitionSpec(None, TENSOR) if leaf == "kernel" else PartitionSpec(TENSOR)

@@ -31,7 +31,7 @@ class Architecture:
         name, model_type: what ``config.json`` calls it.
         prefix: of every name but the head's; files of the model without its head leave it out.
         outer, inner: names by canonical path, joined by dots; ``inner`` within a layer, behind ``layers.N.``.
-        layers: what stands before a layer's number.
+        layers: the prefix of a layer's number.
         config, json: ``config.json`` to a configuration and back.
         transposed: whether linear layers are ``[out, in]``.
     """

@@ -1,4 +1,4 @@
-"""Multi-token prediction: what stands behind the last layer for each further token (DeepSeek-V3, arXiv 2412.19437).
+"""Multi-token prediction: what follows the last layer, for each further token (DeepSeek-V3, arXiv 2412.19437).
 
 Depth k turns the stream of the depth before it, and the embedding of the token k places ahead, into a stream of its
 own::

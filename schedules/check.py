@@ -179,13 +179,13 @@ def _shifts(schedule: Schedule, step: Step) -> tuple[int, ...]:
 
 
 def _check_collectives(schedule: Schedule) -> None:
-    """Collectives stand at one place on every device, or devices come to them in different orders and wait forever."""
+    """Collectives are at one place on every device, or devices reach them in different orders and wait forever."""
     for step in schedule.vocabulary.steps:
         for d, at in enumerate(step.at):
             if step.op != "run" and at != step.at[0]:
                 raise ScheduleError(
                     f"{_name(step)} is in slot {at} on device {d} and in slot {step.at[0]} on device 0; "
-                    "a collective stands at the same place on every device"
+                    "a collective is at the same place on every device"
                 )
 
 

@@ -126,7 +126,7 @@ def _as_soon_as_possible(
             waits = next(need for need in _inputs(kind, stage, i, stages) if need not in ends)
             raise ScheduleError(
                 f"device {d} waits forever: {stage}{kind}{i} needs {waits[1]}{waits[0]}{waits[2]}, "
-                "which never runs or itself waits for a pass that stands behind this one"
+                "which never runs or itself waits for a pass that comes after this one"
             )
     return tuple(tuple(of_device) for of_device in done)
 

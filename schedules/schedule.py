@@ -36,7 +36,7 @@ class Pass(NamedTuple):
         return f"{self.stage}{self.kind}{self.microbatch}"
 
 
-# Where in its slot an event stands. What a collective brings lands before the slot's transfers leave: one thing is
+# Where in its slot an event is. What a collective brings lands before the slot's transfers leave: one thing is
 # under way between two devices at a time.
 DEFERRED, BEFORE, PASSES, LANDINGS, TRANSFERS, AFTER = range(6)
 
@@ -64,7 +64,7 @@ class Vocabulary:
 
     Attributes:
         method: its name; nothing but messages depends on it.
-        steps: ordered: where two stand in the same place of a slot, the earlier in the tuple goes first.
+        steps: ordered: where two share a place of a slot, the earlier in the tuple goes first.
         shifts: slots from microbatch 0's steps to each microbatch's, multiples of the schedule's interval.
         inserted_intervals: how many more there are between the last stage's F and B than the block itself has.
     """

@@ -7,10 +7,10 @@ are in :mod:`.instructions`.
 An interval of the lowered program opens at the slot in which the broadcast of the last stage's output starts. A
 collective starts before a slot's passes and lands behind them or behind those of a later slot of the same interval: a
 scan step does not cut it, and in as many slots as the longest pass takes every device has a pass to hide it with. S
-stands in one slot on all devices, and so does T. A device that is in the middle of a pass there runs them before it.
+is in one slot on all devices, and so is T. A device that is in the middle of a pass there runs them before it.
 
 Where collectives cannot run beside passes, as on CPUs, each would make all devices wait for the slowest at another
-place. There all steps stand behind the last F, one after the other, with nothing between them but themselves.
+place. There all steps follow the last F, one after the other, with nothing in between.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _closes(block: Block, slot: int) -> int:
 def _output_steps(block: Block, method: str) -> list[Step]:
     """The broadcast, S, T and their reductions, as soon as inputs allow; in this order where they share a place."""
     K, end, w = block.interval, block.F[-1], block.longest
-    after_S = end + w + 1  # the slot before whose passes S stands; the reduction of its row sums takes this slot
+    after_S = end + w + 1  # the slot before whose passes S runs; the reduction of its row sums takes this slot
     after_T = after_S + 1
 
     def run(name: str, slot: int) -> Step:

@@ -70,7 +70,7 @@ def test_what_cannot_be_compared_is_said_in_one_sentence(arguments, names, capsy
 
 def test_a_log_without_times_is_refused(tmp_path):
     (tmp_path / "x.log").write_text("nothing\n")
-    with pytest.raises(ValueError, match="no line tells"):
+    with pytest.raises(ValueError, match="no line has"):
         read_log(tmp_path / "x.log")
 
 

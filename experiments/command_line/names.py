@@ -28,7 +28,7 @@ _NAMES: dict[str, Iterable[str]] = {
 
 def with_names(options: type, arguments: Sequence[str]) -> list[str]:
     """The arguments with every name as it is spelt: those above, and the values of options with a fixed choice
-    (``Literal``). An option that is on or off is on where it stands alone."""
+    (``Literal``). A flag without a value is on."""
     flags: dict[str, Iterable[str]] = {}
     positional: list[list[str]] = []  # those with a choice come before those without
     for name, choices, by_place in _options(options):

@@ -152,9 +152,8 @@ class PipelineOptions:
     """Whether the copies of the model, where there are several, share the float32 parameters and the optimizer's state,
     a part on each, and gather and scatter once a step. Where off, each keeps all of them."""
     no_overlap: bool = False
-    """Wait for every collective of the vocabulary layers where it stands, all of them in one place of an interval: for
-    CPUs, whose collectives let no pass run beside them."""
-
+    """Wait for every collective of the vocabulary layers where it is issued, all of them in one place of an interval,
+    as suits CPUs, whose collectives let no pass run beside them."""
     fit: OptionalStr = None
     """The GPU, such as h100-80g, to whose pass times the order of passes is fitted; the one at hand if not given, or
     none to repeat the schedule's building block as it is, as on CPUs."""

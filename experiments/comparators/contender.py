@@ -25,7 +25,7 @@ class Contender(Protocol):
 
     mesh: Mesh
     batch_spec: PartitionSpec
-    """How ``[m, B, L]`` lies on the mesh."""
+    """How ``[m, B, L]`` is sharded over the mesh."""
 
     def pack(self, canonical: Params) -> Params:
         """Canonical parameters in this contender's layout."""

@@ -48,7 +48,7 @@ def head(measured: Measured) -> str:
     driver = next((word for word in driver if word[:1].isdigit()), driver[0])
     return (
         "# Measured on one GPU\n\n"
-        "What a single GPU tells about a pipeline of many. This page, the tables beside it in "
+        "What a single GPU can show about a pipeline of many. This page, the tables beside it in "
         "[results/gpu](../docs/results/gpu) and the constants of the GPU's file are written by\n\n"
         "    python experiments/one_gpu.py --output docs/results/gpu --docs docs/gpu.md \\\n"
         "        --constants schedules/simulation/gpus/h100-80g.toml\n\n"
@@ -110,7 +110,7 @@ def overhead(measured: Measured) -> str:
         alone.append({"model": case["step"], "with loops in command buffers": outcome, "steps until then, ms": ms})
     nothing = [{"model": None, "with loops in command buffers": None, "steps until then, ms": None}]
     return (
-        "## The executor's overhead\n\nEvery pass of the program stands in a loop of zero or one trips. What such a "
+        "## The executor's overhead\n\nEvery pass of the program is inside a loop of zero or one trips. What such a "
         "loop adds, with next to nothing in it, by what runs as CUDA graphs:\n\n"
         + cells(rows)
         + "\n\nWhole steps of one stage (p=1) beside a plain jitted gradient-accumulation step of the same model. A "

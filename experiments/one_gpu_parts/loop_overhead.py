@@ -1,6 +1,6 @@
 """What the executor costs over a plain step on a GPU, and what command buffers make of it.
 
-Every pass stands in a loop of zero or one trips whose predicate the host reads. ``loops`` times nothing else: a scan
+Every pass is inside a loop of zero or one trips whose predicate the host reads. ``loops`` times nothing else: a scan
 whose interval has many such loops around next to no work. ``steps`` times real steps of one stage beside a plain
 gradient-accumulation step of the same model.
 """

@@ -114,7 +114,7 @@ def table3(measured: Measured) -> str:
 
 
 def _skipped(measured: Measured) -> float:
-    """Microseconds of the loop that was subtracted from passes that stand in none."""
+    """Microseconds of the loop that was subtracted from passes that have none."""
     found = measured.cases("overhead", kind="loops", command_buffers="default")
     return found[0]["skipped_us"] if found else 0.0
 

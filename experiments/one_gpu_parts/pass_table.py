@@ -45,7 +45,7 @@ def _lines(measured: Measured, row: Row) -> list[dict[str, Any]]:
 
 
 def _line(measured: Measured, row: Row, seq: int, V: int, schedule: Schedule) -> dict[str, Any] | None:
-    """One row of the table. What the head, or G, costs the last device stands in its backward."""
+    """One row of the table. What the head, or G, costs the last device is counted in its backward."""
     durations = measured.durations(row.model, row.p, seq, V, schedule, load_gpu("h100-80g"))
     if durations is None:
         return None

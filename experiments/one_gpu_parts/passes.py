@@ -28,7 +28,7 @@ from vocabpp_jax.schedules import Instruction, Program
 from .timing import ids, middle, noise, seconds
 
 CELLS = 2  # of every ring at least: of one, the compiler would make no ring
-IDLE = "idle"  # what stands between the passes that are timed, and nothing else
+IDLE = "idle"  # what runs between the passes that are timed, and nothing else
 EMPTY = ("grads.", "loss", "clock", "swept", "part")  # of the state; all else begins with what looks random
 # C1 is what a device computes before the sum of Algorithm 2; of the statistics, what it computes around their gather.
 COLLECTIVES = {"C1": ("start grad_sum", "done grad_sum"), "stats": ("start stats", "done stats")}
@@ -54,7 +54,7 @@ class Passes(Pipeline):
 
     @cached_property
     def instructions(self) -> dict[str, tuple[Instruction, ...]]:
-        """What stands for every name."""
+        """The instructions for every name."""
         found: dict[str, Instruction] = {}
         for segment in self.program.segments:
             for i in segment.body:

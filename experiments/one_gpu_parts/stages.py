@@ -137,7 +137,7 @@ def build(case: dict[str, Any], mesh: Any) -> tuple[Any, Any]:
 
 
 def lower_step(pipe: Any, optimizer: Any, seq: int) -> tuple[Any, Any]:
-    """The lowered train step, and where its state lies."""
+    """The lowered train step, and the shardings of its state."""
     import jax
 
     from vocabpp_jax import train
@@ -151,7 +151,7 @@ def lower_step(pipe: Any, optimizer: Any, seq: int) -> tuple[Any, Any]:
 
 
 def _data(pipe: Any, optimizer: Any, case: dict[str, Any], place: Any) -> tuple[Any, Any]:
-    """A state and a batch that look random, made where they lie: nothing can be sent to a device that is not there."""
+    """A state and a batch that look random, made in place: nothing can be sent to a device that is not there."""
     import jax
 
     from vocabpp_jax import train

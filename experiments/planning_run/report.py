@@ -1,4 +1,4 @@
-"""What the planner tells people: the table, why neighbours were dropped, the picture."""
+"""What the planner prints: the table, why neighbours were dropped, the picture."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def read_log(path: str | Path, warmup: int = 2) -> MegatronRun:
         warmup: iterations to leave out at the beginning, where there are more.
 
     Raises:
-        ValueError: there is no such file, or no line in it tells an iteration's time.
+        ValueError: there is no such file, or no line in it has the time of an iteration.
     """
     path = Path(path)
     if not path.is_file():
@@ -60,7 +60,7 @@ def read_log(path: str | Path, warmup: int = 2) -> MegatronRun:
     text = path.read_text(errors="replace")
     lines = [line for line in text.splitlines() if _ITERATION.search(line) and _FIELDS["ms"].search(line)]
     if not lines:
-        raise ValueError(f"logs has {str(path)!r}, in which no line tells an elapsed time per iteration")
+        raise ValueError(f"logs has {str(path)!r}, in which no line has an elapsed time per iteration")
     steady = lines[warmup:] or lines
     arguments = dict(_ARGUMENT.findall(text))
     batch, tflops = _values(steady, "batch"), _values(steady, "tflops")

@@ -26,7 +26,7 @@ def table(rows: Sequence[Row], formats: Mapping[str, str] | None = None) -> str:
 
 
 def insert_table(page: Path, name: str, text: str) -> None:
-    """Replace what stands between the comments ``<!-- name -->`` and ``<!-- /name -->`` of a Markdown page.
+    """Replace what is between the comments ``<!-- name -->`` and ``<!-- /name -->`` of a Markdown page.
 
     Raises:
         ValueError: the page is not there, or has no such comments.

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-# The pin stands before anything is imported: a library sizes its thread pools by the cores that it may run on.
+# Pin before anything is imported: a library sizes its thread pools by the cores that it may run on.
 _PINNED = (
     "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])}); "
     "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"

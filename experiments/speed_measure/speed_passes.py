@@ -30,7 +30,7 @@ SWEPT = 2**24  # float32 values that a sweep changes: 64 MiB, more than caches h
 BETWEEN = {
     "sweep": ("swept",),
     "perturb": ("inbox", "out", "A", "P"),
-}  # what stands between passes, and what it changes
+}  # what runs between passes, and what it changes
 _TIMED_WITH = {
     "embed_sum": "IF",
     "grad_sum": "G",

@@ -51,7 +51,7 @@ class Stage:
     pass_times: PassTimes = field(default_factory=PassTimes)
 
     def join(self, coordinator: str, ranks: int) -> dict[str, Any]:
-        """Find the other ranks; tells what the devices are."""
+        """Find the other ranks; returns what the devices are."""
         began = time.monotonic()
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         rank = int(os.environ["RANK"])
@@ -75,7 +75,7 @@ class Stage:
         }
 
     def prepare(self, name: str, model: dict, pipeline: dict, comparator: str | None = None) -> dict[str, float]:
-        """Build a contender and compile its step; tells the seconds that each took.
+        """Build a contender and compile its step; returns the seconds that each took.
 
         Raises:
             ValueError: there is no such contender.

@@ -63,7 +63,7 @@ class CheckpointOptions:
 
 @dataclass(frozen=True)
 class WatchOptions:
-    """What a run tells besides metrics.jsonl."""
+    """What a run reports besides metrics.jsonl."""
 
     tensorboard: bool = False
     """Also write the numbers for TensorBoard, to the output folder."""

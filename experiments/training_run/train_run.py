@@ -1,4 +1,4 @@
-"""What a training run is, and what it tells: its description, the numbers of every step, how it ended."""
+"""What a training run is, and what it reports: its description, the numbers of every step, how it ended."""
 
 from __future__ import annotations
 

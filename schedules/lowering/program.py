@@ -31,7 +31,7 @@ class Instruction:
             "permute" starts a transfer of it, "land" waits for that and stores it; "start" or "done" of a collective.
         name: the pass kind or the collective's name; of a permute behind a pass, that pass's.
         chunk: which of a device's stages, for F, B and W and their permutes.
-        slot: the slot of the interval it stands in.
+        slot: its slot in the interval.
         pairs: source and target devices of a permute and its landing.
         tables: ``microbatch`` and the ring cells it touches, int32 ``[intervals, p]``, -1 where there is none.
         transfer: the number, in its body, of the transfer that a permute starts and a landing ends; -1 elsewhere.
@@ -141,7 +141,7 @@ class _Body:
     def segment(self) -> Segment:
         """The scan, with the landings of its transfers where the first instruction reads what they bring."""
         body: list[Instruction] = []
-        landings: list[tuple[int, Instruction]] = []  # the line of groups before which each stands
+        landings: list[tuple[int, Instruction]] = []  # the line of groups that each comes before
         ends: list[int] = []  # for every line of groups, where its instructions end in the body
         for n, rows in enumerate(self.groups):
             for instruction, due in self._instructions(n, rows):

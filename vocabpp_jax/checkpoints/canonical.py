@@ -68,7 +68,7 @@ class Canonical:
 
     @cached_property
     def unflatten(self) -> Callable[[Flat], training.State]:
-        """``arrays -> state``, compiled: the state that canonical arrays stand for, in this pipeline's layout."""
+        """``arrays -> state``, compiled: canonical arrays as a state in this pipeline's layout."""
         pack, structure = self.pipe.layout.pack, jax.tree.structure(self._canonical.params)
 
         def is_params(tree: Any) -> bool:

@@ -179,5 +179,5 @@ def _first_array(shape: str) -> str:
 
 
 def _step(line: Line) -> str:
-    """The scope that a collective's primitive stands in: hidden_broadcast, stats, transfer, ..."""
+    """The scope of a collective's primitive: hidden_broadcast, stats, transfer, ..."""
     return line.scope[-2] if len(line.scope) > 1 else line.name

@@ -20,7 +20,7 @@ def run_if(condition: jax.Array, state: State, names: tuple[str, ...], update: C
     """``state`` with ``names`` as ``update`` leaves them, where ``condition``; the rest of the state is only read.
 
     A loop of zero or one trips, not a conditional: XLA carries what a loop updates in place, where every branch of a
-    conditional copies what it passes through. No collective may stand inside.
+    conditional copies what it passes through. No collective may be inside.
 
     All passes share ``clock``, the count of those that ran. It keeps them in the program's order: without it nothing
     orders one that reads a buffer before another that overwrites it, and the compiler copies the buffer.
@@ -48,15 +48,15 @@ def passes_wait_for(state: State, value: jax.Array) -> State:
 
 
 def wait_for_passes(state: State, value: jax.Array) -> jax.Array:
-    """``value``, not to be used before the passes that stand earlier have run."""
+    """``value``, not to be used before the earlier passes have run."""
     return jnp.where(state["clock"] >= 0, value, jnp.zeros_like(value))
 
 
 def delay_until(cell: jax.Array, values: Any) -> jax.Array:
     """``cell``, not to be read before all matrices of ``values`` are there.
 
-    It keeps the compiler from fetching early what would then lie about. Where a value is NaN another cell may be read,
-    into what is NaN already.
+    It keeps the compiler from fetching early what would then take memory until it is used. Where a value is NaN another
+    cell may be read, into what is NaN already.
 
     The barrier keeps XLA from fusing the read with what makes ``values``, which it does where both have as many
     elements. Every thread of such a kernel would need the first element of a matrix that the kernel replaces, so it

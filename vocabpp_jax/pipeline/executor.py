@@ -3,7 +3,7 @@
 Runs inside ``shard_map``. Every segment of the program is a ``lax.scan`` over intervals, its body the segment's
 instructions in order. A pass runs inside a ``lax.while_loop`` of zero or one trips: unlike a conditional, a loop
 carries what it updates in place, so that gradient accumulators and ring buffers are not copied in the slots of other
-passes. Collectives stand outside the loops, at the same place on every device.
+passes. Collectives are outside the loops, at the same place on every device.
 
 Nothing here knows a schedule by name, nor a model: blocks are pure functions, and what the output layer's steps do is
 in :mod:`vocabpp_jax.vocab.instructions`.

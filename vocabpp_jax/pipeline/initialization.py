@@ -1,7 +1,7 @@
 """Drawing a model's parameters where they live: every device draws its own layers and rows, and nothing else.
 
 Each layer and each row of a table has a key of its own (:meth:`.Model.draw_block`, :meth:`.Model.draw_rows`), so the
-parameters that a key stands for are the same, to the bit, in every layout. One program draws a layer on every device;
+parameters of a key are the same, to the bit, in every layout. One program draws a layer on every device;
 running it once for each of a device's layers takes the scratch space of one layer, and the time to compile grows
 neither with the layers nor with the stages.
 """
@@ -62,7 +62,7 @@ def layers_of(layout: Layout) -> tuple[tuple[np.ndarray, ...], ...]:
 
 
 def draw(layout: Layout, mesh: Mesh, key: jax.Array) -> Params:
-    """The parameters that ``key`` stands for, float32, each where it lives."""
+    """The parameters of ``key``, float32, each drawn where it lives."""
     drawing = programs(layout, mesh)
     blocks = tuple(tuple(drawing.layer(key, layers) for layers in chunk) for chunk in layers_of(layout))
     return {"blocks": blocks} | drawing.rest(key)

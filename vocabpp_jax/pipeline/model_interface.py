@@ -142,7 +142,7 @@ class Model:
         return params
 
     def draw_block(self, key: jax.Array, layer: jax.Array) -> Params:
-        """The initial parameters of one layer of the model that ``key`` stands for."""
+        """The initial parameters of one layer of the model of ``key``."""
         return self.init_block(jax.random.fold_in(_key_of("blocks", key), layer), layer)
 
     def draw_rows(self, key: jax.Array, table: str, rows: jax.Array) -> jax.Array:

@@ -92,7 +92,7 @@ class Pipeline(OnDevice):
         )
 
     def init(self, key: jax.Array) -> Params:
-        """The parameters that ``model.init(key)`` stands for, to the bit, each drawn where it lives.
+        """What ``model.init(key)`` draws, to the bit, each parameter drawn where it lives.
 
         Takes the memory of the parameters and of one layer. Raises ValueError for a key that is not threefry's.
         """

@@ -1,7 +1,7 @@
 """The mesh axis ``tensor``: what a block needs to run on its part of the weights.
 
 A pair of matrix products is split by columns, then by rows, with nothing exchanged between them
-(arXiv 1909.08053, section 3). Around the pair stand two functions, each the other's transpose::
+(arXiv 1909.08053, section 3). Around the pair are two functions, each the other's transpose::
 
     enter(x)   x as it is     backward: the sum over the axis    (every device uses x: its gradients add)
     leave(y)   the sum        backward: the gradient as it is    (every device has a part of y)

@@ -197,7 +197,7 @@ class Request:
                     yield name, method, count
 
     def _why_nothing(self) -> str:
-        """What stands in the way, and the nearest that would do."""
+        """What is wrong, and the nearest that would do."""
         layers, layouts = self.sizes.layers, self.layouts()
         if not layouts:
             possible = [n for n in range(1, self.gpus) if Request._with(self, gpus=n).layouts()]

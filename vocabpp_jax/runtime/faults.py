@@ -44,7 +44,7 @@ class Termination:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Termination:
-        # Under jax.distributed its service handles SIGTERM and tells the other processes; of a SIGINT it would not.
+        # Under jax.distributed its service handles SIGTERM and notifies the other processes; of a SIGINT it would not.
         signals = () if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in signals}

@@ -1,4 +1,4 @@
-"""What a run tells about itself: a file of JSON lines, a progress bar or plain lines, a picture of the losses."""
+"""What a run reports: a file of JSON lines, a progress bar or plain lines, a picture of the losses."""
 
 from __future__ import annotations
 

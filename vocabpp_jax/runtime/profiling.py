@@ -59,7 +59,7 @@ def predicted_trace(schedule: Schedule, sizes: Sizes, device: jax.Device, step_s
     """The predicted timeline of one iteration, as a trace for ui.perfetto.dev.
 
     Pass times are the cost model's for the GPU. Of hardware that is not known the proportions are those of
-    :data:`STANDIN`, and the whole is as long as ``step_seconds`` says; the trace tells so in ``metadata``.
+    :data:`STANDIN`, and the whole is as long as ``step_seconds`` says; the trace says so in ``metadata``.
     """
     known = known_gpu(device)
     gpu: GPU = known or load_gpu(STANDIN)

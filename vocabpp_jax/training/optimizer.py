@@ -19,7 +19,7 @@ DecayMask = Callable[[Any], Any]
 def warmup_cosine(peak_lr: float, steps: int, warmup: int, final_lr: float = 0.0) -> optax.Schedule:
     """The learning rate of step 0, 1, ..: linear up to ``peak_lr`` in ``warmup`` steps, a cosine to ``final_lr``.
 
-    Step 0 does not stand still: it gets ``peak_lr / warmup``. From ``steps`` on the rate is ``final_lr``.
+    Step 0 moves too: it gets ``peak_lr / warmup``. From ``steps`` on the rate is ``final_lr``.
     """
     if not peak_lr > 0:
         raise ValueError(f"peak_lr is {peak_lr}; it must be above 0")

@@ -40,7 +40,7 @@ def shapes(pipe: Pipeline, optimizer: optax.GradientTransformation) -> State:
 
 
 def shardings(pipe: Pipeline, optimizer: optax.GradientTransformation) -> State:
-    """The sharding of every leaf of the state: moments lie where their parameters do, the rest everywhere."""
+    """The sharding of every leaf of the state: moments are sharded as their parameters, the rest is replicated."""
     everywhere = NamedSharding(pipe.mesh, PartitionSpec())
     whole = shapes(pipe, optimizer)
     moments = optax.tree_utils.tree_map_params(

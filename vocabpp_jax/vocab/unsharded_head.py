@@ -33,7 +33,7 @@ def whole_layer(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The weighted sum of losses, ``total`` with ∇W added, and ∇X ``[N, D]``.
 
-    Beside the results no more lies about than :data:`LOGITS` float32 logits and :data:`EXPONENTIALS` elements of their
+    Beside the results it holds at most :data:`LOGITS` float32 logits and :data:`EXPONENTIALS` elements of their
     exponentials (and of ∂, with a soft cap and smoothing).
     """
 
