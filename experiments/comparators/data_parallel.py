@@ -17,7 +17,7 @@ from .contender import Batch, OnPipe, accumulated
 @dataclass(frozen=True)
 class Separate(OnPipe):
     """Every device computes its share of the microbatches on its own, without communication: the same work divided
-    evenly, no waiting. Its time is the ideal. What it returns is one loss and one gradient a device, whose sums are right."""
+    evenly, no waiting. Its time is the ideal. It returns one loss and one gradient a device, whose sums are right."""
 
     batch_spec = PartitionSpec(PIPE)
 
