@@ -3,6 +3,7 @@
 #
 #   make train ARGS="--steps 500 --output runs/first"
 #   make test  ARGS="-k parity"
+#   make test  ARGS="-m thorough"       more cases, and the tests that take a minute
 #   make train EXTRAS=cuda12            a GPU machine
 #   make docs                           the documentation as a site, in site/
 #   make test  PYTHON=python3.13 VENV=.venv313

@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -17,3 +18,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 # The same examples on every machine, however slow it is.
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("project")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test that is ``sampled(k)``, all cases but every k-th are thorough: not in the default command."""
+    seen = {}
+    for item in items:
+        if sampled := item.get_closest_marker("sampled"):
+            test = (item.path, item.originalname)
+            seen[test] = seen.get(test, -1) + 1
+            if seen[test] % sampled.args[0]:
+                item.add_marker(pytest.mark.thorough)

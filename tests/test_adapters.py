@@ -73,6 +73,7 @@ def batch_of(keys: bool):
     return batch | ({"aux_inputs": {"keys": seeds}} if keys else {})
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("schedule", "method"), [("1f1b", "vocab-2"), ("v-half", "baseline")])
 def test_a_layer_of_one_s_own_computes_what_one_device_computes(name, schedule, method):

@@ -1,5 +1,6 @@
 """What fails or differs in one process is raised in all of them, with the same sentence, and nobody waits."""
 
+import pytest
 from together import run_code
 
 AGREEMENT = """
@@ -114,6 +115,7 @@ answers["done again"] = [int(load().state.step), steps()]
 """
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_that_one_process_cannot_read_is_read_by_none(tmp_path):
     (tmp_path / "other").mkdir()
     code = CHECKPOINTS.format(folder=str(tmp_path / "shared"), other=str(tmp_path / "other"))

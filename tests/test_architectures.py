@@ -196,6 +196,7 @@ def _flash_forward(q, k, v):
 flash.defvjp(_flash_forward, lambda kept, g: (g * kept[0], kept[1] * g.sum(), kept[2] * kept[4][0, 0, 0]))
 
 
+@pytest.mark.sampled(2)
 @EACH
 def test_passes_are_the_vjp_and_a_split_backward_repeats_no_matrix_product(name):
     config = CONFIGS[name]

@@ -95,6 +95,7 @@ def error(got, exact):
     return np.linalg.norm(np.asarray(got, np.float64) - exact) / np.linalg.norm(exact)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 @pytest.mark.parametrize(
     ("method", "p"), [*((method, 2) for method in METHODS), ("vocab-1", 8), ("vocab-2", 4), ("vocab-naive", 3)]

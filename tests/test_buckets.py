@@ -57,6 +57,7 @@ def load(folder, trained, say=None):
     return checkpoints.load(folder, trained[0], {"lr": 1}, say=say or pytest.fail)
 
 
+@pytest.mark.thorough
 def test_a_state_goes_out_and_comes_back_bit_for_bit(folder, trained):
     assert checkpoints.steps_in(folder) == [] and load(folder, trained) is None
     with checkpoints.Writer(folder, keep=2, keep_every=4) as writer:
@@ -68,6 +69,7 @@ def test_a_state_goes_out_and_comes_back_bit_for_bit(folder, trained):
     assert inspection.verify(folder, 6) == [] and [entry.step for entry in inspection.entries(folder)] == [4, 6, 7]
 
 
+@pytest.mark.thorough
 def test_what_is_damaged_is_moved_aside_and_what_is_unfinished_is_no_checkpoint(folder, trained):
     with checkpoints.Writer(folder) as writer:
         save(writer, trained, 1, 2, 3)

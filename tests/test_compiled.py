@@ -170,6 +170,7 @@ def test_every_gpu_is_described_to_the_compiler(path):
     assert target["gpu_device_info"]["device_memory_size"] == load_gpu(path.stem).memory_bytes
 
 
+@pytest.mark.thorough
 def test_gradients_are_the_same_with_the_state_donated(small):
     """The step that is compiled ahead of time is the one that trains."""
     optimizer = adamw(1e-3, 10, 1)

@@ -44,6 +44,7 @@ def test_jax_s_own_meshes_do_whatever_their_axis_types(axes, kind):
     assert loss_of(pipeline(mesh), batch(2)) == pytest.approx(reference(batch(2)), rel=1e-5)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("data", [1, 2])
 def test_a_batch_without_microbatches_is_split_into_them(data):
     pipe = pipeline(make_mesh(2, data, jax.devices()[: 2 * data]))

@@ -56,11 +56,13 @@ def waits(row, rules):
     return 100 * simulate(lower(schedule), given, rules).longest_wait_ratio
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("row", peers(), ids=lambda row: f"{row['schedule']}-{row['stages']}-{row['B']}")
 def test_a_process_a_device_waits_no_longer_than_with_the_published_generators(row):
     assert waits(row, FREE) <= float(row["wait_percent"]) + 0.2
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("row", peers(), ids=lambda row: f"{row['schedule']}-{row['stages']}-{row['B']}")
 def test_one_program_waits_hardly_longer_than_a_process_a_device_in_the_same_order(row):
     p, m = int(row["stages"]), int(row["microbatches"])
@@ -69,6 +71,7 @@ def test_one_program_waits_hardly_longer_than_a_process_a_device_in_the_same_ord
     assert simulate(program, given, FREE).makespan >= 0.97 * simulate(program, given, GPU).makespan
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", SPLIT)
 @pytest.mark.parametrize("method", ["vocab-1", "vocab-2"])
 def test_sharing_the_vocabulary_costs_one_program_hardly_more_than_its_order(name, method):
@@ -78,6 +81,7 @@ def test_sharing_the_vocabulary_costs_one_program_hardly_more_than_its_order(nam
     assert simulate(program, given, FREE).makespan >= 0.97 * simulate(program, given, GPU).makespan
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("method", ["baseline", "vocab-1", "vocab-2"])
 @pytest.mark.parametrize(("p", "times", "hidden"), [(2, 1, None), (4, 2, 3072), (5, 8, None), (8, 2, 6144)])

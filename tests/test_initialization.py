@@ -57,6 +57,7 @@ def drawn_on_one_device(name: str):
     return model, jax.device_get(jax.jit(model.init)(KEY))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.newest
 @pytest.mark.parametrize(
     ("name", "layout"),

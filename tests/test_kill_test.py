@@ -20,6 +20,7 @@ def lives(tmp_path_factory):
     return lives, options
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "phase, what, process",
     [

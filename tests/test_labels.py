@@ -40,6 +40,7 @@ def made(schedule, method, loss, tied, p=2, m=2, data=1):
     return pipeline(built, model, data)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("schedule", "method", "loss", "tied"), METHODS)
 def test_ignored_labels_are_masked_labels_and_the_loss_is_the_references(schedule, method, loss, tied):
     pipe = made(schedule, method, loss, tied)

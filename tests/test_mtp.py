@@ -49,6 +49,7 @@ def batch_with_documents(m: int, data: int = 1):
     return batch | {"aux_inputs": batch["aux_inputs"] | {"segment_ids": ids.astype(np.int32)}}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("schedule", "method", "p", "depths", "tied", "data"),
     [
@@ -63,6 +64,7 @@ def test_a_pipeline_with_a_tail_computes_what_one_device_computes(schedule, meth
     assert_parity(pipeline(built, with_tail(built.stages, depths, tied), data), batch_with_documents(3, data))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("tied", "data"), [(False, 2), (True, 1)])
 def test_an_unsharded_embedding_and_its_copy_have_one_gradient(tied, data):
     pipe, batch = (

@@ -7,6 +7,7 @@ import overhead
 SMALL = "--model gpt-tiny --layers 2 --hidden 8 --heads 2 --seq 4 --vocab-size 19 --microbatches 2".split()
 
 
+@pytest.mark.thorough
 def test_pipelines_and_the_plain_step_are_timed_on_one_core_and_accounted_for(tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text("<!-- overhead -->\n<!-- /overhead -->\n")

@@ -57,6 +57,7 @@ WITHOUT_OVERLAP = [
 NEWEST = {("1f1b", "vocab-2", 1), ("1f1b", "vocab-1", 3), ("v-half", "vocab-2", 2)}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("schedule", "method", "p", "m", "tied", "data"),
     [
@@ -70,6 +71,7 @@ def test_a_pipeline_computes_what_one_device_computes(schedule, method, p, m, ti
     assert result.in_flight == result.promised_in_flight and not result.clobbered
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("schedule", "method", "p", "m"), WITHOUT_OVERLAP)
 def test_waiting_for_every_collective_changes_no_gradient(schedule, method, p, m):
     result = compare(case(schedule, method, p, m, True, overlap=False))
@@ -93,6 +95,7 @@ ARCHITECTURES = [
 ]
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("schedule", "method", "p", "tied", "model", "loss", "tensor"),
     [
@@ -119,11 +122,13 @@ def test_the_selection_covers_every_schedule_with_every_method():
     assert {c[:2] for c in SELECTION} == set(combinations())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("method", "more"), [("baseline", 0), ("vocab-2", 1), ("vocab-1", 2)])
 def test_the_running_1f1b_holds_p_minus_r_activations_and_one_more_for_every_barrier(method, more):
     assert compare(case("1f1b", method, 4, 9, False)).in_flight == [4 - r + more for r in range(4)]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("method", "tied", "model", "loss"),
     [
@@ -138,6 +143,7 @@ def test_in_bfloat16_errors_stay_within_twice_what_one_device_makes(method, tied
     assert 1e-5 < result.max_grad_error <= result.tolerance < 0.2
 
 
+@pytest.mark.thorough
 def test_the_three_sharded_methods_agree_to_rounding():
     losses = {compare(case("1f1b", method, 2, 3, False)).loss for method in ("vocab-naive", "vocab-1", "vocab-2")}
     assert max(losses) - min(losses) <= 1e-6 * max(losses)

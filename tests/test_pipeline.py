@@ -74,12 +74,14 @@ def instructions(pipe: Pipeline) -> int:
     return pipe.jit(pipe.value_and_grad).lower(pipe.layout.shapes(), batch).compile().as_text().count(" = ")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", ["baseline", "vocab-2"])
 def test_the_compiled_program_is_as_long_for_64_microbatches_as_for_8(method):
     few, many = (instructions(pipeline(schedules.build("1f1b", method, p=4, m=m))) for m in (8, 64))
     assert abs(many - few) <= few // 100  # XLA splits a sum over many numbers in two
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.newest
 @pytest.mark.parametrize("method", ["baseline", "vocab-1", "vocab-2"])
 def test_a_schedule_that_a_user_writes_as_data_runs_unchanged(method):
@@ -124,6 +126,7 @@ def test_gradients_are_summed_over_the_data_axis(schedule, method):
     assert_parity(pipeline(schedules.build(schedule, method, p=4, m=3), data=2), batch_of(3, data=2))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("schedule", "method", "p", "m"),
     [("1f1b", "vocab-2", 4, 5), ("v-half", "vocab-1", 2, 3), ("v-half", "baseline", 2, 3)],

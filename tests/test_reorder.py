@@ -15,6 +15,7 @@ def both(schedule, method, p, m):
     return tuple(lower(build(schedule, method, p=p, m=m, reordered=flag)) for flag in (True, False))
 
 
+@pytest.mark.thorough
 @settings(max_examples=80)
 @given(schedule=st.sampled_from(SPLIT), method=st.sampled_from(METHODS), p=st.integers(1, 10), m=st.integers(1, 40))
 def test_reordering_never_holds_more_activations_nor_takes_longer(schedule, method, p, m):

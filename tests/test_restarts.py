@@ -49,6 +49,7 @@ def test_whatever_decides_the_numbers_is_refused_by_name_or_accepted(text, monke
     script.main([*run, *changed[:-1]])  # what was accepted once is what the run is now
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_that_is_damaged_is_made_again_by_training(text, capsys):  # noqa: F811
     run = f"{SMALL} --data {text} --steps 6 {CHECKPOINTS} --eval-every 99".split()
     script.main(run)
@@ -127,6 +128,7 @@ def end_of(processes, timeout=200):
     return [(process.returncode, errors) for process, errors in zip(processes, said, strict=True)]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "own, expected",
     [
@@ -149,6 +151,7 @@ def test_what_is_wrong_in_one_process_ends_all_with_the_same_sentence(own, expec
     assert not Path("checkpoints").exists() and not Path("out").exists()
 
 
+@pytest.mark.thorough
 def test_a_process_that_is_left_alone_ends_in_a_sentence(text):  # noqa: F811
     begun = time.monotonic()
     alone = f"--coordinator localhost:{free_port()} --processes 2 --process-id 0 --join-timeout 5"
@@ -156,6 +159,7 @@ def test_a_process_that_is_left_alone_ends_in_a_sentence(text):  # noqa: F811
     assert status and "cannot join the other processes at localhost:" in said and time.monotonic() - begun < 100
 
 
+@pytest.mark.thorough
 def test_a_signal_to_one_of_two_processes_saves_and_both_say_that_the_run_goes_on(text):  # noqa: F811
     both = start_together(2, f"{SMALL} --data {text} --steps 100000 --output out {CHECKPOINTS} --eval-every 1000000")
     try:

@@ -8,6 +8,7 @@ from reports.markdown import insert_table
 SMALL = "--model gpt-tiny --layers 2 --hidden 8 --heads 2 --seq 4 --microbatches 4 --share-cores".split()
 
 
+@pytest.mark.thorough
 def test_a_sweep_measures_and_predicts_in_processes_of_its_own_and_goes_on_where_it_stopped(tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- speed-others -->\n<!-- /speed-others -->\nafter\n")

@@ -17,6 +17,7 @@ def batch():
     return {"tokens": tokens, "labels": tokens}
 
 
+@pytest.mark.thorough
 def test_passes_are_timed_with_the_real_ones_and_add_up_to_a_step():
     """A clock that counts instead of timing: an excerpt of n intervals costs what its passes were said to cost."""
     pipe = pipeline("redis", counts=(2, 1))

@@ -112,6 +112,7 @@ def test_activations_in_flight_are_about_halved_but_for_the_stream():
     assert 0.5 < half / whole < 0.7
 
 
+@pytest.mark.thorough
 def test_a_step_is_the_same_step_with_and_without_the_axis():
     config = CONFIGS["llama"]
     tokens = np.random.default_rng(0).integers(0, 37, (3, 2, 7)).astype(np.int32)

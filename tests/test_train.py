@@ -314,6 +314,7 @@ def test_any_bytes_as_an_earlier_configuration_are_refused_and_left_alone(raw, t
     assert (folder / "config.json").read_bytes() == raw
 
 
+@pytest.mark.thorough
 def test_the_trace_and_its_prediction_and_tensorboard_are_written(text, tmp_path):
     pytest.importorskip("tensorboardX")
     options = f"{SMALL} --data {text} --steps 6 --output out --profile 2 --tensorboard --eval-batches 1"
@@ -348,6 +349,7 @@ def start_together(count, arguments, own=None):
     ]
 
 
+@pytest.mark.thorough
 def test_two_processes_train_as_one_does_and_one_goes_on_where_they_were(text):
     arguments = f"{SMALL} --data {text} --steps 5 {CHECKPOINTS}"
     processes = [start_script(f"{arguments} --output one --checkpoint-dir ones")]

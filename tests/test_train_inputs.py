@@ -80,6 +80,7 @@ def test_a_megatron_prefix_goes_with_pretrained_weights_and_the_export_is_the_so
     )
 
 
+@pytest.mark.thorough
 def test_a_model_from_scratch_is_exported_with_the_tokenizer_that_was_trained():
     script.main(f"{SMALL} --data text.txt --export after".split())
     values = json.loads(Path("after/config.json").read_text())
@@ -122,6 +123,7 @@ def test_what_one_may_not_expect_of_the_data_is_noted(capsys, monkeypatch):
     assert f"note: 1 of 61 documents spell special tokens ({END}), which are read as text" in said
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("size", [0, 100, 3000])
 def test_a_full_disk_under_the_token_cache_is_a_sentence(size, capsys):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -135,6 +137,7 @@ def test_a_full_disk_under_the_token_cache_is_a_sentence(size, capsys):
     script.main(f"{SMALL} --data text.txt".split())  # nothing half written is taken for whole
 
 
+@pytest.mark.thorough
 def test_a_full_disk_under_the_export_is_a_sentence_and_the_checkpoint_stays(capsys, monkeypatch):
     def full(folder, *_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{folder}.partial/model.safetensors")
@@ -163,6 +166,7 @@ def test_a_backend_that_is_not_there_is_a_sentence():
         assert done.stderr.startswith(f"error: JAX_PLATFORMS is '{platform}'; JAX can start no such backend")
 
 
+@pytest.mark.thorough
 def test_settings_of_jax_change_no_number():
     losses = {}
     for name in ("JAX_ENABLE_X64", "JAX_DEFAULT_PRNG_IMPL", "PATH"):

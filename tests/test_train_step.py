@@ -54,6 +54,7 @@ def reference(pipe: Pipeline, steps: int = 3, clip: float = 0.05):
     return jax.device_get(params), measured
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("schedule", "method", "p", "data", "tied"),
     [
@@ -73,6 +74,7 @@ def test_three_clipped_steps_are_those_of_plain_optax_on_one_device(schedule, me
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4), got, want)
 
 
+@pytest.mark.thorough
 def test_tied_copies_on_two_devices_stay_equal():
     pipe = pipeline(method="baseline", tied=True)
     optimizer = optax.adamw(1e-2)
