@@ -107,6 +107,7 @@ def test_gradients_of_confident_tokens_are_as_exact_as_one_rounding_makes_them(m
     assert error(dx, g @ w) <= 1.5 * error(rounded(g) @ w, g @ w)
 
 
+@pytest.mark.thorough
 def test_the_size_of_the_head_does_not_matter_to_what_is_summed_over_shards():
     """float16 has little range: gradients must not leave it at either end."""
     loss = LOSSES["plain"]

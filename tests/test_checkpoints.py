@@ -102,6 +102,7 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.thorough
 @pytest.mark.newest
 def test_a_round_trip_through_four_layouts_changes_no_bit_and_training_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(canonical_module, "SMALL", 64)  # split what is small too

@@ -16,7 +16,7 @@ EXAMPLES = [
 ]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("code", EXAMPLES)
 def test_an_example_runs_in_a_fresh_process(code):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}

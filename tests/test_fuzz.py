@@ -16,6 +16,7 @@ from fuzzing.mutate import bytes_of, json_of, text_of_json
 SCRIPT = Path(__file__).parent.parent / "experiments" / "fuzz.py"
 
 
+@pytest.mark.thorough
 def test_a_selection_of_random_input_is_accepted_or_refused_in_a_sentence(tmp_path):
     """Six cases of each kind, other ones than the first that the command itself runs."""
     command = [sys.executable, str(SCRIPT), "--cases", "48", "--first", "5000", "--folder", str(tmp_path / "cases")]

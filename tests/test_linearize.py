@@ -33,7 +33,7 @@ def gradients(passes, params, aux_inputs, x, g):
     return y, dparams, dx
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.newest
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("residuals", ["everything", "selective", "full"])

@@ -92,12 +92,14 @@ def test_evaluation_gives_a_mean_for_every_token_ahead(method):
     assert counts[0] > counts[1] > counts[2] > 0
 
 
+@pytest.mark.thorough
 def test_an_architecture_with_a_tail_runs_on_a_tensor_axis():
     result = compare(case("1f1b", "vocab-2", 2, 3, False, model="llama-tiny", tensor=2, mtp_depth=1))
     assert max(result.loss_error, result.max_grad_error) <= 1e-5, result.grad_errors
     assert result.in_flight == result.promised_in_flight and not result.clobbered
 
 
+@pytest.mark.thorough
 def test_a_key_gives_the_same_tail_in_every_layout():
     model = with_tail(2, depths=2)
     want = jax.device_get(jax.jit(model.init)(jax.random.key(3)))

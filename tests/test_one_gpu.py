@@ -32,7 +32,7 @@ SECTION = re.compile(r"(?ms)^##? (.*?)\n(.*?)(?=^## |\Z)")
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.thorough
 @pytest.mark.parametrize("part", one_gpu.PARTS)
 def test_every_part_runs_at_tiny_size_without_a_gpu(part, tmp_path):
     assert one_gpu.main(["--tiny", "--only", part, "--output", str(tmp_path)]) == 0

@@ -113,6 +113,7 @@ def test_every_architecture_and_loss_does_so_with_and_without_a_tensor_axis(
     assert result.in_flight == result.promised_in_flight and not result.clobbered
 
 
+@pytest.mark.thorough
 def test_the_three_axes_data_pipe_and_tensor_go_together():
     result = compare(case("1f1b", "vocab-2", 2, 3, False, data=2, tensor=2))
     assert max(result.loss_error, result.max_grad_error) <= 1e-5, result.grad_errors
@@ -149,6 +150,7 @@ def test_the_three_sharded_methods_agree_to_rounding():
     assert max(losses) - min(losses) <= 1e-6 * max(losses)
 
 
+@pytest.mark.thorough
 def test_nothing_masked_and_everything_of_one_microbatch_masked_both_hold():
     options = case("1f1b", "vocab-2", 2, 3, False)
     for fraction in (0.0, 0.9):

@@ -23,6 +23,7 @@ def sentence(capsys, *arguments):
     return stop.value.code, said
 
 
+@pytest.mark.thorough
 def test_whatever_decides_the_numbers_is_refused_by_name_or_accepted(text, monkeypatch, capsys):  # noqa: F811
     run = f"{SMALL} --data {text} --steps 3 {CHECKPOINTS} --eval-every 99".split()
     script.main(run)

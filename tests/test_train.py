@@ -89,12 +89,14 @@ def test_training_beats_the_unigram_entropy_and_writes_its_files(text, tmp_path,
     assert f"unigram entropy, {config['corpus']['unigram_entropy']:.4f}" in said and "\x1b" not in said
 
 
+@pytest.mark.thorough
 def test_the_other_options_train_too(text):
     options = f"{SMALL} --data {text} --steps 2 --output out --method baseline --dtype bfloat16 --tie-embeddings"
     script.main([*options.split(), "--data-parallel", "2", "--eval-batches", "1"])
     assert len(records("out")) == 2 and records("out")[0]["loss"] == pytest.approx(np.log(300), abs=0.3)
 
 
+@pytest.mark.thorough
 def test_training_goes_from_one_hugging_face_folder_to_another(text, tmp_path):
     config = models.named("llama-tiny", vocab_size=300)
     before = models.build(config).init(jax.random.key(1))
@@ -230,6 +232,7 @@ def test_a_run_that_died_goes_on_bit_for_bit_and_on_another_layout_to_rounding(t
     assert len(records("out")) == 8
 
 
+@pytest.mark.thorough
 def test_steps_that_are_not_finite_end_the_run_after_a_limit(text, tmp_path, monkeypatch, capsys):
     place = script.Run.place
 
@@ -364,6 +367,7 @@ def test_two_processes_train_as_one_does_and_one_goes_on_where_they_were(text):
     assert [record["loss"] for record in records("on")] == pytest.approx(one[3:], rel=1e-6)
 
 
+@pytest.mark.thorough
 def test_when_a_process_dies_the_other_stops_with_a_sentence_in_bounded_time(text):
     both = start_together(2, f"{SMALL} --data {text} --steps 100000 --output out {CHECKPOINTS} --heartbeat-timeout 10")
     try:

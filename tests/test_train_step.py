@@ -54,7 +54,7 @@ def reference(pipe: Pipeline, steps: int = 3, clip: float = 0.05):
     return jax.device_get(params), measured
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize(
     ("schedule", "method", "p", "data", "tied"),
     [
@@ -85,6 +85,7 @@ def test_tied_copies_on_two_devices_stay_equal():
     np.testing.assert_array_equal(table[0], table[1])
 
 
+@pytest.mark.thorough
 def test_the_state_keeps_float32_masters_in_bfloat16_compute_and_is_donated():
     pipe = pipeline(dtype="bfloat16")
     optimizer = optax.adamw(1e-2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -179,6 +180,8 @@ def quiet_libraries() -> None:
     """Keep the tracebacks that libraries log to themselves: whoever runs training gets the sentence instead."""
     for name in ("absl", "asyncio", "gcsfs", "google.auth"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    # Orbax leaves some behind when what it reads is damaged.
+    warnings.filterwarnings("ignore", message="coroutine '.*' was never awaited", category=RuntimeWarning)
 
 
 def quiet_plugins() -> None:
