@@ -53,8 +53,7 @@ class Kind:
         accesses: what it writes and reads.
         sends: where its output goes: to the next stage (1), to the one before (-1), nowhere (0).
         duration: what it takes if nothing is said.
-        label: the paper's letter, where that is not the name.
-        spelling: in CSV files, where torch would misread the label.
+        spelling: in CSV files, where torch would misread the name.
     """
 
     name: str
@@ -64,7 +63,6 @@ class Kind:
     accesses: tuple[Access, ...] = ()
     sends: Literal[-1, 0, 1] = 0
     duration: float = 0.0
-    label: str = ""
     spelling: str = ""
 
     @property

@@ -27,15 +27,10 @@ from vocabpp_jax.schedules import COMPILED, ON_CPUS, Durations, Instruction, Pro
 RINGS = {"deliver": "inbox"}  # the tables that are not named after the ring they index
 LONG = ("F", "B", "W", "S", "S1", "S2", "T", "H")  # all else takes so little that it needs more intervals to be seen
 SWEPT = 2**24  # float32 values that a sweep changes: 64 MiB, more than caches hold
-BETWEEN = {
-    "sweep": ("swept",),
-    "perturb": ("inbox", "out", "A", "P"),
-}  # what runs between passes, and what it changes
-_TIMED_WITH = {
-    "embed_sum": "IF",
-    "grad_sum": "G",
-    "embed_grad_broadcast": "IB",
-}  # sums that are not stored anywhere, and the pass beside them
+# What runs between passes, and what it changes.
+BETWEEN = {"sweep": ("swept",), "perturb": ("inbox", "out", "A", "P")}
+# Collectives whose results are not stored anywhere, and the pass beside each.
+_TIMED_WITH = {"embed_sum": "IF", "grad_sum": "G", "embed_grad_broadcast": "IB"}
 
 
 @dataclass(frozen=True)

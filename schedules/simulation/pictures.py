@@ -171,25 +171,15 @@ def _held(axes: Axes, timeline: Timeline) -> None:
     axes.set_yticks([0, peak])
     _plain(axes)
     axes.set_ylabel("held", color=_INK, fontsize=9)
-    first, last = timeline.peak_in_flight[0], timeline.peak_in_flight[-1]
-    axes.annotate(
-        f"device 0: {first}",
-        (1, 0.92),
-        xycoords="axes fraction",
-        ha="right",
-        va="top",
-        fontsize=8,
-        color=cold,
-    )
-    if p > 1:
+    for d, height, color in ((0, 0.92, cold), (p - 1, 0.62, warm))[: min(p, 2)]:
         axes.annotate(
-            f"device {p - 1}: {last}",
-            (1, 0.62),
+            f"device {d}: {timeline.peak_in_flight[d]}",
+            (1, height),
             xycoords="axes fraction",
             ha="right",
             va="top",
             fontsize=8,
-            color=warm,
+            color=color,
         )
 
 

@@ -193,7 +193,7 @@ class Ranking:
 
     def program(self, choice: Choice) -> Program:
         """The repeated block's, of as many microbatches as show the steady state."""
-        key = self._of_schedule(choice), self.trial(choice)
+        key = self._of_fit(choice)
         if key not in self._programs:
             self._programs[key] = lower(self.request.schedule(choice, self.trial(choice)))
         return self._programs[key]

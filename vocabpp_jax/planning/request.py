@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..pipeline.model_interface import Model
@@ -200,7 +200,7 @@ class Request:
         """What is wrong, and the nearest that would do."""
         layers, layouts = self.sizes.layers, self.layouts()
         if not layouts:
-            possible = [n for n in range(1, self.gpus) if Request._with(self, gpus=n).layouts()]
+            possible = [n for n in range(1, self.gpus) if replace(self, gpus=n).layouts()]
             nearest = f"; the nearest number below is {possible[-1]}" if possible else ""
             return (
                 f"gpus is {self.gpus}; no stages of {layers} layers, times a tensor axis that divides "
@@ -225,9 +225,6 @@ class Request:
 
     def _distance(self, batch: int) -> int:
         return abs(batch - self.global_batch)
-
-    def _with(self, **changes: Any) -> Request:
-        return Request(**{name: getattr(self, name) for name in self.__dataclass_fields__} | changes)
 
 
 def _divisors(n: int) -> list[int]:
