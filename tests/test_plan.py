@@ -27,6 +27,9 @@ from vocabpp_jax.schedules.simulation.cost import Cost, Sizes, load_gpu
 from vocabpp_jax.schedules.simulation.simulator import GPU
 from vocabpp_jax.schedules.simulation.step_cost import StepCost
 
+HERE = importlib.util.find_spec("jax_cuda12_plugin") is not None
+# cuDNN's attention is traced, which takes jax's GPU packages and no GPU.
+pytestmark = [pytest.mark.a100, pytest.mark.skipif(not HERE, reason="jax's GPU packages are not installed")]
 ROOT = Path(__file__).parent.parent
 A100 = load_gpu("a100-80g")
 SMALL = models.named("gpt-small", layers=8, hidden=512, heads=8, seq=512, vocab_size=50_000, dtype="bfloat16")
@@ -293,8 +296,6 @@ def test_cores_are_described_by_the_passes_they_ran_and_planned_for(tmp_path):
     assert best.choice.method not in ("baseline", "redis")  # the head weighs more than all layers
 
 
-@pytest.mark.a100
-@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="jax's GPU packages are missing")
 def test_a_compiled_plan_takes_what_was_estimated_and_fits(tmp_path):
     out, size = tmp_path / "out.json", "--layers 4 --hidden 512 --heads 4 --seq 512 --vocab-size 16384"
     which = "--model 4B --gpus 4 --gpu a100 --global-batch 16 --stages 2 --schedules 1f1b --methods vocab-2 --compile 1"

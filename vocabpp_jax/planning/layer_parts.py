@@ -30,7 +30,11 @@ class LayerPart(NamedTuple):
 @cache
 def layer_part(model: Model, length: int, dtype: str, tensor: int, split: bool, platform: str) -> LayerPart:
     """A layer on one of ``tensor`` devices, for sequences of a length; ``split`` where weight gradients are a pass of
-    their own. No device is needed. It is what :meth:`vocabpp_jax.Pipeline.activation_bytes` counts."""
+    their own. No device is needed. It is what :meth:`vocabpp_jax.Pipeline.activation_bytes` counts.
+
+    Raises:
+        ValueError: cuDNN's attention cannot be traced, as jax's GPU packages are not installed.
+    """
     block = model.block if tensor == 1 else model.tensor.block
     block = block.on(platform) if hasattr(block, "on") else block
     layer = model.param_shapes()["blocks"][0]
@@ -54,5 +58,13 @@ def layer_part(model: Model, length: int, dtype: str, tensor: int, split: bool, 
         out_specs=None,
         check_vma=False,
     )
-    jax.eval_shape(run, layer)
+    try:
+        jax.eval_shape(run, layer)
+    except RuntimeError as problem:
+        if "cuDNN" not in str(problem):
+            raise
+        raise ValueError(
+            f"planning for GPUs traces cuDNN's attention, which needs jax's GPU packages and no GPU: "
+            f"pip install 'vocabpp-jax[cuda12]' ({problem})"
+        ) from None
     return found[0]
