@@ -6,7 +6,7 @@ from functools import cache
 from typing import NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from ..pipeline.linearize import linearize
 from ..pipeline.model_interface import Model
@@ -53,7 +53,7 @@ def layer_part(model: Model, length: int, dtype: str, tensor: int, split: bool, 
 
     run = jax.shard_map(
         trace,
-        mesh=AbstractMesh((tensor,), (TENSOR,)),
+        mesh=AbstractMesh((tensor,), (TENSOR,), axis_types=(AxisType.Auto,)),
         in_specs=(whole if tensor == 1 else model.tensor.specs,),
         out_specs=None,
         check_vma=False,
