@@ -187,7 +187,7 @@ class Training:
             rate, self._skipped = self._rates[k - self._skipped], measured["skipped"]
             yield {
                 "step": k + 1,
-                "loss": measured["loss"],
+                **{name: measured[name] for name in ("loss", "main_loss") if name in measured},
                 "grad_norm": measured["grad_norm"],
                 "learning_rate": rate,
                 "skipped_steps": self._skipped,

@@ -19,7 +19,7 @@ import numpy as np
 from vocabpp_jax.models.config import Config
 from vocabpp_jax.models.decoder import build
 from vocabpp_jax.models.hf_fields import read_json
-from vocabpp_jax.models.hf_files import save_tensors, write
+from vocabpp_jax.models.hf_files import TAIL, canonical_name, save_tensors, write
 from vocabpp_jax.models.hf_names import Architecture, architecture_of, by_kind, config_of
 from vocabpp_jax.pipeline import Pipeline
 from vocabpp_jax.pipeline.model_interface import Params
@@ -27,8 +27,6 @@ from vocabpp_jax.pipeline.weight_streaming import Path, canonical_leaves, leaves
 
 DTYPES = {"float32": np.float32, "bfloat16": jnp.bfloat16, "float16": np.float16}
 SHARD_BYTES = 5_000_000_000
-TAIL = "mtp.safetensors"
-"""The file of what predicts further tokens than the next."""
 _UNFINISHED = ".export-unfinished"  # in a folder that is ours to clear
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
 _ABOUT = ("generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -96,7 +94,7 @@ def save(
     values: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a folder that ``transformers`` reads, streamed; several files and an index where one would be too large.
-    A tail, which it does not read, goes to :data:`TAIL` by its canonical names.
+    A tail, which it does not read, goes to a file of its own, by canonical names.
 
     Args:
         folder: a new one. It appears under its name once it is complete.
@@ -123,7 +121,7 @@ def save(
         )
         write(plan.partial, named, plan.sizes, shard_bytes, writes=writes)
         # What is left is the tail's.
-        tail = {name: _cast(name, w, kind) for name, w in ((".".join(map(str, p)), np.asarray(w)) for p, w in weights)}
+        tail = {(name := canonical_name(p)): _cast(name, np.asarray(w), kind) for p, w in weights}
         if tail and writes:
             save_tensors(tail, plan.partial / TAIL)
         if writes:

@@ -17,6 +17,8 @@ from safetensors.numpy import save_file
 from vocabpp_jax.models.hf_fields import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TAIL = "mtp.safetensors"
+"""The file of what predicts further tokens than the next."""
 DTYPES = ("F32", "F16", "BF16")
 
 
@@ -29,30 +31,36 @@ class Entry(NamedTuple):
 
 
 class Tensors:
-    """The tensors of a folder, read slice by slice.
+    """The tensors of a folder, or of one file in it, read slice by slice.
 
     Raises:
         ValueError: no such files, a header that is none, a file that ends too soon, a tensor that the index promises
             and its file lacks.
     """
 
-    def __init__(self, folder: File):
+    def __init__(self, folder: File, only: str | None = None):
         self.entries: dict[str, Entry] = {}
         self._open: dict[File, safe_open] = {}
-        for file, promised in _files(folder):
+        for file, promised in _files(folder) if only is None else [(folder / only, set())]:
             header = _header(file)
             for name in promised or header:
                 if name not in header:
                     raise ValueError(f"{INDEX} says that tensor {name!r} is in {file.name}, which does not have it")
                 self.entries[name] = Entry(file, tuple(header[name]["shape"]), header[name]["dtype"])
 
-    def check_dtype(self, name: str) -> None:
-        """Raises ValueError where a tensor is of a dtype that no weights have."""
-        entry = self.entries[name]
-        if entry.dtype not in DTYPES:
-            raise ValueError(
-                f"tensor {name!r} in {entry.file.name} is {entry.dtype}; it must be one of {', '.join(DTYPES)}"
-            )
+    def check(self, where: File, wanted: dict[str, tuple[int, ...]]) -> None:
+        """Raises ValueError where a tensor is missing, of another shape, or of a dtype that no weights have."""
+        for name, shape in wanted.items():
+            if (entry := self.entries.get(name)) is None:
+                raise ValueError(f"{where} has no tensor {name!r}, which is to be of shape {list(shape)}")
+            if entry.dtype not in DTYPES:
+                raise ValueError(
+                    f"tensor {name!r} in {entry.file.name} is {entry.dtype}; it must be one of {', '.join(DTYPES)}"
+                )
+            if entry.shape != shape:
+                raise ValueError(
+                    f"tensor {name!r} in {entry.file.name} has shape {list(entry.shape)}; the model's is {list(shape)}"
+                )
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A part of a tensor in float32; reads no more than it."""
@@ -148,6 +156,11 @@ def write(
         where = {name: file for file, within in zip(names, files, strict=True) for name in within}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def canonical_name(path: tuple) -> str:
+    """What a parameter that no architecture names is called in a file: ``tail.0.project.kernel``."""
+    return ".".join(map(str, path))
 
 
 def save_tensors(tensors: dict[str, np.ndarray], file: File) -> None:

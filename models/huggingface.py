@@ -14,7 +14,7 @@ from vocabpp_jax.models.config import Config
 from vocabpp_jax.models.decoder import build
 from vocabpp_jax.models.hf_export import Source, check_save, read_source, save, tokenizer_files
 from vocabpp_jax.models.hf_fields import read_json
-from vocabpp_jax.models.hf_files import Tensors
+from vocabpp_jax.models.hf_files import TAIL, Tensors, canonical_name
 from vocabpp_jax.models.hf_names import Architecture, by_head, config_of
 from vocabpp_jax.pipeline import Pipeline
 from vocabpp_jax.pipeline.model_interface import Params
@@ -59,12 +59,14 @@ def load(folder: str | File, pipe: Pipeline) -> Params:
 
 def check(folder: str | File, pipe: Pipeline) -> Callable[[Path, Index], np.ndarray]:
     """Raises what :func:`load` would, without reading a weight; returns what reads them."""
-    if pipe.model.tail:
-        raise ValueError(
-            f"mtp_depth is {pipe.model.depths}; weights that predict further tokens are not read, so it must be 0"
-        )
     architecture, config = config_of(*_config_json(folder))
-    return _reader(File(folder), architecture, config, pipe.model.param_shapes())
+    shapes = pipe.model.param_shapes()
+    tail = shapes.pop("tail", None)
+    main = _reader(File(folder), architecture, config, shapes)
+    if tail is None:
+        return main
+    further = _tail_reader(File(folder), {"tail": tail})
+    return lambda path, index: (further if path[0] == "tail" else main)(path, index)
 
 
 def load_canonical(folder: str | File) -> tuple[Config, Params]:
@@ -84,6 +86,20 @@ def _config_json(folder: str | File) -> tuple[dict[str, Any], str]:
     return read_json(file), str(file)
 
 
+def _tail_reader(folder: File, shapes: Params) -> Callable[[Path, Index], np.ndarray]:
+    """``(path, index) -> array`` for what predicts further tokens, once all of it is known to be there."""
+    if not (folder / TAIL).is_file():
+        raise ValueError(
+            f"mtp_depth is {len(shapes['tail'])} and {folder} has no {TAIL}, which is where an export leaves what "
+            "predicts further tokens: set mtp_depth to 0"
+        )
+    tensors, wanted = Tensors(folder, TAIL), {canonical_name(path): shape.shape for path, shape in leaves(shapes)}
+    tensors.check(folder / TAIL, wanted)
+    if further := sorted(tensors.entries.keys() - wanted):
+        raise ValueError(f"{folder / TAIL} has a tensor {further[0]!r}; mtp_depth is {len(shapes['tail'])}")
+    return lambda path, index: tensors.read(canonical_name(path), index)
+
+
 def _reader(
     folder: File, architecture: Architecture, config: Config, shapes: Params
 ) -> Callable[[Path, Index], np.ndarray]:
@@ -96,18 +112,11 @@ def _reader(
         name = architecture.tensor(path)
         return name.removeprefix(architecture.prefix) if bare else name
 
-    wanted = {stored(path): path for path, _ in leaves(shapes)}
-    for path, shape in leaves(shapes):
-        theirs = shape.shape[::-1] if architecture.is_transposed(path) else shape.shape
-        name = stored(path)
-        if name not in entries:
-            raise ValueError(f"{folder} has no tensor {name!r}, which is to be of shape {list(theirs)}")
-        tensors.check_dtype(name)
-        if entries[name].shape != theirs:
-            raise ValueError(
-                f"tensor {name!r} in {entries[name].file.name} has shape {list(entries[name].shape)}; "
-                f"the model's is {list(theirs)}"
-            )
+    wanted = {
+        stored(path): shape.shape[::-1] if architecture.is_transposed(path) else shape.shape
+        for path, shape in leaves(shapes)
+    }
+    tensors.check(folder, wanted)
     tied = {stored(("head",))} if config.tie_embeddings else set()
     for name in entries:
         if name not in wanted and name not in tied and not _BUFFERS.search(name):

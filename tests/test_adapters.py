@@ -9,6 +9,7 @@ from flax import nnx
 from test_pipeline import assert_parity
 
 from vocabpp_jax import Pipeline, make_mesh, schedules
+from vocabpp_jax.models import reference_loss
 from vocabpp_jax.models.adapters import from_nnx, from_pytree
 
 V, D, LAYERS, M, B, L = 37, 8, 4, 4, 2, 5
@@ -89,6 +90,51 @@ def test_a_scalar_joins_the_loss_in_training_and_not_in_evaluation():
     trained = pipe.jit(pipe.value_and_grad)(params, batch_of(False))[0]
     evaluated = pipe.jit(pipe.evaluate)(params, batch_of(False))
     assert 0.1 * LAYERS <= trained - evaluated <= 0.2 * LAYERS + 1e-6
+
+
+@pytest.mark.parametrize(("schedule", "data"), [("1f1b", 1), ("zb-h1", 2)])
+def test_a_parameter_is_taken_in_a_dtype_of_its_own(schedule, data):
+    model = from_nnx(Mixer, **SIZES, param_dtype=lambda name: "bfloat16" if name == "blocks/up/kernel" else None)
+    mesh = make_mesh(2, data=data, devices=jax.devices()[: 2 * data])
+    pipe = Pipeline(model, schedules.build(schedule, "vocab-2", p=2, m=M), mesh)
+    params = model.init(jax.random.key(0))
+    loss, grads = pipe.jit(pipe.value_and_grad)(pipe.shard(params), batch_of(False))
+
+    def as_taken(params):
+        def up(block):
+            kernel = block["up"]["kernel"].astype(jnp.bfloat16).astype(jnp.float32)
+            return block | {"up": block["up"] | {"kernel": kernel}}
+
+        return params | {"blocks": tuple(map(up, params["blocks"]))}
+
+    want_loss, want = jax.value_and_grad(lambda c: reference_loss(model, c, **batch_of(False)))(as_taken(params))
+    np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
+    assert abs(loss - reference_loss(model, params, **batch_of(False))) > 1e-5
+    for (path, got), value in zip(
+        jax.tree.leaves_with_path(pipe.layout.unpack(jax.device_get(grads))), jax.tree.leaves(want), strict=True
+    ):
+        rounded = "up" in jax.tree_util.keystr(path) and "kernel" in jax.tree_util.keystr(path)
+        assert np.linalg.norm(got - value) <= (2**-8 if rounded else 1e-5) * np.linalg.norm(value), path
+
+
+def test_a_router_computes_in_float32_among_layers_in_bfloat16():
+    seen = set()
+
+    def call(layer, x, aux_inputs):
+        seen.add((str(x.dtype), str(layer.router.kernel[...].dtype), str(layer.up.kernel[...].dtype)))
+        share = jax.nn.softmax(layer.router(x), -1)
+        return (x + share[..., :1] * Mixer.__call__(layer, x)).astype(x.dtype)
+
+    model = from_nnx(Routed, call=call, **SIZES, param_dtype=lambda name: "float32" if "router" in name else None)
+    pipe = Pipeline(model, schedules.build(p=2, m=M), make_mesh(2, devices=jax.devices()[:2]), "bfloat16")
+    assert pipe.activation_bytes(B, L)["residual"] > 0
+    grads = pipe.jit(pipe.value_and_grad)(pipe.init(jax.random.key(0)), batch_of(False))[1]
+    assert seen == {("bfloat16", "float32", "bfloat16")}
+    assert all(g.dtype == jnp.float32 and jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
+    odd = from_nnx(Mixer, **SIZES, param_dtype=lambda name: "float16")
+    pipe = Pipeline(odd, schedules.build(p=2, m=M), make_mesh(2, devices=jax.devices()[:2]))
+    with pytest.raises(ValueError, match="param_dtype gives float16 for 'blocks/down/kernel'; passes take float32 or"):
+        pipe.activation_bytes(B, L)
 
 
 def test_what_cannot_be_a_layer_is_refused():

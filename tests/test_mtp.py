@@ -90,6 +90,12 @@ def test_evaluation_gives_a_mean_for_every_token_ahead(method):
     losses = pipe.jit(pipe.evaluate_depths)(pipe.shard(canonical), batch)
     np.testing.assert_allclose(losses, sums / counts, rtol=1e-5)
     assert counts[0] > counts[1] > counts[2] > 0
+    optimizer = optax.sgd(0.1)
+    state = train.start_from(pipe, optimizer, pipe.shard(canonical))
+    metrics = train.make_step(pipe, optimizer)(state, batch)[1]
+    np.testing.assert_allclose(metrics["main_loss"], sums[0] / counts[0], rtol=1e-5)
+    further = 0.7 / 2 * (sums[1] + sums[2]) / counts[0]
+    np.testing.assert_allclose(metrics["loss"], metrics["main_loss"] + further, rtol=1e-5)
 
 
 @pytest.mark.thorough
@@ -148,7 +154,14 @@ def test_an_export_is_the_model_without_its_tail_and_the_tail_beside_it(tmp_path
     assert len(tail) == len(jax.tree.leaves(canonical["tail"]))
     kernel = canonical["tail"][0]["project"]["kernel"]
     np.testing.assert_array_equal(tail["tail.0.project.kernel"], kernel)
-    with pytest.raises(ValueError, match="mtp_depth is 1; weights that predict further tokens are not read"):
+
+    read = jax.device_get(pipe.layout.unpack(huggingface.load(tmp_path / "out", pipe)))
+    jax.tree.map(np.testing.assert_array_equal, read, canonical)
+    two = pipeline(schedules.build("1f1b", "vocab-2", p=2, m=2), models.build(config, mtp_depth=2))
+    with pytest.raises(ValueError, match=r"mtp.safetensors has no tensor 'tail.1.block"):
+        huggingface.check(tmp_path / "out", two)
+    (tmp_path / "out" / "mtp.safetensors").unlink()
+    with pytest.raises(ValueError, match="mtp_depth is 1 and .*out has no mtp.safetensors"):
         huggingface.check(tmp_path / "out", pipe)
 
 

@@ -78,6 +78,9 @@ def test_a_megatron_prefix_goes_with_pretrained_weights_and_the_export_is_the_so
     assert "data is 'set', which holds tokens already; tokenizer does not go with it" in refused(
         f"{SHAPE} --model ./source --pretrained --data set --tokenizer source/tokenizer.json", capsys
     )
+    assert "mtp_depth is 1 and source has no mtp.safetensors" in refused(
+        f"{SHAPE} --model ./source --pretrained --data set --mtp-depth 1", capsys
+    )
 
 
 @pytest.mark.thorough

@@ -137,11 +137,6 @@ class TrainOptions:
             raise ValueError(
                 "pretrained is set and tokenizer is not; give the tokenizer.json that the model was made with"
             )
-        if self.pretrained and self.model.mtp_depth:
-            raise ValueError(
-                f"pretrained is set and mtp_depth is {self.model.mtp_depth}; weights of what predicts further tokens "
-                "are not read, so leave out one of the two"
-            )
         checkpoint_dir = self.checkpoint.checkpoint_dir
         if checkpoint_dir and checkpoints.in_bucket(checkpoints.folder_path(checkpoint_dir)) and self.output is None:
             raise ValueError(

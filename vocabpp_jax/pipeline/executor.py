@@ -55,7 +55,7 @@ class Executor:
         steps: what the vocabulary layers' instructions do.
         params: this device's part as :meth:`.Pipeline.rounded` leaves it; ``blocks[chunk][j]`` without the device
             axis.
-        side: per-microbatch inputs of the blocks, ``[m, B, ...]``.
+        aux_inputs: per-microbatch inputs of the blocks, ``[m, B, ...]``.
         x: shape and dtype of the stream between blocks.
         tail: what predicts further tokens, where the model has it.
         auxiliary: whether a block returns a scalar for the loss beside the stream.
@@ -224,7 +224,7 @@ class Executor:
         return self._occupy(state, cells, False)
 
     def aux_inputs_of(self, cells: Cells, c: int, j: int) -> Any:
-        """Side inputs of one microbatch for this device's j-th layer of a chunk: the batch's and the layer's own."""
+        """One microbatch's inputs of this device's j-th layer of a chunk beside x: the batch's and the layer's own."""
         return get(self.aux_inputs, cells["microbatch"]) | get(self.layout.layer_aux_inputs[c][j], lax.axis_index(PIPE))
 
     def _each_layer(

@@ -116,6 +116,10 @@ class Model:
     microbatches and over the parts that the data axis makes of them. Routers balance their load this way."""
     tail: Tail | None = None
     """What predicts further tokens than the next, or None."""
+    param_dtype: Callable[[str], str | None] | None = None
+    """In which dtype passes take a parameter, by its path: ``"blocks/router/kernel"``, ``"tail/..."``, ``"final/..."``,
+    without the numbers of layers. None is the pipeline's ``compute_dtype``, in which the vocabulary's tables always
+    are. Where routers or norms compute in float32 among blocks in bfloat16, the function returns ``"float32"``."""
 
     def __post_init__(self) -> None:
         if self.layers < 1:
@@ -167,6 +171,23 @@ class Model:
     def draw_final(self, key: jax.Array) -> Params:
         """The initial parameters of the final function."""
         return self.init_final(_key_of("final", key))
+
+    def dtypes(self, part: str, params: Params, compute_dtype: str) -> Params:
+        """The dtype in which passes take each parameter of one block, one depth of the tail or the final function.
+
+        Raises:
+            ValueError: :attr:`param_dtype` names another dtype than float32 and bfloat16.
+        """
+
+        def of(path: tuple, _: Any) -> jnp.dtype:
+            name = "/".join([part, jax.tree_util.keystr(path, simple=True, separator="/")])
+            own = self.param_dtype(name) if self.param_dtype else None
+            dtype = jnp.dtype(compute_dtype if own is None else own)
+            if dtype not in (jnp.float32, jnp.bfloat16):
+                raise ValueError(f"param_dtype gives {dtype} for {name!r}; passes take float32 or bfloat16")
+            return dtype
+
+        return jax.tree_util.tree_map_with_path(of, params)
 
     def param_shapes(self) -> Params:
         """The canonical tree as :class:`jax.ShapeDtypeStruct` leaves; computes nothing."""

@@ -124,8 +124,14 @@ class Pipeline(OnDevice):
 
     def value_and_grad(self, params: Params, batch: Batch) -> tuple[jax.Array, Params]:
         """The loss, and its float32 gradients sharded as the parameters are. Pure: put it under :meth:`jit`."""
-        losses, grads, _ = self._run(self.program, params, batch, observe=False)
+        losses, grads = self.losses_and_grad(params, batch)
         return losses.sum(), grads
+
+    def losses_and_grad(self, params: Params, batch: Batch) -> tuple[jax.Array, Params]:
+        """What :meth:`value_and_grad` returns, its loss in parts ``[1 + depths]``: the next token's, and what each
+        further one that is predicted adds. Pure: put it under :meth:`jit`."""
+        losses, grads, _ = self._run(self.program, params, batch, observe=False)
+        return losses, grads
 
     def observed_value_and_grad(self, params: Params, batch: Batch) -> tuple[jax.Array, Params, dict[str, jax.Array]]:
         """Also what the running program counts: ``in_flight [data, p]``, the most activations alive at once on a
@@ -148,30 +154,37 @@ class Pipeline(OnDevice):
         return lower(evaluation(self.schedule))
 
     def rounded(self, params: Params) -> Params:
-        """The parameters as passes take them: a copy in the compute dtype.
+        """The parameters as passes take them: a copy in the compute dtype, or in the model's own for a parameter.
 
         Of an embedding that is not the head too there is none, where it need not be gathered: a lookup rounds the rows
         that it reads.
         """
-        dtype = jnp.dtype(self.compute_dtype)
-        rounded = jax.tree.map(lambda w: w.astype(dtype), params)
+        rounded = jax.tree.map(lambda w: w.astype(self.compute_dtype), params)
+        rounded["blocks"] = tuple(tuple(self._as_taken("blocks", w) for w in chunk) for chunk in params["blocks"])
+        rounded["final"] = self._as_taken("final", params["final"])
+        if "tail" in params:
+            rounded["tail"] = tuple(self._as_taken("tail", w) for w in params["tail"])
         if self.layout.data > 1:
             return rounded
         looked_up = ("ahead",) if self.layout.head_is_embedding else ("embed", "ahead")
         return rounded | {name: params[name] for name in looked_up if name in params}
+
+    def _as_taken(self, part: str, params: Params) -> Params:
+        dtypes = self.model.dtypes(part, params, self.compute_dtype)
+        return jax.tree.map(lambda w, dtype: w.astype(dtype), params, dtypes)
 
     def activation_bytes(self, batch: int, length: int, aux_inputs: Any = None) -> dict[str, int]:
         """Bytes that one microbatch in flight costs on a device, counted from the traced block.
 
         ``residual`` waits from F to B, ``kept`` from F to W, ``carried`` from B to W; ``batch`` is sequences a device.
         """
-        dtype = jnp.dtype(self.compute_dtype)
-        x = jax.ShapeDtypeStruct((batch, length, self.model.width), dtype)
+        x = jax.ShapeDtypeStruct((batch, length, self.model.width), self.compute_dtype)
         aux_inputs = (aux_inputs or {}) | jax.tree.map(shape_of, self._one_layer_aux_inputs)
         traced = []
 
         def trace(layer: Params) -> None:
-            block = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape[1:], dtype), layer)
+            dtypes = self.model.dtypes("blocks", layer, self.compute_dtype)
+            block = jax.tree.map(lambda w, dtype: jax.ShapeDtypeStruct(w.shape[1:], dtype), layer, dtypes)
             traced.append(linearize(self._layer(True), block, x, aux_inputs, split=self.schedule.splits_backward))
 
         layer, specs = (tree["blocks"][0][0] for tree in (self.layout.shapes_in_use(), self.layout.specs_in_use()))

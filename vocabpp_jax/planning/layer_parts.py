@@ -45,7 +45,8 @@ def layer_part(model: Model, length: int, dtype: str, tensor: int, split: bool, 
     found: list[LayerPart] = []
 
     def trace(layer) -> None:
-        part = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, dtype), layer)
+        dtypes = model.dtypes("blocks", layer, dtype)
+        part = jax.tree.map(lambda w, dtype: jax.ShapeDtypeStruct(w.shape, dtype), layer, dtypes)
         passes = linearize(block, part, x, aux_inputs, split=split)
         rings = (passes.residual, passes.kept, passes.carried)
         stored = (sum(s.size * s.dtype.itemsize for s in ring) for ring in rings)

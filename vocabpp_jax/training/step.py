@@ -89,7 +89,7 @@ def make_step(
     A step whose loss or gradient is not finite changes no parameter and nothing of the optimizer; it is counted.
 
     Metrics are scalars, the same on every device: ``loss`` (mean over valid tokens), ``grad_norm`` before clipping,
-    ``skipped`` steps so far.
+    ``skipped`` steps so far; with a tail also ``main_loss``, what of the loss is the next token's.
 
     Raises:
         ValueError: the optimizer does not treat every entry by itself, or what :meth:`.Pipeline.jit` refuses.
@@ -97,7 +97,8 @@ def make_step(
     refuse_mixing(optimizer, pipe.layout.shapes())
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        loss, grads = pipe.value_and_grad(state.params, batch)
+        losses, grads = pipe.losses_and_grad(state.params, batch)
+        loss = losses.sum()
         norm = global_norm(pipe, grads)
         if clip is not None:
             scale = jnp.minimum(1.0, clip / (norm + 1e-6))
@@ -109,7 +110,8 @@ def make_step(
             lambda new, old: jnp.where(finite, new, old), (params, moments), (state.params, state.optimizer)
         )
         new = State(state.step + 1, params, moments, state.skipped + ~finite)
-        return new, {"loss": loss, "grad_norm": norm, "skipped": new.skipped}
+        metrics = {"loss": loss, "grad_norm": norm, "skipped": new.skipped}
+        return new, metrics | ({"main_loss": losses[0]} if pipe.model.tail else {})
 
     everywhere = NamedSharding(pipe.mesh, PartitionSpec())
     return pipe.jit(
