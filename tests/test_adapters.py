@@ -133,7 +133,7 @@ def test_a_router_computes_in_float32_among_layers_in_bfloat16():
     assert all(g.dtype == jnp.float32 and jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
     odd = from_nnx(Mixer, **SIZES, param_dtype=lambda name: "float16")
     pipe = Pipeline(odd, schedules.build(p=2, m=M), make_mesh(2, devices=jax.devices()[:2]))
-    with pytest.raises(ValueError, match="param_dtype gives float16 for 'blocks/down/kernel'; passes take float32 or"):
+    with pytest.raises(ValueError, match="param_dtype gives float16 for 'blocks/down/kernel'; it must be float32 or"):
         pipe.activation_bytes(B, L)
 
 
@@ -142,5 +142,5 @@ def test_what_cannot_be_a_layer_is_refused():
         from_pytree(lambda key: (1, 2), **SIZES)
     odd = from_nnx(Mixer, call=lambda layer, x, _: (layer(x), x), **SIZES)
     pipe = Pipeline(odd, schedules.build(p=2, m=M), make_mesh(2, devices=jax.devices()[:2]))
-    with pytest.raises(ValueError, match=r"block returns float32\[2, 5, 8\] beside the stream; it may return one"):
+    with pytest.raises(ValueError, match=r"block returns float32\[2, 5, 8\] besides the stream; it may return one"):
         jax.eval_shape(pipe.value_and_grad, pipe.layout.shapes(), batch_of(False))

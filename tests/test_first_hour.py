@@ -51,7 +51,7 @@ def test_a_batch_without_microbatches_is_split_into_them(data):
     whole = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch(data))
     assert loss_of(pipe, whole) == pytest.approx(reference(batch(data)), rel=1e-5)
     assert loss_of(pipe, pipe.global_batch(whole)) == pytest.approx(reference(batch(data)), rel=1e-5)
-    with pytest.raises(ValueError, match=rf"tokens has shape \[5, 6\]; it takes .* or \[a multiple of {M * data}"):
+    with pytest.raises(ValueError, match=rf"tokens has shape \[5, 6\]; it must be .* or \[a multiple of {M * data}"):
         pipe.evaluate(pipe.layout.shapes(), jax.tree.map(lambda x: x[:5], whole))
 
 

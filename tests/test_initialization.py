@@ -124,5 +124,5 @@ def test_programs_grow_neither_with_layers_nor_with_stages(schedule):
 
 def test_a_key_whose_numbers_depend_on_the_layout_is_refused():
     pipe = pipeline(own_model(), "1f1b", "vocab-2", 2)
-    with pytest.raises(ValueError, match="key is of the implementation rbg.*impl='threefry2x32'"):
+    with pytest.raises(ValueError, match="key has implementation rbg.*impl='threefry2x32'"):
         pipe.init(jax.random.key(0, impl="rbg"))

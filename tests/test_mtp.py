@@ -197,5 +197,5 @@ def test_what_predicts_no_further_token_is_refused():
     with pytest.raises(ValueError, match="mtp_weight is 0; it must be above 0 and finite"):
         models.build(config, mtp_depth=1, mtp_weight=0)
     pipe = pipeline(schedules.build("1f1b", "vocab-2", p=2, m=2), with_tail(2, depths=L))
-    with pytest.raises(ValueError, match=f"tokens has length {L}; to predict {L} further tokens it takes more"):
+    with pytest.raises(ValueError, match=f"tokens has length {L}; predicting {L} further tokens takes a longer"):
         pipe.value_and_grad(pipe.layout.shapes(), batch_of(2))

@@ -185,7 +185,7 @@ def test_no_conditional_stands_in_the_program_and_varying_types_are_not_checked(
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"tokens": np.zeros((3, B, L), np.int32)}, r"tokens has shape \[3, 2, 4\]; it takes \[m=2"),
+        ({"tokens": np.zeros((3, B, L), np.int32)}, r"tokens has shape \[3, 2, 4\]; it must be \[m=2"),
         ({"labels": np.zeros((2, B, L + 1), np.int32)}, r"labels has shape \[2, 2, 5\]; tokens has \[2, 2, 4\]"),
         ({"mask": np.zeros((2, B), np.float32)}, r"mask has shape \[2, 2\]; tokens has \[2, 2, 4\]"),
     ],

@@ -156,7 +156,7 @@ def test_weights_are_read_part_by_part_and_written_back_bit_by_bit(name, schedul
 @pytest.mark.parametrize(
     ("config", "tensor", "said"),
     [
-        (CONFIGS["llama"], 4, "tensor is 4; it must divide the 2 parts that a layer has"),
+        (CONFIGS["llama"], 4, "tensor is 4; it must divide a layer's 2 parts"),
         (dataclasses.replace(CONFIGS["llama"], inner=21), 2, "tensor is 2; it must divide 21, an axis of mlp.down"),
     ],
 )
@@ -167,7 +167,7 @@ def test_what_cannot_be_split_is_refused(config, tensor, said):
 
 def test_a_model_that_says_nothing_of_the_axis_is_refused_on_it():
     model = dataclasses.replace(models.build(CONFIGS["gpt"]), tensor=None)
-    with pytest.raises(ValueError, match="tensor is 2; this model says nothing of a tensor axis"):
+    with pytest.raises(ValueError, match="tensor is 2; this model does not support a tensor axis"):
         Layout(model, schedules.build("1f1b", "vocab-2", p=2, m=3), 2)
 
 

@@ -166,7 +166,7 @@ def test_a_backend_that_is_not_there_is_a_sentence():
     for platform in ("cuda", "tpu"):
         done = run(f"{SMALL} --data text.txt", JAX_PLATFORMS=platform)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-        assert done.stderr.startswith(f"error: JAX_PLATFORMS is '{platform}'; JAX can start no such backend")
+        assert done.stderr.startswith(f"error: JAX_PLATFORMS is '{platform}'; JAX cannot start a backend")
 
 
 @pytest.mark.thorough

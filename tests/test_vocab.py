@@ -54,7 +54,7 @@ def algorithm(number: int, w, x, labels, weight, p, loss=PLAIN):
             dx += vocab.input_gradient(kept, wk, at, target, uniform)
         else:
             a = vocab.unscaled_input_gradient(kept, wk)
-            uniform = vocab.uniform_input_gradient(wk, s, kept.slopes) if loss.label_smoothing else None
+            uniform = vocab.uniform_input_gradient(wk, s, kept.slopes_NR) if loss.label_smoothing else None
             dx += vocab.partial_input_gradient(a, wk, at, target, uniform)
     padding = jnp.concatenate(dw)[w.shape[0] :]
     np.testing.assert_array_equal(padding, np.zeros_like(padding))
@@ -136,7 +136,7 @@ def test_statistics_and_losses_are_float32_in_bfloat16_compute():
     shard = Shard(0, 11)
     y = vocab.logits(w.astype(jnp.bfloat16), x.astype(jnp.bfloat16), shard)
     kept, stats = vocab.exponentials(y, labels, shard, jnp.bfloat16)
-    assert kept.p.dtype == jnp.bfloat16 and all(s.dtype == jnp.float32 for s in (*stats, kept.rest))
+    assert kept.p_NR.dtype == jnp.bfloat16 and all(s.dtype == jnp.float32 for s in (*stats, kept.rest_N))
 
 
 @pytest.mark.parametrize("loss", [PLAIN, Loss(z_loss=0.01, label_smoothing=0.1), Loss(soft_cap=1.5)])

@@ -1,6 +1,6 @@
 """Pipeline and vocabulary parallelism for large language models in JAX.
 
-Names are imported on first use: ``vocabpp_jax.schedules`` loads no jax.
+Names are imported lazily, so ``vocabpp_jax.schedules`` does not import jax.
 """
 
 from __future__ import annotations

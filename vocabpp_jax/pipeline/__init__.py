@@ -1,6 +1,6 @@
-"""The pipeline: a model, a schedule and a mesh in; loss and gradients out.
+"""Runs a model under a pipeline schedule on a mesh, and computes its loss and gradients.
 
-Names are imported on first use, so that a module of this package can be imported without the others.
+Names are imported lazily, so each module of this package can be imported without the others.
 """
 
 from __future__ import annotations

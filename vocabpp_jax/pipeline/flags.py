@@ -1,7 +1,7 @@
-"""The XLA flags that a pipeline on GPUs wants, each with its reason.
+"""XLA flags for pipelines on GPUs, each with the reason it is set.
 
-:meth:`.Pipeline.jit` gives them to the compiler, so nothing has to be set in the environment. What each does to the
-compiled program is in docs/memory.md, from ``experiments/memory.py --without FLAG``.
+:meth:`.Pipeline.jit` passes them to the compiler, so nothing has to be set in the environment. docs/memory.md shows how
+each affects the compiled program, as measured by ``experiments/memory.py --without FLAG``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .mesh import GPU_PLATFORMS
 
 
 class Flag(NamedTuple):
-    """A compiler option and why it is set."""
+    """The value of a compiler option, and the reason for it."""
 
     value: Any
     reason: str
@@ -26,10 +26,10 @@ class Flag(NamedTuple):
 
 FLAGS: dict[str, Flag] = {
     "xla_gpu_enable_latency_hiding_scheduler": Flag(
-        True, "starts a collective as early and waits for it as late as the program allows"
+        True, "issues a collective as early and waits for it as late as the program allows"
     ),
     "xla_gpu_experimental_parallel_collective_overlap_limit": Flag(
-        4, "the broadcast, the two sums and the transfers of an interval may be under way together"
+        4, "the broadcast, the two sums and the transfers of an interval may be in flight together"
     ),
     "xla_gpu_enable_command_buffer": Flag(
         "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION",
@@ -39,10 +39,10 @@ FLAGS: dict[str, Flag] = {
 
 
 def compiler_options(mesh: Mesh, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The options for a mesh's devices: :data:`FLAGS` on GPUs, none elsewhere.
+    """The compiler options for a mesh's devices: :data:`FLAGS` on GPUs, none elsewhere.
 
     Raises:
-        ValueError: a flag in ``without`` that is not set in the first place, or a flag that this jaxlib does not take.
+        ValueError: a name in ``without`` is not in :data:`FLAGS`, or this jaxlib does not support a flag.
     """
     for name in without:
         if name not in FLAGS:
@@ -56,9 +56,10 @@ def compiler_options(mesh: Mesh, without: tuple[str, ...] = ()) -> dict[str, Any
 
 @lru_cache(maxsize=8)
 def _check_known(mesh: Mesh, options: tuple[tuple[str, Any], ...]) -> None:
-    """Raises ValueError naming a flag that the compiler does not take, by compiling next to nothing with all of them.
+    """Compiles a trivial program with all options; raises ValueError naming a flag that the compiler rejects.
 
-    The compiler is asked because no list of its flags can be had, and before the first real program is traced.
+    The compiler does not list its flags, so trying them is the only check. It runs before the first real program is
+    traced.
     """
     nothing = jax.jit(lambda: jnp.zeros(()), out_shardings=NamedSharding(mesh, PartitionSpec())).lower()
     try:
@@ -67,7 +68,7 @@ def _check_known(mesh: Mesh, options: tuple[tuple[str, Any], ...]) -> None:
         for name, value in options:
             if name in str(problem):
                 raise ValueError(
-                    f"XLA flag {name}={value} is not one that jaxlib {jaxlib.__version__} takes ({problem}); "
-                    "leave it out with without_flags, or install a jaxlib that takes it"
+                    f"XLA flag {name}={value} is not supported by jaxlib {jaxlib.__version__} ({problem}); "
+                    "leave it out with without_flags, or install a jaxlib that supports it"
                 ) from None
         raise

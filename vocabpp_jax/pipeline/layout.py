@@ -1,22 +1,22 @@
-"""Where every parameter lives: from the canonical tree to a pipeline's, and back.
+"""Placement of every parameter: conversion from the canonical tree to a pipeline's tree, and back.
 
-In the pipeline's layout every leaf that belongs to a device has its devices in front:
+In a pipeline's tree, leaves that differ between devices have a leading device axis:
 
-* ``blocks[chunk][j]`` is the j-th layer of every device's chunk, leaves ``[p, ...]``, split over ``pipe``. A device
-  with fewer layers than the longest holds zeros there.
-* Sharded vocabulary: ``embed.tokens`` and ``head`` are ``[V_padded, D]``, rows split over ``pipe``.
-* Unsharded (baseline): one table a device, ``[p, V, D]``: the embedding on the first stage's device, the head on the
-  last stage's, zeros between, since one program gives every device the same shapes. A device that holds both of an
-  untied model needs a second table, ``head``.
-* ``final`` is on every device.
-* ``tail`` is a layer like the others, one for each depth, on the last stage's device. Where the vocabulary is not
-  sharded and the first stage is on another, ``ahead`` is a copy of the tables in ``embed`` beside it.
+* ``blocks[chunk][j]`` is the j-th layer of every device's chunk, leaves ``[p, ...]``, sharded over ``pipe``. Devices
+  with fewer layers than the longest stage hold zeros there.
+* Sharded vocabulary: ``embed.tokens`` and ``head`` are ``[V_padded, D]``, with rows sharded over ``pipe``.
+* Unsharded vocabulary (baseline): one table per device, ``[p, V, D]``: the embedding on the first stage's device, the
+  head on the last stage's, zeros elsewhere, because a single program gives every device the same shapes. If one device
+  holds both and the model is untied, there is a second table, ``head``.
+* ``final`` is replicated.
+* ``tail`` has one layer per depth, stored like any other layer, on the last stage's device. If the vocabulary is
+  unsharded and the first stage is on another device, ``ahead`` is a copy of ``embed``'s tables next to the tail.
 
-With a mesh axis ``tensor`` of size T each block's leaf is split over it as the model says, and a sharded vocabulary has
-``p T`` shards, one a device; what is unsharded, and ``final``, is the same on all T.
+With a mesh axis ``tensor`` of size T, each block's leaf is also sharded over it as the model specifies, and a sharded
+vocabulary has ``p T`` shards, one per device. Unsharded tables and ``final`` are replicated over T.
 
-That is where parameters are in use. At rest, between steps, each is also split over the axis ``data``, if ``data`` is
-its size: see :mod:`vocabpp_jax.pipeline.shares`.
+This is the layout in use. At rest, between steps, each parameter is also sharded over the mesh axis ``data`` if the
+layout's ``data`` is its size: see :mod:`vocabpp_jax.pipeline.shares`.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from .shares import Share, share_of
 from .tensor import TENSOR
 
 Params = Any
-ROW_MULTIPLE = 8  # rows a shard are padded to this, which is what matrix units want
+ROW_MULTIPLE = 8  # rows per shard are padded to a multiple of this, to suit matrix units
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The placement of a model's parameters under a schedule, on a mesh whose axis ``tensor`` is of size ``tensor``.
+    """The placement of a model's parameters under a schedule, on a mesh whose axis ``tensor`` has size ``tensor``.
 
-    ``data`` copies of the model share them at rest; 1 where each keeps all.
+    At rest, parameters are sharded over ``data`` model copies; 1 means that every copy holds all of them.
     """
 
     model: Model
@@ -57,13 +57,11 @@ class Layout:
     def __post_init__(self) -> None:
         split = self.model.tensor
         if self.tensor > 1 and split is None:
-            raise ValueError(f"tensor is {self.tensor}; this model says nothing of a tensor axis, so it must be 1")
+            raise ValueError(f"tensor is {self.tensor}; this model does not support a tensor axis, so it must be 1")
         if self.tensor > 1 and split.parts % self.tensor:
-            raise ValueError(
-                f"tensor is {self.tensor}; it must divide the {split.parts} parts that a layer has (heads)"
-            )
+            raise ValueError(f"tensor is {self.tensor}; it must divide a layer's {split.parts} parts (heads)")
         if self.tensor > 1 and self.model.tail and self.model.tail.tensor is None:
-            raise ValueError(f"tensor is {self.tensor}; this model's tail says nothing of a tensor axis: use 1")
+            raise ValueError(f"tensor is {self.tensor}; this model's tail does not support a tensor axis: use 1")
         if self.tensor > 1:
             self._check_split()
         if sum(self.layer_counts) != self.model.layers:
@@ -74,7 +72,7 @@ class Layout:
 
     @property
     def sharded(self) -> bool:
-        """Whether the vocabulary is split over the pipeline."""
+        """Whether the vocabulary is sharded over the pipeline."""
         return self.schedule.sharded
 
     def _check_split(self) -> None:
@@ -93,18 +91,18 @@ class Layout:
 
     @property
     def vocabulary_axes(self) -> tuple[str, ...]:
-        """The mesh axes that a sharded vocabulary is split over."""
+        """The mesh axes over which a vocabulary is sharded."""
         return (PIPE, TENSOR) if self.tensor > 1 else (PIPE,)
 
     @property
     def shards(self) -> int:
-        """Shards of a sharded vocabulary."""
+        """Number of shards of a sharded vocabulary."""
         return self.schedule.p * self.tensor
 
     @cached_property
     def layer_counts(self) -> tuple[int, ...]:
-        """Layers of every stage; where the split is uneven, later stages have one more, a depth of the tail counted as
-        one of the last stage's."""
+        """Layers per stage. In an uneven split later stages get one more; each depth of the tail counts as a layer of
+        the last stage."""
         if self.schedule.layer_counts is not None:
             return self.schedule.layer_counts
         stages, layers = self.schedule.stages, self.model.layers
@@ -115,17 +113,17 @@ class Layout:
 
     @cached_property
     def stage_of(self) -> tuple[tuple[int, ...], ...]:
-        """The stage that is chunk c of device d, ``[chunks][p]``."""
+        """The stage at chunk c of device d, ``[chunks][p]``."""
         return tuple(map(tuple, self.schedule.stage_of.tolist()))
 
     @cached_property
     def depth(self) -> int:
-        """Layers to allocate for every stage: the longest one's."""
+        """Layers to allocate per stage: those of the longest stage."""
         return max(self.layer_counts)
 
     @cached_property
     def layer_of(self) -> tuple[tuple[tuple[int | None, ...], ...], ...]:
-        """The layer at ``[chunk][j][device]``, None where that device's stage is shorter."""
+        """The layer at ``[chunk][j][device]``, None if that device's stage is shorter."""
         first = [sum(self.layer_counts[:stage]) for stage in range(self.schedule.stages)]
         return tuple(
             tuple(tuple(first[s] + j if j < self.layer_counts[s] else None for s in stages) for j in range(self.depth))
@@ -134,7 +132,7 @@ class Layout:
 
     @cached_property
     def layer_aux_inputs(self) -> tuple[tuple[dict[str, np.ndarray], ...], ...]:
-        """The model's, at ``[chunk][j]``, leaves ``[p, ...]``; where a stage is shorter, some layer's."""
+        """The model's ``layer_aux_inputs`` at ``[chunk][j]``, leaves ``[p, ...]``; arbitrary for shorter stages."""
         own = self.model.layer_aux_inputs or ({},) * self.model.layers
         return tuple(
             tuple(jax.tree.map(lambda *xs: np.stack(xs), *(own[n or 0] for n in layers)) for layers in chunk)
@@ -143,30 +141,30 @@ class Layout:
 
     @property
     def head_is_embedding(self) -> bool:
-        """Whether embedding and head share an array: tied, or the two ends of an unsharded pipeline."""
+        """Whether embedding and head share an array: tied, or on different devices of an unsharded pipeline."""
         return self.model.tied or (not self.sharded and self.apart)
 
     @property
     def tied_across(self) -> bool:
-        """Whether a tied table exists twice, on the first and on the last stage's device."""
+        """Whether a tied table is duplicated on the first and the last stage's device."""
         return self.model.tied and not self.sharded and self.apart
 
     @property
     def apart(self) -> bool:
-        """Whether first and last stage are on different devices."""
+        """Whether the first and last stage are on different devices."""
         return self.schedule.placement[0] != self.schedule.placement[-1]
 
     @property
     def copied(self) -> tuple[str, ...]:
-        """The tables of an unsharded embedding that the tail needs a copy of on the last stage's device. A tied token
-        table is there."""
+        """The unsharded embedding tables that the tail needs copied to the last stage's device. A tied token table is
+        already there."""
         if self.sharded or not self.apart or not self.model.tail:
             return ()
         return (() if self.model.tied else ("tokens",)) + (() if self.model.positions is None else ("positions",))
 
     def padded(self, rows: int) -> int:
-        """Rows of a sharded table: a multiple of the shards, each of a multiple of :data:`ROW_MULTIPLE` rows that the
-        copies divide."""
+        """Padded rows of a sharded table: every shard gets equally many, a multiple of :data:`ROW_MULTIPLE` and of the
+        number of copies."""
         multiple = self.shards * math.lcm(ROW_MULTIPLE, self.data)
         return -(-rows // multiple) * multiple
 
@@ -179,11 +177,11 @@ class Layout:
         )
 
     def specs(self) -> Params:
-        """The PartitionSpec of every leaf of the pipeline's tree, at rest."""
+        """The PartitionSpec of every leaf of the pipeline's tree at rest."""
         return jax.tree.map(lambda share, spec: share.spec(spec), self.shares, self.specs_in_use())
 
     def specs_in_use(self) -> Params:
-        """The PartitionSpec of every leaf while passes run."""
+        """The PartitionSpec of every leaf in use."""
         tree = self.shapes_in_use()
         whole = {key: jax.tree.map(lambda _: PartitionSpec(), branch) for key, branch in tree.items()}
         tables = PartitionSpec(self.vocabulary_axes) if self.sharded else PartitionSpec(PIPE)
@@ -193,25 +191,25 @@ class Layout:
                 key: jax.tree.map(lambda _: PartitionSpec(PIPE), tree[key]) for key in ("blocks", "tail") if key in tree
             }
         else:
-            layer = _behind_pipe(self.model.tensor.specs)
+            layer = _prepend_pipe(self.model.tensor.specs)
             specs["blocks"] = tuple(tuple(layer for _ in chunk) for chunk in tree["blocks"])
             if self.model.tail:
-                specs["tail"] = (_behind_pipe(self.model.tail.tensor.specs),) * self.model.depths
+                specs["tail"] = (_prepend_pipe(self.model.tail.tensor.specs),) * self.model.depths
         return whole | specs
 
     def shapes(self) -> Params:
-        """The pipeline's tree as global :class:`jax.ShapeDtypeStruct`, at rest."""
+        """The pipeline's tree of global :class:`jax.ShapeDtypeStruct` at rest."""
         return jax.eval_shape(self.pack, self.model.param_shapes())
 
     def shapes_in_use(self) -> Params:
-        """The same while passes run, without the padding of shares."""
-        return jax.eval_shape(self._placed, self.model.param_shapes())
+        """The same in use, without the padding of shares."""
+        return jax.eval_shape(self._place, self.model.param_shapes())
 
     def pack(self, canonical: Params) -> Params:
-        """Canonical parameters (or gradients) in the pipeline's layout."""
-        return jax.tree.map(Share.pad, self.shares, self._placed(canonical))
+        """Converts canonical parameters (or gradients) to the pipeline's tree at rest."""
+        return jax.tree.map(Share.pad, self.shares, self._place(canonical))
 
-    def _placed(self, canonical: Params) -> Params:
+    def _place(self, canonical: Params) -> Params:
         blocks = canonical["blocks"]
         empty = jax.tree.map(jnp.zeros_like, blocks[0])
 
@@ -225,7 +223,7 @@ class Layout:
         }
         last = self.schedule.placement[-1]
         if self.model.tail:
-            packed["tail"] = jax.tree.map(partial(self._on, last), canonical["tail"])
+            packed["tail"] = jax.tree.map(partial(self._on_one_device, last), canonical["tail"])
         if self.sharded:
             for name, table in canonical["embed"].items():
                 packed["embed"][name] = self._pad(table)
@@ -234,18 +232,18 @@ class Layout:
             return packed
         first = self.schedule.placement[0]
         for name, table in canonical["embed"].items():
-            packed["embed"][name] = self._on(first, table)
+            packed["embed"][name] = self._on_one_device(first, table)
         if self.copied:
-            packed["ahead"] = {name: self._on(last, canonical["embed"][name]) for name in self.copied}
+            packed["ahead"] = {name: self._on_one_device(last, canonical["embed"][name]) for name in self.copied}
         head = canonical["embed"]["tokens"] if self.model.tied else canonical["head"]
         if self.apart:
             packed["embed"]["tokens"] = packed["embed"]["tokens"].at[last].set(head)
         elif not self.model.tied:
-            packed["head"] = self._on(last, head)
+            packed["head"] = self._on_one_device(last, head)
         return packed
 
     def unpack(self, packed: Params) -> Params:
-        """The canonical tree of parameters (or gradients, or optimizer moments) in the pipeline's layout."""
+        """Inverse of :meth:`pack`, for parameters, gradients or optimizer moments."""
         packed = jax.tree.map(Share.cut, self.shares, packed)
         place = {
             n: (c, j, d)
@@ -271,7 +269,7 @@ class Layout:
         return canonical
 
     def unique(self) -> Params:
-        """1 where a leaf's entries count, 0 where they repeat another's: what a global norm must be weighted with."""
+        """Weights for a global norm: 1 for a leaf's entries, 0 where they duplicate another leaf's."""
         ones = jax.tree.map(lambda _: 1.0, self.shapes())
         if self.tied_across:
             first = jnp.arange(self.schedule.p) == self.schedule.placement[0]
@@ -283,10 +281,10 @@ class Layout:
     def _pad(self, table: jax.Array) -> jax.Array:
         return jnp.pad(table, ((0, self.padded(table.shape[0]) - table.shape[0]), (0, 0)))
 
-    def _on(self, device: int, table: jax.Array) -> jax.Array:
+    def _on_one_device(self, device: int, table: jax.Array) -> jax.Array:
         return jnp.zeros((self.schedule.p, *table.shape), table.dtype).at[device].set(table)
 
 
-def _behind_pipe(specs: Params) -> Params:
-    """Specs of a layer with the stages in front."""
+def _prepend_pipe(specs: Params) -> Params:
+    """Specs of a layer with the axis ``pipe`` prepended."""
     return jax.tree.map(lambda s: PartitionSpec(PIPE, *s), specs, is_leaf=lambda s: isinstance(s, PartitionSpec))

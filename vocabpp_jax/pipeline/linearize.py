@@ -1,9 +1,9 @@
-"""A block's forward and backward as separate passes, with what one leaves for the other made explicit.
+"""Splits a block into separate forward and backward passes with explicit residuals.
 
-``jax.vjp`` returns a pytree whose leaves are the residuals. :func:`linearize` traces it once and sorts them: what
-depends on the block's input is stored by F and handed to B; what comes from parameters or side inputs alone (weights,
-masks, rotary tables) is never stored but taken, or computed, again. The backward may be split further into the input
-gradient (B) and the weight gradient (W), with the values that W needs from B made explicit too.
+``jax.vjp`` returns a pytree whose leaves are the residuals. :func:`linearize` traces it once and classifies them.
+Residuals that depend on the block's input are stored by F and passed to B. Those that depend only on parameters or aux
+inputs (weights, masks, rotary tables) are never stored, but read or recomputed in B. The backward can be split further
+into the input gradient (B) and the weight gradient (W), with the values that W needs from B also made explicit.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from jax.interpreters.partial_eval import dce_jaxpr
 Tree = Any
 Arrays = tuple[jax.Array, ...]
 
-# Re-made in W from their operand instead of being stored beside it.
+# Recomputed in W from their operand instead of being carried over from B.
 _VIEWS = {"reshape", "squeeze", "transpose", "expand_dims", "broadcast_in_dim", "copy", "rev"}
 
 
 @dataclass(frozen=True)
 class Linearized:
-    """The passes of one block. ``residual``, ``kept`` and ``carried`` are the shapes of what is stored between them.
+    """The passes of one block. ``residual``, ``kept`` and ``carried`` are the shapes of the values stored between them.
 
     Attributes:
-        forward: ``(params, aux_inputs, x) -> y, residual, kept``, where y is what the block returns.
-        backward: ``(params, aux_inputs, residual, kept, g) -> dparams, dx, carried``. Unsplit, ``dparams`` is complete
-            and ``carried`` empty; split, matrices are None in ``dparams`` and come from ``weights``.
-        weights: ``(params, aux_inputs, kept, carried) -> dparams`` with vectors None; absent where not split.
-        residual: needed by ``backward`` only.
-        kept: needed by ``weights``, and perhaps by ``backward`` before.
-        carried: made by ``backward`` for ``weights``.
+        forward: ``(params, aux_inputs, x) -> y, residual, kept``, where y is the block's return value.
+        backward: ``(params, aux_inputs, residual, kept, g) -> dparams, dx, carried``. If unsplit, ``dparams`` is
+            complete and ``carried`` empty; if split, matrices are None in ``dparams`` and come from ``weights``.
+        weights: ``(params, aux_inputs, kept, carried) -> dparams``, in which vectors are None; None if unsplit.
+        residual: values from ``forward`` that only ``backward`` needs.
+        kept: values from ``forward`` that ``weights`` needs, and possibly ``backward`` too.
+        carried: values from ``backward`` that ``weights`` needs.
     """
 
     forward: Callable[[Tree, Tree, jax.Array], tuple[Tree, Arrays, Arrays]]
@@ -51,36 +51,37 @@ def linearize(block: Callable, params: Tree, x: jax.ShapeDtypeStruct, aux_inputs
     """The passes of ``block(params, x, aux_inputs)`` at the given shapes.
 
     Args:
-        block: pure, returns the shape and dtype of ``x``, or that and a float32 scalar, whose gradient is 1.
-        params, x, side: :class:`jax.ShapeDtypeStruct` trees; one device's shapes.
-        split: whether weight gradients are a pass of their own. Gradients of vectors (norms, biases) stay in
-            ``backward``: left in ``weights`` they would repeat a matrix product.
+        block: a pure function that preserves the shape and dtype of ``x``. It may also return a float32 scalar, whose
+            gradient is 1.
+        params, x, aux_inputs: :class:`jax.ShapeDtypeStruct` trees of per-device shapes.
+        split: whether weight gradients are a separate pass. Gradients of vectors (norms, biases) stay in ``backward``:
+            in ``weights`` they would repeat a matrix product.
 
     Raises:
-        ValueError: the block changes the shape or dtype of its input, or what it returns beside is no such scalar.
+        ValueError: the block changes the shape or dtype of its input, or returns anything else besides the scalar.
     """
     params_flat, params_tree = jax.tree.flatten(params)
-    side_flat = jax.tree.leaves(aux_inputs)
+    aux_flat = jax.tree.leaves(aux_inputs)
     fwd, vjp_tree, y_tree = _trace_forward(block, params, aux_inputs, x)
     returned, residuals = fwd.jaxpr.outvars[: y_tree.num_leaves], fwd.jaxpr.outvars[y_tree.num_leaves :]
-    stored = _stored_residuals(fwd.jaxpr, residuals, len(params_flat) + len(side_flat))
+    stored = _stored_residuals(fwd.jaxpr, residuals, len(params_flat) + len(aux_flat))
     run_forward = _subset(fwd, [*returned, *stored])
     leaves = dict.fromkeys(v for v in residuals if isinstance(v, Var))
     rederived = [v for v in leaves if v not in set(stored)]
     rederive = _subset(fwd, rederived)
 
-    def whole_backward(params_flat, side_flat, stored_values, g):
+    def whole_backward(params_flat, aux_flat, stored_values, g):
         known = dict(zip(stored, stored_values, strict=True))
-        # Nothing rederived depends on x, so any stand-in of its shape will do; it is cut from the traced code.
-        known |= dict(zip(rederived, rederive(*params_flat, *side_flat, g), strict=True))
+        # No rederived value depends on x, so any array of its shape will do here; the trace drops it as unused.
+        known |= dict(zip(rederived, rederive(*params_flat, *aux_flat, g), strict=True))
         vjp = jax.tree.unflatten(vjp_tree, [_value(v, known) for v in residuals])
         dparams, dx = vjp(y_tree.unflatten([g, *[jnp.ones((), jnp.float32)] * (len(returned) - 1)]))
         return (*jax.tree.leaves(dparams), dx)
 
     stored_shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in stored]
-    bwd = _inlined(jax.make_jaxpr(whole_backward)(params_flat, side_flat, stored_shapes, x))
+    bwd = _inlined(jax.make_jaxpr(whole_backward)(params_flat, aux_flat, stored_shapes, x))
     late = [split and len(s.shape) >= 2 for s in params_flat]
-    parts = _split(bwd, late, len(params_flat) + len(side_flat), len(stored))
+    parts = _split(bwd, late, len(params_flat) + len(aux_flat), len(stored))
     in_kept = [n in parts.kept for n in range(len(stored))]
 
     def forward(params, aux_inputs, x):
@@ -111,8 +112,8 @@ def linearize(block: Callable, params: Tree, x: jax.ShapeDtypeStruct, aux_inputs
 def _trace_forward(
     block: Callable, params: Tree, aux_inputs: Tree, x: jax.ShapeDtypeStruct
 ) -> tuple[ClosedJaxpr, Any, Any]:
-    """The jaxpr of ``(params, aux_inputs, x) -> *y, *residuals``, the tree that makes the residuals a VJP again, and
-    y's."""
+    """The jaxpr of ``(params, aux_inputs, x) -> *y, *residuals``, and the treedefs of the VJP, whose leaves are the
+    residuals, and of y."""
     trees = []
 
     def forward(params, aux_inputs, x):
@@ -126,11 +127,11 @@ def _trace_forward(
     if (stream.shape, stream.dtype) != (x.shape, x.dtype):
         raise ValueError(
             f"block turns {x.dtype}{list(x.shape)} into {stream.dtype}{list(stream.shape)}; "
-            "a pipelined block must keep shape and dtype"
+            "a pipelined block must preserve shape and dtype"
         )
     if len(scalars) > 1 or any((s.shape, s.dtype) != ((), jnp.float32) for s in scalars):
         found = ", ".join(f"{s.dtype}{list(s.shape)}" for s in scalars)
-        raise ValueError(f"block returns {found} beside the stream; it may return one float32 scalar for the loss")
+        raise ValueError(f"block returns {found} besides the stream; it may return one float32 scalar for the loss")
     return _inlined(jaxpr), trees[-1], jax.tree.structure(y)
 
 
@@ -139,24 +140,24 @@ def _value(v: Var | Literal, known: dict[Var, Any]) -> Any:
 
 
 def _stored_residuals(jaxpr: Jaxpr, residuals: Sequence, constants: int) -> list[Var]:
-    """The residuals that depend on the input, each once."""
-    moving = set(jaxpr.invars[constants:])
+    """The residuals that depend on the block's input, without duplicates."""
+    dependent = set(jaxpr.invars[constants:])
     for eqn in jaxpr.eqns:
-        if any(isinstance(v, Var) and v in moving for v in eqn.invars):
-            moving |= set(eqn.outvars)
+        if any(isinstance(v, Var) and v in dependent for v in eqn.invars):
+            dependent |= set(eqn.outvars)
     leaves = [v for v in residuals if isinstance(v, Var)]
-    return [v for v in dict.fromkeys(leaves) if v in moving]
+    return [v for v in dict.fromkeys(leaves) if v in dependent]
 
 
 def _subset(closed: ClosedJaxpr, outputs: Sequence) -> Callable:
-    """A function of a jaxpr's inputs that computes some of its variables and nothing else."""
+    """A function of the jaxpr's inputs that computes only the given variables."""
     jaxpr = closed.jaxpr.replace(outvars=list(outputs), debug_info=closed.jaxpr.debug_info.with_unknown_names())
     jaxpr, _ = dce_jaxpr(jaxpr, [True] * len(outputs), instantiate=True)
     return partial(jax.core.eval_jaxpr, jaxpr, closed.consts)
 
 
 def _inlined(closed: ClosedJaxpr) -> ClosedJaxpr:
-    """The same program without nested jits, so that one can be cut anywhere."""
+    """The same program with nested jits inlined, so that it can be cut anywhere."""
 
     def evaluate(jaxpr: Jaxpr, consts: Iterable, *args):
         env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
@@ -183,10 +184,10 @@ class _Parts:
 
 
 def _split(bwd: ClosedJaxpr, late: Sequence[bool], constants: int, stored: int) -> _Parts:
-    """Cuts a backward in two: what the input gradient needs, and the rest.
+    """Splits a backward in two: the early part computes dx and the gradients not in ``late``, the late part the rest.
 
-    An equation that computes both kinds of output, such as a checkpointed region, goes into both parts, and dead code
-    elimination leaves each only its own. Values of the first part that the second uses are carried over.
+    An equation that contributes to both, such as a checkpointed region, is in both parts, and dead code elimination
+    keeps only what each part needs. Values of the early part that the late part uses are carried over.
     """
     jaxpr = bwd.jaxpr
     outputs = jaxpr.outvars
@@ -214,7 +215,7 @@ def _split(bwd: ClosedJaxpr, late: Sequence[bool], constants: int, stored: int) 
         made = [v for v in eqn.outvars if v in needed]
         if not made or all(v in made_early for v in made):
             continue
-        # What came over from the first part is not made again: its place here is dropped.
+        # Values carried over from the early part are not recomputed: drop those outputs here.
         eqns.append(eqn.replace(outvars=[DropVar(v.aval) if v in made_early else v for v in eqn.outvars]))
         needed |= {v for v in eqn.invars if isinstance(v, Var)}
     for v in jaxpr.invars[constants:] + [v for eqn in early.eqns for v in eqn.outvars]:

@@ -1,4 +1,4 @@
-"""What a pipeline takes: a batch in microbatches, checked, with the mask that says which labels count."""
+"""Validates a batch, and splits it into microbatches."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Batch = dict[str, Any]
 
 
 def checked(batch: Batch, m: int, data: int, model: Model) -> Batch:
-    """The batch as ``[m, B, L]``, with a float32 mask in which labels of -100 do not count.
+    """The batch as ``[m, B, L]``, with a float32 mask that is 0 for labels of -100.
 
     Raises:
-        ValueError: an array that is missing or of another shape or dtype, ids outside the vocabulary.
+        ValueError: an array is missing or has the wrong shape or dtype, or ids are outside the vocabulary.
     """
     if missing := {"tokens", "labels"} - set(batch):
         raise ValueError(f"the batch has {sorted(batch)}; it needs {', '.join(sorted(missing))} too")
@@ -28,7 +28,7 @@ def checked(batch: Batch, m: int, data: int, model: Model) -> Batch:
     whole = len(shape) == 2 and shape[0] % (m * data) == 0
     if not whole and (len(shape) != 3 or shape[0] != m or shape[1] % data):
         raise ValueError(
-            f"tokens has shape {list(shape)}; it takes [m={m}, a multiple of {data}, length] or "
+            f"tokens has shape {list(shape)}; it must be [m={m}, a multiple of {data}, length] or "
             f"[a multiple of {m * data}, length]"
         )
     for name in ("labels", "mask"):
@@ -40,9 +40,7 @@ def checked(batch: Batch, m: int, data: int, model: Model) -> Batch:
     if model.positions is not None and shape[2] > model.positions:
         raise ValueError(f"tokens has length {shape[2]}; the model has {model.positions} positions")
     if shape[2] <= model.depths:
-        raise ValueError(
-            f"tokens has length {shape[2]}; to predict {model.depths} further tokens it takes more than those"
-        )
+        raise ValueError(f"tokens has length {shape[2]}; predicting {model.depths} further tokens takes a longer one")
     mask = batch.get("mask")
     mask = jnp.ones(shape, jnp.float32) if mask is None else jnp.asarray(mask).astype(jnp.float32)
     for name in ("tokens", "labels"):
@@ -55,13 +53,13 @@ def checked(batch: Batch, m: int, data: int, model: Model) -> Batch:
 
 
 def in_microbatches(array: jax.Array, m: int, data: int) -> jax.Array:
-    """``[batch, ...] -> [m, batch / m, ...]``; what one part of the data axis has, it keeps."""
+    """``[batch, ...] -> [m, batch / m, ...]``; every row stays on its part of the data axis."""
     shape = jnp.shape(array)
     parts = jnp.reshape(jnp.asarray(array), (data, m, shape[0] // (data * m), *shape[1:]))
     return jnp.swapaxes(parts, 0, 1).reshape(m, shape[0] // m, *shape[1:])
 
 
 def global_batch(local: Batch, mesh: Mesh) -> Batch:
-    """Each process's rows ``[rows, ...]`` as global arrays ``[batch, ...]``, split over the data axis."""
+    """Global arrays ``[batch, ...]`` sharded over the data axis, from each process's rows ``[rows, ...]``."""
     sharding = NamedSharding(mesh, PartitionSpec(DATA))
     return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, np.asarray(array)), local)

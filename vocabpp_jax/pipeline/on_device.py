@@ -1,7 +1,9 @@
-"""One device's part of an iteration: from its parameters and its part of the batch to a loss and gradients.
+"""One device's part of a step: its parameters and its part of the batch in, loss and gradients out.
 
-It runs inside ``shard_map``, so every collective over the data axis that is not an instruction of the schedule is here:
-the gather of weights, the scatter of gradients, the sums of losses and counts.
+It runs inside ``shard_map`` and issues the collectives over the data axis, which are not schedule instructions: the
+all-gather of weights, the reduce-scatter of gradients, the sums of losses and counts.
+
+Shapes, per device: m microbatches, B microbatch, L length, D width.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ Params = Any
 
 
 class OnDevice:
-    """The half of a :class:`.Pipeline` that runs on its devices."""
+    """The part of a :class:`.Pipeline` that runs on its devices."""
 
     model: Model
     schedule: Schedule
@@ -43,7 +45,7 @@ class OnDevice:
     _depth: Callable | None
 
     def _on_device(self, program: Program, observe: bool, params: Params, batch: Batch) -> tuple:
-        """One device's whole iteration."""
+        """One device's whole step."""
         with exact_products(self.compute_dtype):
             state = self._executor(program, observe, params, batch)()
         loss = state["loss"] if self.layout.sharded else jax.lax.psum(state["loss"], PIPE)
@@ -54,7 +56,7 @@ class OnDevice:
         return jax.lax.psum(loss, DATA), grads, counters
 
     def _executor(self, program: Program, observe: bool, params: Params, batch: Batch) -> Executor:
-        """What one device runs, from its part of the parameters at rest and of the batch."""
+        """Builds one device's executor from its part of the batch and of the parameters at rest."""
         with jax.named_scope("gather"):
             rounded = jax.tree.map(Share.gather, self.layout.shares, self.rounded(params))
         own = ("blocks", "tail") if self.layout.sharded else ("blocks", "tail", "embed", "head", "ahead")
@@ -71,31 +73,31 @@ class OnDevice:
             collectives(layout.vocabulary_axes, program.schedule.p, self.mesh.devices.flat[0].platform),
         )
         _, B, L = batch["tokens"].shape
-        x = jax.ShapeDtypeStruct((B, L, self.model.width), self.compute_dtype)
+        x_BLD = jax.ShapeDtypeStruct((B, L, self.model.width), self.compute_dtype)
         tail = None
         if model.tail:
-            both = jax.ShapeDtypeStruct((2, *x.shape), x.dtype)
-            passes = self._linearized(program, shifting(self._depth), both, rounded["tail"][0], batch["aux_inputs"])
+            x_2BLD = jax.ShapeDtypeStruct((2, *x_BLD.shape), x_BLD.dtype)
+            passes = self._linearized(program, shifting(self._depth), x_2BLD, rounded["tail"][0], batch["aux_inputs"])
             tail = Tail(passes, vocabulary, rounded["tail"], batch["aux_inputs"], model.tail_aux_inputs)
         return Executor(
             program,
             layout,
             self._linearized(
-                program, self._layer(program.schedule.trains), x, rounded["blocks"][0][0], batch["aux_inputs"]
+                program, self._layer(program.schedule.trains), x_BLD, rounded["blocks"][0][0], batch["aux_inputs"]
             ),
             vocabulary,
             tables | {"blocks": rounded["blocks"]},
             batch["aux_inputs"],
-            x,
+            x_BLD,
             tail,
             model.auxiliary and program.schedule.trains,
             observe,
         )
 
     def _targets(self, batch: Batch, trains: bool) -> dict[str, jax.Array]:
-        """The labels of the next token and of each further one ``[m, 1 + depths, B, L]``, and how much they count.
+        """The labels of the next token and of each further one, and their weights, both ``[m, 1 + depths, B, L]``.
 
-        In training all weigh what their losses do in the loss; in evaluation each loss is a mean of its own.
+        In training the weights are those of the total loss; in evaluation each depth's loss is its own mean.
         """
         labels, mask = ahead(batch["labels"], batch["mask"], self.model.depths, batch["aux_inputs"].get("segment_ids"))
         count = jnp.maximum(jax.lax.psum(mask.sum((0, 2, 3)), DATA), 1)
@@ -105,7 +107,7 @@ class OnDevice:
         return {"labels": labels, "weight": weight}
 
     def _layer(self, trains: bool) -> Callable:
-        """The block; its scalar, if it returns one, scaled to the mean over microbatches and copies, or left out."""
+        """The block. Its scalar, if any, is scaled for the mean over microbatches and copies; evaluation drops it."""
         if not self.model.auxiliary:
             return self._block
 
@@ -130,8 +132,8 @@ class OnDevice:
         return self.model.layer_aux_inputs[0] if self.model.layer_aux_inputs else {}
 
     def _gradients(self, state: dict[str, Any], params: Params) -> Params:
-        """The accumulated gradients as a tree like the parameters at rest, summed over what they have to be summed
-        over."""
+        """The accumulated gradients as a tree like the parameters at rest, reduced over the data axis and over the
+        devices that hold copies of a parameter."""
         grads = {
             "blocks": tuple(state[f"grads.blocks.{c}"] for c in range(len(params["blocks"]))),
             "embed": {k: state[f"grads.embed.{k}"] for k in params["embed"]},
@@ -158,5 +160,5 @@ class OnDevice:
 
 
 def shape_of(a: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of an array or of a description of one."""
+    """Shape and dtype of an array or :class:`jax.ShapeDtypeStruct`."""
     return jax.ShapeDtypeStruct(a.shape, a.dtype)

@@ -1,4 +1,4 @@
-"""The library's one door: a model, a schedule and a mesh in; loss and gradients out."""
+"""Main entry point: computes loss and gradients of a model under a pipeline schedule."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ _PER_MICROBATCH = PartitionSpec(None, DATA)
 
 @dataclass(frozen=True)
 class Pipeline(OnDevice):
-    """A model under a schedule on a mesh.
+    """Runs a model under a schedule on a mesh.
 
-    A batch is ``{"tokens", "labels": int32 [m, B, L]}``, and if need be ``"mask"`` of the same shape and
-    ``"aux_inputs"``, arrays ``[m, B, ...]`` by name that the blocks take: m microbatches, B microbatch size times the
-    data axis, L length. Or all of them ``[m · B, ...]``, which is split into microbatches. A label of -100 does not
-    count; of other ids outside the vocabulary the loss is NaN, or, outside ``jax.jit``, they are refused. Parameters
-    are a tree in :attr:`layout`, float32, sharded as :attr:`shardings` says: with ``shard_optimizer`` over the axis
-    ``data`` too, as is what an optimizer keeps for them.
+    A batch is ``{"tokens", "labels": int32 [m, B, L]}``, optionally with ``"mask"`` of the same shape and
+    ``"aux_inputs"``, a dictionary of arrays ``[m, B, ...]`` for the blocks: m microbatches, B microbatch size times the
+    size of the data axis, L length. All arrays may instead be ``[m · B, ...]`` and are then split into microbatches.
+    Labels of -100 are ignored. Other ids outside the vocabulary make the loss NaN or, outside ``jax.jit``, raise
+    ValueError. Parameters are a float32 tree in :attr:`layout`, sharded as in :attr:`shardings`; with
+    ``shard_optimizer`` they and the optimizer state are also sharded over the axis ``data``.
 
     Raises:
-        ValueError: the schedule is not sound, the mesh has no axis ``data`` or its axis ``pipe`` is not the schedule's
-            p, layers do not fill its stages, or the model's kernels are not for the mesh's devices.
+        ValueError: the schedule is invalid, the mesh has no axis ``data``, the size of its axis ``pipe`` is not the
+            schedule's p, there are too few layers for the stages, or the model's kernels do not support the devices.
     """
 
     model: Model
@@ -50,9 +50,9 @@ class Pipeline(OnDevice):
     shard_optimizer: bool = True
     layout: Layout = field(init=False, repr=False)
     _block: Callable = field(init=False, repr=False, compare=False)
-    """A layer, or one device's part of it, for the devices of the mesh."""
+    """The block, or its tensor-parallel form, for the mesh's platform."""
     _depth: Callable | None = field(init=False, repr=False, compare=False)
-    """So a depth of the tail."""
+    """The same for a depth of the tail."""
 
     def __post_init__(self) -> None:
         if self.compute_dtype not in ("float32", "bfloat16"):
@@ -86,67 +86,68 @@ class Pipeline(OnDevice):
 
     @cached_property
     def shardings(self) -> Params:
-        """The NamedSharding of every parameter, at rest."""
+        """The NamedSharding of every parameter at rest."""
         return jax.tree.map(
             partial(NamedSharding, self.mesh), self.layout.specs(), is_leaf=lambda s: isinstance(s, PartitionSpec)
         )
 
     def init(self, key: jax.Array) -> Params:
-        """What ``model.init(key)`` draws, to the bit, each parameter drawn where it lives.
+        """Parameters bitwise equal to those of ``model.init(key)``, each drawn on the device that holds it.
 
-        Takes the memory of the parameters and of one layer. Raises ValueError for a key that is not threefry's.
+        Needs memory for the parameters and one more layer. Raises ValueError if ``key`` is not a threefry key.
         """
         return draw(self.layout, self.mesh, key)
 
     def shard(self, canonical: Params) -> Params:
-        """Canonical parameters, placed on the mesh in the pipeline's layout."""
+        """Converts canonical parameters to the pipeline's layout and places them on the mesh."""
         return jax.jit(self.layout.pack, out_shardings=self.shardings)(canonical)
 
     def global_batch(self, local: Batch) -> Batch:
-        """The global batch of which each process passes its own rows, ``[rows, L]``, as a data loader gives them.
+        """Assembles a global batch from the rows ``[rows, L]`` that each process passes, as loaded by a data loader.
 
-        Every process passes as many, and those with devices of the same copy of the model pass the same.
+        Every process passes the same number of rows; processes that share a model copy pass the same rows.
         """
         return global_batch(local, self.mesh)
 
     def jit(self, function: Callable, *, without_flags: tuple[str, ...] = (), **options: Any) -> Callable:
-        """``jax.jit`` for a function that runs this pipeline: on GPUs with the XLA flags that overlap needs.
+        """``jax.jit`` for a function that runs this pipeline; on GPUs it sets the XLA flags needed for overlap.
 
         Args:
             function: anything that calls :meth:`value_and_grad` or :meth:`evaluate`, or one of them.
             without_flags: names of :data:`~vocabpp_jax.flags.FLAGS` to leave out.
-            options: what ``jax.jit`` takes.
+            options: passed to ``jax.jit``.
 
         Raises:
-            ValueError: an unknown name in ``without_flags``, or a flag that this jaxlib does not take.
+            ValueError: ``without_flags`` has an unknown name, or this jaxlib does not support a flag.
         """
         return jax.jit(function, compiler_options=compiler_options(self.mesh, without_flags), **options)
 
     def value_and_grad(self, params: Params, batch: Batch) -> tuple[jax.Array, Params]:
-        """The loss, and its float32 gradients sharded as the parameters are. Pure: put it under :meth:`jit`."""
+        """The loss, and float32 gradients sharded like the parameters. Pure; call it under :meth:`jit`."""
         losses, grads = self.losses_and_grad(params, batch)
         return losses.sum(), grads
 
     def losses_and_grad(self, params: Params, batch: Batch) -> tuple[jax.Array, Params]:
-        """What :meth:`value_and_grad` returns, its loss in parts ``[1 + depths]``: the next token's, and what each
-        further one that is predicted adds. Pure: put it under :meth:`jit`."""
+        """Like :meth:`value_and_grad`, with the loss in parts ``[1 + depths]``: the next token's loss, and the
+        contribution of each further predicted token. Pure; call it under :meth:`jit`."""
         losses, grads, _ = self._run(self.program, params, batch, observe=False)
         return losses, grads
 
     def observed_value_and_grad(self, params: Params, batch: Batch) -> tuple[jax.Array, Params, dict[str, jax.Array]]:
-        """Also what the running program counts: ``in_flight [data, p]``, the most activations alive at once on a
-        device, and ``clobbered [data, p]``, whether one was ever overwritten while alive or freed while dead."""
+        """Like :meth:`value_and_grad`, plus counters from the running program: ``in_flight [data, p]``, the most
+        activations in flight on a device, and ``clobbered [data, p]``, whether one was overwritten while alive or freed
+        while dead."""
         losses, grads, seen = self._run(self.program, params, batch, observe=True)
         return losses.sum(), grads, seen
 
     def evaluate(self, params: Params, batch: Batch) -> jax.Array:
-        """The cross entropy alone, by a forward-only program that keeps no activations: a soft cap is part of the
-        model, a z-loss and smoothed labels are there for training, and so is what predicts further tokens."""
+        """The cross entropy, computed by a forward-only program that stores no activations. A soft cap is part of the
+        model and applies; z-loss, label smoothing and the loss of further tokens are for training only."""
         return self.evaluate_depths(params, batch)[0]
 
     def evaluate_depths(self, params: Params, batch: Batch) -> jax.Array:
-        """Beside :meth:`evaluate` the cross entropy of every further token that is predicted, ``[1 + depths]``, each
-        the mean over the tokens that count for it."""
+        """The cross entropies ``[1 + depths]`` of the next token, as in :meth:`evaluate`, and of each further predicted
+        one. Each is the mean over its own counted tokens."""
         return self._run(self._evaluation, params, batch, observe=False)[0]
 
     @cached_property
@@ -154,38 +155,39 @@ class Pipeline(OnDevice):
         return lower(evaluation(self.schedule))
 
     def rounded(self, params: Params) -> Params:
-        """The parameters as passes take them: a copy in the compute dtype, or in the model's own for a parameter.
+        """The parameters cast to the dtypes in which passes use them: the compute dtype, or the model's choice.
 
-        Of an embedding that is not the head too there is none, where it need not be gathered: a lookup rounds the rows
-        that it reads.
+        An embedding that is not also the head is left uncast unless it has to be gathered: lookups cast the rows they
+        read.
         """
         rounded = jax.tree.map(lambda w: w.astype(self.compute_dtype), params)
-        rounded["blocks"] = tuple(tuple(self._as_taken("blocks", w) for w in chunk) for chunk in params["blocks"])
-        rounded["final"] = self._as_taken("final", params["final"])
+        rounded["blocks"] = tuple(tuple(self._cast("blocks", w) for w in chunk) for chunk in params["blocks"])
+        rounded["final"] = self._cast("final", params["final"])
         if "tail" in params:
-            rounded["tail"] = tuple(self._as_taken("tail", w) for w in params["tail"])
+            rounded["tail"] = tuple(self._cast("tail", w) for w in params["tail"])
         if self.layout.data > 1:
             return rounded
         looked_up = ("ahead",) if self.layout.head_is_embedding else ("embed", "ahead")
         return rounded | {name: params[name] for name in looked_up if name in params}
 
-    def _as_taken(self, part: str, params: Params) -> Params:
+    def _cast(self, part: str, params: Params) -> Params:
         dtypes = self.model.dtypes(part, params, self.compute_dtype)
         return jax.tree.map(lambda w, dtype: w.astype(dtype), params, dtypes)
 
     def activation_bytes(self, batch: int, length: int, aux_inputs: Any = None) -> dict[str, int]:
-        """Bytes that one microbatch in flight costs on a device, counted from the traced block.
+        """Activation bytes per device of one microbatch in flight, counted from the traced block.
 
-        ``residual`` waits from F to B, ``kept`` from F to W, ``carried`` from B to W; ``batch`` is sequences a device.
+        ``residual`` is stored from F to B, ``kept`` from F to W, ``carried`` from B to W. ``batch`` is the number of
+        sequences per device.
         """
-        x = jax.ShapeDtypeStruct((batch, length, self.model.width), self.compute_dtype)
+        x_BLD = jax.ShapeDtypeStruct((batch, length, self.model.width), self.compute_dtype)
         aux_inputs = (aux_inputs or {}) | jax.tree.map(shape_of, self._one_layer_aux_inputs)
         traced = []
 
         def trace(layer: Params) -> None:
             dtypes = self.model.dtypes("blocks", layer, self.compute_dtype)
             block = jax.tree.map(lambda w, dtype: jax.ShapeDtypeStruct(w.shape[1:], dtype), layer, dtypes)
-            traced.append(linearize(self._layer(True), block, x, aux_inputs, split=self.schedule.splits_backward))
+            traced.append(linearize(self._layer(True), block, x_BLD, aux_inputs, split=self.schedule.splits_backward))
 
         layer, specs = (tree["blocks"][0][0] for tree in (self.layout.shapes_in_use(), self.layout.specs_in_use()))
         jax.eval_shape(jax.shard_map(trace, mesh=self.mesh, in_specs=(specs,), out_specs=None, check_vma=False), layer)
@@ -196,9 +198,9 @@ class Pipeline(OnDevice):
         }
 
     def buffer_bytes(self, batch: int, length: int) -> dict[str, int]:
-        """Bytes of every buffer that a device's program carries: rings, gradients, what is under way.
+        """Bytes of every buffer in a device's program: rings, gradients, collectives in flight.
 
-        ``batch`` is sequences a device.
+        ``batch`` is the number of sequences per device.
         """
         shape = (self.schedule.m, batch * self.mesh.shape[DATA], length)
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32)

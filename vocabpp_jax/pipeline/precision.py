@@ -1,7 +1,7 @@
-"""Products of float32 in float32, on GPUs too.
+"""Full float32 precision for float32 matrix products, on GPUs too.
 
-GPUs multiply float32 matrices in TF32, with 10 bits of mantissa, unless the program says otherwise. A pipeline and its
-reference would then differ by 1e-3, and a run in float32 would not be one.
+By default, float32 matrix products on GPUs use TF32, with a 10-bit mantissa. A pipeline and its reference would then
+differ by 1e-3, and a float32 run would not really be float32.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 
 def exact_products(dtype: str | jnp.dtype) -> AbstractContextManager:
-    """A context in which products are traced that compute in ``dtype``: those of float32 are exact to float32.
+    """A context for tracing products with compute dtype ``dtype``, which gives float32 ones full float32 precision.
 
-    bfloat16 is left as it is, where a precision could only choose slower kernels, and so is everything where
-    ``jax_default_matmul_precision`` is set: ``jax.default_matmul_precision("tensorfloat32")`` gets TF32.
+    Does nothing for bfloat16, where a higher precision would only select slower kernels, or if
+    ``jax_default_matmul_precision`` is set: ``jax.default_matmul_precision("tensorfloat32")`` still gives TF32.
     """
     if jnp.dtype(dtype) != jnp.float32 or jax.config.jax_default_matmul_precision is not None:
         return nullcontext()

@@ -1,9 +1,9 @@
-"""Parameters at rest: between steps every copy of the model on the mesh axis ``data`` keeps a share of them.
+"""Parameters at rest: between steps, every model copy on the mesh axis ``data`` holds one share of each parameter.
 
-A step gathers the compute-dtype copy that passes take, and leaves each copy the sum of its share of the gradients; the
-float32 parameters and the optimizer's state are nowhere whole (ZeRO's stages 1 and 2, arXiv 1910.02054).
+A step all-gathers the compute-dtype copy that the passes use, and reduce-scatters the gradients. float32 parameters and
+optimizer state are never whole on any device (ZeRO stages 1 and 2, arXiv 1910.02054).
 
-A share is a piece of one axis. Where the copies divide none, one is padded with zeros at its end.
+A share is a slice along one axis. If no axis is divisible by the number of copies, one is zero-padded at its end.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from jax.sharding import PartitionSpec
 from .mesh import DATA
 
 MOST_PADDING = 1 / 8
-"""An axis that would grow by more is not padded. Where all would, as in a very short vector, every copy keeps it."""
+"""An axis that would grow by more is not padded. If all would, as in a very short vector, every copy keeps it whole."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """How one parameter is shared between the copies.
+    """How one parameter is sharded between the model copies.
 
     Attributes:
-        axis: the axis that is cut; None where every copy keeps all of it.
-        copies: into how many pieces.
-        padding: zeros at the end of that axis.
+        axis: the axis that is split; None if the parameter is replicated.
+        copies: number of shares.
+        padding: number of zeros at the end of the axis.
     """
 
     axis: int | None = None
@@ -37,7 +37,7 @@ class Share:
     padding: int = 0
 
     def spec(self, in_use: PartitionSpec) -> PartitionSpec:
-        """The PartitionSpec at rest, from the one that holds while passes run."""
+        """The PartitionSpec at rest, given the one in use."""
         if self.axis is None:
             return in_use
         axes = [*in_use, *[None] * (self.axis + 1 - len(in_use))]
@@ -46,17 +46,17 @@ class Share:
         return PartitionSpec(*axes)
 
     def pad(self, x: jax.Array) -> jax.Array:
-        """With the padding: of the whole parameter, or of a device's part of it."""
+        """Pads the whole parameter, or a device's part of it."""
         if not self.padding:
             return x
         return jnp.pad(x, [(0, self.padding if axis == self.axis else 0) for axis in range(x.ndim)])
 
     def cut(self, x: jax.Array) -> jax.Array:
-        """What :meth:`pad` was given."""
+        """Inverse of :meth:`pad`."""
         return lax.slice_in_dim(x, 0, x.shape[self.axis] - self.padding, axis=self.axis) if self.padding else x
 
     def own(self, x: jax.Array) -> jax.Array:
-        """This copy's share, in a ``shard_map``, of what all copies have."""
+        """This copy's share of a replicated parameter; inside ``shard_map``."""
         if self.axis is None:
             return x
         x = self.pad(x)
@@ -64,24 +64,25 @@ class Share:
         return lax.dynamic_slice_in_dim(x, lax.axis_index(DATA) * size, size, self.axis)
 
     def gather(self, x: jax.Array) -> jax.Array:
-        """All of it, from every copy's share."""
+        """All-gathers the shares into the whole parameter."""
         return x if self.axis is None else self.cut(lax.all_gather(x, DATA, axis=self.axis, tiled=True))
 
     def scatter(self, x: jax.Array) -> jax.Array:
-        """This copy's share of the sum over all copies."""
+        """Reduce-scatters: this copy's share of the sum over all copies."""
         if self.axis is None:
             return lax.psum(x, DATA)
         return lax.psum_scatter(self.pad(x), DATA, scatter_dimension=self.axis, tiled=True)
 
 
 def share_of(shape: tuple[int, ...], spec: PartitionSpec, sizes: Mapping[str, int], copies: int) -> Share:
-    """How a parameter is shared: along the axis that takes the least padding, of equals the first, whose pieces lie
-    together in memory. An axis that is split already is not padded.
+    """How a parameter is sharded: along the axis that needs the least padding. Ties go to the first axis, whose slices
+    are contiguous in memory. An axis that is already split is never padded.
 
     Args:
-        shape: the whole parameter's.
-        spec: how it is split while passes run.
-        sizes: of the mesh axes that ``spec`` names.
+        shape: shape of the whole parameter.
+        spec: its PartitionSpec in use.
+        sizes: sizes of the mesh axes in ``spec``.
+        copies: number of model copies.
     """
     if copies == 1:
         return Share()

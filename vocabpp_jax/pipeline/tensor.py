@@ -1,13 +1,13 @@
 """The mesh axis ``tensor``: what a block needs to run on its part of the weights.
 
-A pair of matrix products is split by columns, then by rows, with nothing exchanged between them
-(arXiv 1909.08053, section 3). Around the pair are two functions, each the other's transpose::
+A pair of matrix products is split by columns, then by rows, with no communication in between (arXiv 1909.08053,
+section 3). Two functions, each the other's transpose, surround the pair::
 
-    enter(x)   x as it is     backward: the sum over the axis    (every device uses x: its gradients add)
-    leave(y)   the sum        backward: the gradient as it is    (every device has a part of y)
+    enter(x)   identity           backward: sum over the axis    (every device uses x, so its gradients add up)
+    leave(y)   sum over the axis  backward: identity             (every device has a partial y)
 
-They are written with ``custom_vjp`` because the transpose of ``psum`` would sum once more where shard_map does not
-track what varies over an axis. Between them arrays differ from device to device; outside they are equal on all.
+They use ``custom_vjp`` because the transpose of ``psum`` would sum a second time where shard_map does not track varying
+axes. Between the two, arrays differ between devices; outside, they are replicated.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _leave.defvjp(lambda y, axis: (lax.psum(y, axis), None), lambda axis, _, g: (g,)
 
 
 def enter(x: jax.Array, axis: str | None) -> jax.Array:
-    """``x``, about to be used by every device of the axis in its own way; also a parameter that all of them share."""
+    """Marks the start of device-specific use of a replicated ``x``, which may also be a shared parameter."""
     return x if axis is None else _enter(x, axis)
 
 
 def leave(y: jax.Array, axis: str | None) -> jax.Array:
-    """The sum of every device's part of ``y``."""
+    """Sums the devices' partial ``y`` over the axis."""
     return y if axis is None else _leave(y, axis)

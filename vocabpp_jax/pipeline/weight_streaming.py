@@ -1,6 +1,7 @@
-"""Parameters into a pipeline's layout and out of it one leaf at a time, so that no host ever holds the whole model.
+"""Converts parameters to and from a pipeline's layout one leaf at a time, so no host ever holds the whole model.
 
-A leaf of the canonical tree (see :class:`vocabpp_jax.pipeline.Model`) goes by its path, ``("blocks", 3, "mlp", ...)``.
+A leaf of the canonical tree (see :class:`vocabpp_jax.pipeline.Model`) is identified by its path, such as
+``("blocks", 3, "mlp", ...)``.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ Read = Callable[[Path, Index], np.ndarray]
 
 
 def leaves(tree: Any) -> Iterator[tuple[Path, Any]]:
-    """The leaves of a tree of dictionaries and tuples by their paths."""
+    """Yields ``(path, leaf)`` for a tree of dictionaries and tuples."""
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         yield tuple(getattr(k, "key", getattr(k, "idx", None)) for k in keys), leaf
 
 
 def assemble(pipe: Pipeline, read: Read) -> Any:
-    """The pipeline's parameters, every device's part read on its own.
+    """The pipeline's parameters, with every device's part read separately.
 
     Args:
-        read: ``(path, index) -> array``, a part of a canonical leaf in float32; called for one device's part at a time.
+        read: ``(path, index) -> array`` returns a slice of a canonical leaf in float32; called per device.
     """
-    layout, read = pipe.layout, _padded(pipe.layout, read)
+    layout, read = pipe.layout, _read_padded(pipe.layout, read)
 
     def place(path: Path, shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
         def part(index: Index) -> np.ndarray:
@@ -49,16 +50,16 @@ def assemble(pipe: Pipeline, read: Read) -> Any:
 
 
 def _part(layout: Layout, path: Path, index: Index, read: Read) -> np.ndarray:
-    """One device's part of a leaf of the pipeline's tree."""
+    """One device's part of a leaf in the pipeline's tree."""
     if not _by_device(layout, path):
         return read(path, index)
-    devices = [_origin(layout, path, d) for d in range(index[0].start, index[0].stop)]
+    origins = [_origin(layout, path, d) for d in range(index[0].start, index[0].stop)]
     shape = tuple(i.stop - i.start for i in index[1:])
-    return np.stack([np.zeros(shape, np.float32) if of is None else read(of, index[1:]) for of in devices])
+    return np.stack([np.zeros(shape, np.float32) if leaf is None else read(leaf, index[1:]) for leaf in origins])
 
 
-def _padded(layout: Layout, read: Read) -> Read:
-    """``read`` beyond the ends of a leaf too, where a layout has zeros."""
+def _read_padded(layout: Layout, read: Read) -> Read:
+    """Extends ``read`` with zeros past the ends of a leaf, for the padding of the layout."""
     shapes = {path: leaf.shape for path, leaf in leaves(layout.model.param_shapes())}
 
     def part(path: Path, index: Index) -> np.ndarray:
@@ -74,43 +75,43 @@ def _padded(layout: Layout, read: Read) -> Read:
 
 
 def _by_device(layout: Layout, path: Path) -> bool:
-    """Whether the first axis of a leaf of the pipeline's tree is the devices."""
+    """Whether a leaf of the pipeline's tree has a leading device axis."""
     return path[0] in ("blocks", "tail") or (path[0] != "final" and not layout.sharded)
 
 
 def _origin(layout: Layout, path: Path, d: int) -> Path | None:
-    """The canonical leaf that device ``d`` holds in a leaf whose first axis is the devices; None where it has none."""
+    """The canonical leaf that device ``d`` holds in a leaf with a device axis; None if it holds zeros."""
     if path[0] == "blocks":
         _, c, j, *rest = path
         n = layout.layer_of[c][j][d]
         return None if n is None else ("blocks", n, *rest)
     first, last = layout.schedule.placement[0], layout.schedule.placement[-1]
     if path[0] in ("tail", "ahead"):
-        of = path if path[0] == "tail" else ("embed", *path[1:])
-        return of if d == last else None
+        origin = path if path[0] == "tail" else ("embed", *path[1:])
+        return origin if d == last else None
     if path == ("embed", "tokens") and d == last != first:
         return path if layout.model.tied else ("head",)
     return path if d == (last if path == ("head",) else first) else None
 
 
 def canonical_leaves(layout: Layout, params: Any) -> Iterator[tuple[Path, np.ndarray]]:
-    """The canonical leaves of a pipeline's parameters, one after the other, whole and on every process's host; those of
-    a tail come last."""
+    """Yields the canonical leaves of a pipeline's parameters, each whole and on every process's host. A tail's leaves
+    come last."""
     packed = dict(leaves(params))
-    origins = {}
+    places = {}
     for path in packed:
         if _by_device(layout, path):
             for d in range(layout.schedule.p):
-                if (of := _origin(layout, path, d)) is not None:
-                    origins.setdefault(of, (path, d))
+                if (origin := _origin(layout, path, d)) is not None:
+                    places.setdefault(origin, (path, d))
     for path, leaf in leaves(layout.model.param_shapes()):
-        where, d = origins.get(path, (path, None))
-        whole = _on_host(packed[where] if d is None else _at_device(packed[where], d))
+        packed_path, d = places.get(path, (path, None))
+        whole = _on_host(packed[packed_path] if d is None else _device_slice(packed[packed_path], d))
         yield path, whole[tuple(map(slice, leaf.shape))]
 
 
 @jax.jit
-def _at_device(leaf: jax.Array, d: int) -> jax.Array:
+def _device_slice(leaf: jax.Array, d: int) -> jax.Array:
     return lax.dynamic_index_in_dim(leaf, d, keepdims=False)
 
 

@@ -1,4 +1,4 @@
-"""The vocabulary layers, sharded by rows over a mesh axis: pure functions over one device's arrays."""
+"""Vocabulary layers sharded by rows over a mesh axis, as pure functions on one device's arrays."""
 
 from .input_layer import lookup, scatter
 from .labels import IGNORED_LABEL, ahead, counted, refuse_outside

@@ -9,19 +9,19 @@ import jax
 import jax.numpy as jnp
 
 
-def lookup(table: jax.Array, ids: jax.Array, first_row: jax.Array | int) -> jax.Array:
-    """IF: rows ``ids [...]`` of the whole table that are in the local shard ``[R, D]``, zeros for the others.
+def lookup(table_RD: jax.Array, ids: jax.Array, first_row: jax.Array | int) -> jax.Array:
+    """IF: the embeddings ``[..., D]`` of global row ids ``[...]``, zero for ids outside the local shard.
 
-    The sum over shards is the embedding; exactly one shard adds something that is not zero.
+    Summing over shards gives the full embedding: each id is in exactly one shard.
     """
     local = ids - first_row
-    mine = (local >= 0) & (local < table.shape[0])
-    return jnp.where(mine[..., None], table[jnp.where(mine, local, 0)], 0)
+    mine = (local >= 0) & (local < table_RD.shape[0])
+    return jnp.where(mine[..., None], table_RD[jnp.where(mine, local, 0)], 0)
 
 
-def scatter(gradient: jax.Array, ids: jax.Array, first_row: jax.Array | int, g: jax.Array) -> jax.Array:
-    """IB: adds ``g [..., D]`` to rows ``ids [...]`` of the local gradient ``[R, D]``; other shards' are dropped."""
-    rows = gradient.shape[0]
+def scatter(gradient_RD: jax.Array, ids: jax.Array, first_row: jax.Array | int, g: jax.Array) -> jax.Array:
+    """IB: adds ``g [..., D]`` to the local gradient at global row ids ``[...]``; ids of other shards are dropped."""
+    R = gradient_RD.shape[0]
     local = ids - first_row
-    local = jnp.where((local >= 0) & (local < rows), local, rows)
-    return gradient.at[local].add(g.astype(gradient.dtype), mode="drop")
+    local = jnp.where((local >= 0) & (local < R), local, R)
+    return gradient_RD.at[local].add(g.astype(gradient_RD.dtype), mode="drop")

@@ -1,4 +1,4 @@
-"""Which labels count, and token ids that no vocabulary has."""
+"""Ignored labels, labels of further tokens, and checks for ids outside the vocabulary."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 
 IGNORED_LABEL = -100
-"""A label that does not count, as in PyTorch and Hugging Face's libraries, whatever the loss mask says."""
+"""A label that is never counted, whatever the loss mask says; same value as in PyTorch and Hugging Face."""
 
 
 def counted(tokens: jax.Array, labels: jax.Array, mask: jax.Array, vocab_size: int) -> tuple[jax.Array, jax.Array]:
     """Labels and loss mask with :data:`IGNORED_LABEL` masked out; all of shape ``[m, B, L]``.
 
-    The mask is NaN where a token id, or a label that counts, is outside the vocabulary: the whole batch's loss and
-    gradients then are, and training skips it. Costs nothing, and works under ``jax.jit``.
+    The mask is NaN where a token id or a counted label is outside the vocabulary. The loss and gradients of the whole
+    batch are then NaN, and training skips it. Costs nothing and works under ``jax.jit``.
     """
     ignored = labels == IGNORED_LABEL
     labels, mask = jnp.where(ignored, 0, labels), jnp.where(ignored, 0, mask)
@@ -25,8 +25,9 @@ def counted(tokens: jax.Array, labels: jax.Array, mask: jax.Array, vocab_size: i
 def ahead(
     labels: jax.Array, mask: jax.Array, depths: int, documents: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Labels and loss mask ``[m, 1 + depths, B, L]`` of the next token and of so many further ones, from those of the
-    next ``[m, B, L]``: position i has what i + k has, in the same row and, of ``documents [m, B, L]``, the same one."""
+    """Labels and loss mask ``[m, 1 + depths, B, L]`` for the next token and ``depths`` further ones, from those of the
+    next token ``[m, B, L]``: at depth k, position i gets those of i + k if that is in the same row and, given
+    ``documents [m, B, L]``, in the same document."""
     L, found = labels.shape[-1], []
     for k in range(1 + depths):
         shifted = [jnp.pad(a[..., k:], ((0, 0), (0, 0), (0, k))) for a in (labels, mask)]
@@ -39,8 +40,8 @@ def ahead(
 
 
 def refuse_outside(tokens: object, labels: object, mask: object, vocab_size: int) -> None:
-    """Raises ValueError for what :func:`counted` makes NaN, where the values are there to be read: outside
-    ``jax.jit``, and not on other hosts' devices."""
+    """Raises ValueError for ids that :func:`counted` would turn into NaN, if values can be read: outside ``jax.jit``,
+    and not for arrays on other hosts' devices."""
     arrays = (tokens, labels, mask)
     if any(isinstance(a, jax.core.Tracer) or (isinstance(a, jax.Array) and not a.is_fully_addressable) for a in arrays):
         return

@@ -1,4 +1,4 @@
-"""What is minimised: cross entropy, and the three things that people add to it."""
+"""The training loss: cross entropy with optional soft cap, z-loss and label smoothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss of a token with raw logits U, label l and a vocabulary of V; nats.
+    """The loss of a token in nats, from raw logits U, label l and vocabulary size V.
 
     ::
 
@@ -18,11 +18,11 @@ class Loss:
     """
 
     soft_cap: float | None = None
-    """c: logits are squashed smoothly into (-c, c) (Gemma 2: 30). None leaves them as they are."""
+    """c: logits are squashed smoothly into (-c, c) (Gemma 2: 30). None leaves them unchanged."""
     z_loss: float = 0.0
-    """λ: weight of the squared log-partition, which keeps logits from drifting (PaLM: 1e-4)."""
+    """λ: weight of the squared log-partition function, which keeps logits from drifting (PaLM: 1e-4)."""
     label_smoothing: float = 0.0
-    """ε: the share of the target that is spread evenly over the whole vocabulary, the label included."""
+    """ε: the fraction of the target spread evenly over the whole vocabulary, including the label."""
 
     def __post_init__(self) -> None:
         if self.soft_cap is not None and not self.soft_cap > 0:

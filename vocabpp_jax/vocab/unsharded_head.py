@@ -1,6 +1,6 @@
-"""The output layer of a table that is whole on one device: forward and backward in one pass, tokens in blocks.
+"""The output layer with the whole table on one device: forward and backward in one pass, over blocks of tokens.
 
-Shapes: N tokens, D model width, R rows.
+Shapes: N tokens (of a block, inside the loops), D model width, R rows.
 """
 
 from __future__ import annotations
@@ -24,54 +24,55 @@ from .output_layer import (
     weight_gradient,
 )
 
-LOGITS, EXPONENTIALS = 2**26, 2**28  # elements of each that are worked on at once
+LOGITS, EXPONENTIALS = 2**26, 2**28  # most elements of each that are live at once
 Tokens = tuple[jax.Array, jax.Array, jax.Array]  # x [N, D], labels [N], weight [N]
 
 
 def whole_layer(
-    tokens: Tokens, w: jax.Array, shard: Shard, total: jax.Array, loss: Loss
+    tokens: Tokens, w_RD: jax.Array, shard: Shard, gradient_RD: jax.Array, loss: Loss
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The weighted sum of losses, ``total`` with ∇W added, and ∇X ``[N, D]``.
+    """The weighted sum of losses, ``gradient_RD`` with ∇W added, and ∇X ``[N, D]``.
 
-    Beside the results it holds at most :data:`LOGITS` float32 logits and :data:`EXPONENTIALS` elements of their
-    exponentials (and of ∂, with a soft cap and smoothing).
+    On top of its results it allocates at most :data:`LOGITS` float32 logits and :data:`EXPONENTIALS` elements of their
+    exponentials (and of ∂, with both a soft cap and smoothing).
     """
 
-    def of_logits(part: Tokens) -> tuple[jax.Array, Kept, Coefficients]:
-        x, labels, weight = part
-        kept, stats = exponentials(logits(w, x, shard, loss), labels, shard, w.dtype, loss)
-        of_one_shard = jax.tree.map(lambda vector: vector[None], stats)
-        at = coefficients(of_one_shard, 0, kept, Target(weight, labels, shard, loss), w.shape[0])
-        return jnp.sum(weight * losses(stats, loss)), kept, at
+    def forward(block: Tokens) -> tuple[jax.Array, Kept, Coefficients]:
+        x_ND, labels_N, weight_N = block
+        kept, stats = exponentials(logits(w_RD, x_ND, shard, loss), labels_N, shard, w_RD.dtype, loss)
+        stats_1N = jax.tree.map(lambda vector_N: vector_N[None], stats)
+        coef = coefficients(stats_1N, 0, kept, Target(weight_N, labels_N, shard, loss), w_RD.shape[0])
+        return jnp.sum(weight_N * losses(stats, loss)), kept, coef
 
-    def of_gradients(carry: tuple, part: Tokens) -> tuple[tuple, jax.Array]:
-        x, labels, weight = part
-        value, *made = lax.map(of_logits, _blocks(part, w.shape[0], LOGITS))
-        kept, at = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), made)
-        target = Target(weight, labels, shard, loss)
-        total = weight_gradient(carry[1], kept, x, at, target)
-        return (carry[0] + value.sum(), total), input_gradient(kept, w, at, target, uniform).astype(w.dtype)
+    def backward(carry: tuple, block: Tokens) -> tuple[tuple, jax.Array]:
+        x_ND, labels_N, weight_N = block
+        values, *stacked = lax.map(forward, _blocks(block, w_RD.shape[0], LOGITS))
+        kept, coef = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), stacked)
+        target = Target(weight_N, labels_N, shard, loss)
+        total_RD = weight_gradient(carry[1], kept, x_ND, coef, target)
+        value = carry[0] + values.sum()
+        return (value, total_RD), input_gradient(kept, w_RD, coef, target, uniform).astype(w_RD.dtype)
 
-    evenly = loss.label_smoothing and loss.soft_cap is None
-    uniform = uniform_input_gradient(w, shard) if evenly else None
-    start = (jnp.zeros((), jnp.float32), total)
-    (value, total), dx = lax.scan(of_gradients, start, _blocks(tokens, w.shape[0], EXPONENTIALS))
-    return value, total, dx.reshape(tokens[0].shape)
+    needs_uniform = loss.label_smoothing and loss.soft_cap is None
+    uniform = uniform_input_gradient(w_RD, shard) if needs_uniform else None
+    start = (jnp.zeros((), jnp.float32), gradient_RD)
+    (value, gradient_RD), dx = lax.scan(backward, start, _blocks(tokens, w_RD.shape[0], EXPONENTIALS))
+    return value, gradient_RD, dx.reshape(tokens[0].shape)
 
 
-def whole_loss(tokens: Tokens, w: jax.Array, shard: Shard, loss: Loss) -> jax.Array:
+def whole_loss(tokens: Tokens, w_RD: jax.Array, shard: Shard, loss: Loss) -> jax.Array:
     """The weighted sum of losses alone."""
 
-    def of_logits(part: Tokens) -> jax.Array:
-        x, labels, weight = part
-        _, stats = exponentials(logits(w, x, shard, loss), labels, shard, w.dtype, loss)
-        return jnp.sum(weight * losses(stats, loss))
+    def forward(block: Tokens) -> jax.Array:
+        x_ND, labels_N, weight_N = block
+        _, stats = exponentials(logits(w_RD, x_ND, shard, loss), labels_N, shard, w_RD.dtype, loss)
+        return jnp.sum(weight_N * losses(stats, loss))
 
-    return lax.map(of_logits, _blocks(tokens, w.shape[0], LOGITS)).sum()
+    return lax.map(forward, _blocks(tokens, w_RD.shape[0], LOGITS)).sum()
 
 
 def _blocks(tokens: Tokens, rows: int, elements: int) -> Tokens:
-    """Tokens cut into as few equal blocks as have no more logits, of ``rows`` rows, than ``elements``."""
-    n = len(tokens[0])
-    count = next(k for k in range(1, n + 1) if n % k == 0 and (n // k * rows <= elements or k == n))
-    return tuple(a.reshape(count, n // count, *a.shape[1:]) for a in tokens)
+    """Splits tokens into the fewest equal blocks whose logits, of ``rows`` rows, are at most ``elements``."""
+    N = len(tokens[0])
+    count = next(k for k in range(1, N + 1) if N % k == 0 and (N // k * rows <= elements or k == N))
+    return tuple(a.reshape(count, N // count, *a.shape[1:]) for a in tokens)

@@ -1,4 +1,4 @@
-"""What each instruction of the vocabulary layers does to a device's state."""
+"""The vocabulary instructions: how each one updates a device's state."""
 
 from .vocabulary_layer import flight
 from .vocabulary_steps import VocabularySteps

@@ -1,8 +1,10 @@
-"""The steps of the output layer: S and T, their collectives, and what the last stage needs of them.
+"""The output layer's steps: S and T, their collectives, and the last stage's G and H.
 
-A schedule says when a step runs and how far it is from its barrier; nothing here depends on either, so one set of
+The schedule decides when a step runs and how far it is from its barrier. Nothing here depends on that, so one set of
 steps serves Algorithm 1, Algorithm 2, the three-barrier reference, the interlaced pipeline and the unsharded baseline.
 The arithmetic is in :mod:`vocabpp_jax.vocab`.
+
+Shapes, per device: B microbatch, L length, N = (1 + depths)·B·L tokens, D width, R rows of the local shard, K shards.
 """
 
 from __future__ import annotations
@@ -17,18 +19,18 @@ from jax import lax
 from ... import vocab
 from ...pipeline.buffers import Cells, State, get, put, put_if, run_if, zeros
 from .. import Coefficients, Kept, Loss, Shard, Stats, Target
-from .vocabulary_layer import Collective, Run, Start, VocabularyLayer, flight, sent
+from .vocabulary_layer import Collective, Run, Start, VocabularyLayer, flight, send_buffer
 
 F32 = jnp.float32
 
 
 class OutputSteps(VocabularyLayer):
-    """What each step of the output layer does to a device's state."""
+    """How each step of the output layer updates a device's state."""
 
     def output_steps(self) -> dict[str, Run | Collective]:
-        """The steps by their names in the table of instructions."""
-        vector = jax.ShapeDtypeStruct(self.streams.shape[:1], F32)
-        gathered = jax.ShapeDtypeStruct((self.layout.shards, 3, *vector.shape), F32)
+        """The steps by their names in the instruction table."""
+        vector_N = jax.ShapeDtypeStruct(self.streams.shape[:1], F32)
+        gathered_K3N = jax.ShapeDtypeStruct((self.layout.shards, 3, *vector_N.shape), F32)
         return {
             "S": self.run_S,
             "S1": self.run_S1,
@@ -40,11 +42,11 @@ class OutputSteps(VocabularyLayer):
                 self.start_hidden_broadcast,
                 self.done_hidden_broadcast,
                 self.streams,
-                partial(self._copied, name="hidden_broadcast", waiting=self._waiting),
+                partial(self._fill_send_buffer, name="hidden_broadcast", read=self._last_stage_output),
                 sends=True,
             ),
-            "max": Collective(self.start_max, self.done_max, vector),
-            "stats": Collective(self.start_stats, self.done_stats, gathered),
+            "max": Collective(self.start_max, self.done_max, vector_N),
+            "stats": Collective(self.start_stats, self.done_stats, gathered_K3N),
             "grad_sum": Collective(
                 self.start_grad_sum, self.done_grad_sum, self.summed, self.make_grad_sum, lands_first=True
             ),
@@ -52,39 +54,39 @@ class OutputSteps(VocabularyLayer):
 
     @property
     def summed(self) -> jax.ShapeDtypeStruct:
-        """What a shard puts into the sum of the input gradient."""
+        """A shard's summand of the input gradient, ``[N, D]``."""
         return jax.ShapeDtypeStruct(self.streams.shape, vocab.summed_dtype(self.dtype))
 
     @property
     def early(self) -> bool:
-        """Whether the input gradient is computed before the barrier, in S, because its sum starts before T."""
+        """Whether S computes the input gradient, before the barrier, because its sum starts before T."""
         return self.layout.schedule.sums_before_T
 
     @property
     def head_gradient(self) -> str:
-        """The state's entry for the gradient of the table that makes the logits."""
+        """The state entry for the gradient of the head's table."""
         return "grads.embed.tokens" if self.layout.head_is_embedding else "grads.head"
 
     @property
     def loss(self) -> Loss:
-        """What is minimised."""
+        """The model's loss."""
         return self.layout.model.loss
 
     @property
     def shard(self) -> Shard:
-        """The rows of the head's table that this device holds."""
+        """The rows of the head's table on this device."""
         return Shard(self._first_row(self.head), self.layout.model.vocab_size)
 
     def start_hidden_broadcast(self, state: State, cells: Cells) -> Start:
-        return state[sent("hidden_broadcast")], self._broadcast_from(-1)
+        return state[send_buffer("hidden_broadcast")], self._broadcast_from(-1)
 
-    def done_hidden_broadcast(self, state: State, cells: Cells, x: jax.Array) -> State:
-        return {"X": put_if(state["X"], cells["X"], x)}
+    def done_hidden_broadcast(self, state: State, cells: Cells, x_ND: jax.Array) -> State:
+        return {"X": put_if(state["X"], cells["X"], x_ND)}
 
     def run_S(self, state: State, cells: Cells) -> State:
         """S: local logits, their exponentials and row statistics; in Algorithm 2 also ``A = P' W``."""
 
-        def passed(state: State) -> State:
+        def update(state: State) -> State:
             kept, stats = self._exponentials(self._logits(state, cells), cells, self.dtype)
             record = get(state["P"], cells["P"]) | {"local": stats}
             if self.trains:
@@ -92,144 +94,145 @@ class OutputSteps(VocabularyLayer):
             state = state | {"P": put(state["P"], cells["P"], record)}
             if not self.early:
                 return state
-            if kept.slopes is not None:
-                state = state | {"uniform": vocab.uniform_input_gradient(self.head, self.shard, kept.slopes)}
-            unit = vocab.unit(kept.rest * state["span"])
-            return state | {"A": vocab.in_units(vocab.unscaled_input_gradient(kept, self.head), unit, self.dtype)}
+            if kept.slopes_NR is not None:
+                state = state | {"uniform": vocab.uniform_input_gradient(self.head, self.shard, kept.slopes_NR)}
+            unit_N = vocab.unit(kept.rest_N * state["span"])
+            return state | {"A": vocab.in_units(vocab.unscaled_input_gradient(kept, self.head), unit_N, self.dtype)}
 
         names = ("P", *(("A",) if self.early else ()), *(("uniform",) if "uniform" in state else ()))
-        return run_if(cells["microbatch"] >= 0, state, names, passed)
+        return run_if(cells["microbatch"] >= 0, state, names, update)
 
     def run_S1(self, state: State, cells: Cells) -> State:
-        """S1 of the three-barrier reference: logits, where S2 will put exponentials, and their local maximum."""
+        """S1 of the three-barrier reference: logits, stored in place of the exponentials, and their local maximum."""
 
-        def passed(state: State) -> State:
-            y, record = self._logits(state, cells), get(state["P"], cells["P"])
-            record |= {"kept": record["kept"]._replace(p=y), "local": record["local"]._replace(maximum=y.max(1))}
+        def update(state: State) -> State:
+            y_NR, record = self._logits(state, cells), get(state["P"], cells["P"])
+            local = record["local"]._replace(maximum=y_NR.max(1))
+            record |= {"kept": record["kept"]._replace(p_NR=y_NR), "local": local}
             return state | {"P": put(state["P"], cells["P"], record)}
 
-        return run_if(cells["microbatch"] >= 0, state, ("P",), passed)
+        return run_if(cells["microbatch"] >= 0, state, ("P",), update)
 
     def run_S2(self, state: State, cells: Cells) -> State:
-        """S2 of the three-barrier reference: exponentials below the global maximum, and their local sum."""
+        """S2 of the three-barrier reference: exponentials relative to the global maximum, and their local sum."""
 
-        def passed(state: State) -> State:
+        def update(state: State) -> State:
             record = get(state["P"], cells["P"])
-            y, maximum = record["kept"].p, record["local"].maximum
-            kept, local = self._exponentials(y, cells, y.dtype, maximum)
+            y_NR, maximum_N = record["kept"].p_NR, record["local"].maximum
+            kept, local = self._exponentials(y_NR, cells, y_NR.dtype, maximum_N)
             return state | {"P": put(state["P"], cells["P"], record | {"kept": kept, "local": local})}
 
-        return run_if(cells["microbatch"] >= 0, state, ("P",), passed)
+        return run_if(cells["microbatch"] >= 0, state, ("P",), update)
 
     def start_max(self, state: State, cells: Cells) -> Start:
-        return self._local(state, cells).maximum, partial(lax.pmax, axis_name=self.layout.vocabulary_axes)
+        return self._local_stats(state, cells).maximum, partial(lax.pmax, axis_name=self.layout.vocabulary_axes)
 
-    def done_max(self, state: State, cells: Cells, maximum: jax.Array) -> State:
-        return self._with_record(state, cells, local=self._local(state, cells)._replace(maximum=maximum))
+    def done_max(self, state: State, cells: Cells, maximum_N: jax.Array) -> State:
+        return self._update_record(state, cells, local=self._local_stats(state, cells)._replace(maximum=maximum_N))
 
     def start_stats(self, state: State, cells: Cells) -> Start:
-        # One gather instead of a maximum that a sum must wait for.
-        return jnp.stack(self._local(state, cells)), self.collectives.gather
+        # One gather, rather than a maximum and then a sum that has to wait for it.
+        return jnp.stack(self._local_stats(state, cells)), self.collectives.gather
 
-    def done_stats(self, state: State, cells: Cells, gathered: jax.Array) -> State:
-        of_shards = Stats(*jnp.moveaxis(gathered, 1, 0))
-        weighted = self._weight(cells) * vocab.losses(vocab.combine(of_shards), self.loss)
-        weighted = jnp.where(cells["microbatch"] >= 0, weighted, 0)
-        updated = {"loss": state["loss"] + weighted.reshape(1 + self.depths, -1).sum(1)}
+    def done_stats(self, state: State, cells: Cells, gathered_K3N: jax.Array) -> State:
+        stats_KN = Stats(*jnp.moveaxis(gathered_K3N, 1, 0))
+        losses_N = self._weight(cells) * vocab.losses(vocab.combine(stats_KN), self.loss)
+        losses_N = jnp.where(cells["microbatch"] >= 0, losses_N, 0)
+        updated = {"loss": state["loss"] + losses_N.reshape(1 + self.depths, -1).sum(1)}
         if not self.trains:
             return updated
-        vectors = get(state["P"]["kept"]._replace(p=None, slopes=None), jnp.maximum(cells["P"], 0))
-        mine, rows = lax.axis_index(self.layout.vocabulary_axes), self.head.shape[0]
-        at = vocab.coefficients(of_shards, mine, vectors, self._target(cells), rows)
-        return updated | self._with_record(state, cells, at=at)
+        vectors = get(state["P"]["kept"]._replace(p_NR=None, slopes_NR=None), jnp.maximum(cells["P"], 0))
+        k, rows = lax.axis_index(self.layout.vocabulary_axes), self.head.shape[0]
+        coef = vocab.coefficients(stats_KN, k, vectors, self._target(cells), rows)
+        return updated | self._update_record(state, cells, coef=coef)
 
     def run_T(self, state: State, cells: Cells) -> State:
-        """T: the weight gradient; behind the barrier (Algorithm 1) also this shard's part of the input gradient."""
+        """T: the weight gradient; in Algorithm 1, after the barrier, also this shard's part of the input gradient."""
 
-        def passed(state: State) -> State:
+        def update(state: State) -> State:
             record = get(state["P"], cells["P"])
-            kept, at, target = record["kept"], record["at"], self._target(cells)
-            total = vocab.weight_gradient(state[self.head_gradient], kept, self._hidden(state, cells), at, target)
-            state = state | {self.head_gradient: total}
+            kept, coef, target = record["kept"], record["coef"], self._target(cells)
+            total_RD = vocab.weight_gradient(state[self.head_gradient], kept, self._hidden(state, cells), coef, target)
+            state = state | {self.head_gradient: total_RD}
             if self.early:
                 return state
-            part = vocab.input_gradient(kept, self.head, at, target, state.get("uniform"))
-            return state | {"A": vocab.in_units(part, self._unit(state, cells), self.dtype)}
+            dx_ND = vocab.input_gradient(kept, self.head, coef, target, state.get("uniform"))
+            return state | {"A": vocab.in_units(dx_ND, self._unit(state, cells), self.dtype)}
 
         names = (self.head_gradient,) if self.early else (self.head_gradient, "A")
-        return run_if(cells["microbatch"] >= 0, state, names, passed)
+        return run_if(cells["microbatch"] >= 0, state, names, update)
 
     def make_grad_sum(self, state: State, cells: Cells) -> State:
-        """C1 of Algorithm 2: this shard's part of the input gradient; T has made it in the others."""
+        """C1 of Algorithm 2: this shard's part of the input gradient. In the other methods T has computed it."""
         if not self.early:
             return state
 
-        def passed(state: State) -> State:
-            at, rest = get((state["P"]["at"], state["P"]["kept"].rest), cells["P"])
-            a = vocab.from_units(state["A"], vocab.unit(rest * state["span"]))
-            part = vocab.partial_input_gradient(a, self.head, at, self._target(cells), state.get("uniform"))
-            return state | {"A": vocab.in_units(part, self._unit(state, cells), self.dtype)}
+        def update(state: State) -> State:
+            coef, rest_N = get((state["P"]["coef"], state["P"]["kept"].rest_N), cells["P"])
+            a_ND = vocab.from_units(state["A"], vocab.unit(rest_N * state["span"]))
+            dx_ND = vocab.partial_input_gradient(a_ND, self.head, coef, self._target(cells), state.get("uniform"))
+            return state | {"A": vocab.in_units(dx_ND, self._unit(state, cells), self.dtype)}
 
-        return run_if(cells["microbatch"] >= 0, state, ("A",), passed)
+        return run_if(cells["microbatch"] >= 0, state, ("A",), update)
 
     def start_grad_sum(self, state: State, cells: Cells) -> Start:
         return state["A"], self._sum_for(-1)
 
-    def done_grad_sum(self, state: State, cells: Cells, g: jax.Array) -> State:
-        return {flight("grad_sum"): g}
+    def done_grad_sum(self, state: State, cells: Cells, g_ND: jax.Array) -> State:
+        return {flight("grad_sum"): g_ND}
 
     def run_G(self, state: State, cells: Cells) -> State:
-        """G: the final function's backward, into the last stage's inbox."""
+        """G: the backward of the final function, written to the last stage's inbox."""
 
-        def passed(state: State) -> State:
-            g = vocab.from_units(state[flight("grad_sum")], self._unit(state, cells)).astype(self.dtype)
-            return self._final_vjp(state, cells, get(state["X"], cells["X"]), g)
+        def update(state: State) -> State:
+            g_ND = vocab.from_units(state[flight("grad_sum")], self._unit(state, cells)).astype(self.dtype)
+            return self._final_vjp(state, cells, get(state["X"], cells["X"]), g_ND)
 
-        return run_if(cells["microbatch"] >= 0, state, (*self._returns, "grads.final"), passed)
+        return run_if(cells["microbatch"] >= 0, state, (*self._gradient_rings, "grads.final"), update)
 
     def run_H(self, state: State, cells: Cells) -> State:
         """H: the whole output layer on one device, forward and backward."""
 
-        def passed(state: State) -> State:
-            x = self._waiting(state, cells).reshape(-1, self.layout.model.width)
-            tokens = (self.layout.model.final(self.params["final"], x), self._labels(cells), self._weight(cells))
-            losses, gradients, total = [], [], state.get(self.head_gradient)
+        def update(state: State) -> State:
+            x_ND = self._last_stage_output(state, cells).reshape(-1, self.layout.model.width)
+            tokens = (self.layout.model.final(self.params["final"], x_ND), self._labels(cells), self._weight(cells))
+            losses, gradients, total_RD = [], [], state.get(self.head_gradient)
             for stream in zip(*(jnp.split(a, 1 + self.depths) for a in tokens), strict=True):
                 if self.trains:
-                    loss, total, dx = vocab.whole_layer(stream, self.head, self.shard, total, self.loss)
-                    gradients.append(dx)
+                    loss, total_RD, g = vocab.whole_layer(stream, self.head, self.shard, total_RD, self.loss)
+                    gradients.append(g)
                 else:
                     loss = vocab.whole_loss(stream, self.head, self.shard, self.loss)
                 losses.append(loss)
             state = state | {"loss": state["loss"] + jnp.stack(losses)}
             if not self.trains:
                 return state
-            return self._final_vjp(state | {self.head_gradient: total}, cells, x, jnp.concatenate(gradients))
+            return self._final_vjp(state | {self.head_gradient: total_RD}, cells, x_ND, jnp.concatenate(gradients))
 
-        names = ("loss", *self._returns, "grads.final", self.head_gradient) if self.trains else ("loss",)
-        return run_if(cells["microbatch"] >= 0, state, names, passed)
+        names = ("loss", *self._gradient_rings, "grads.final", self.head_gradient) if self.trains else ("loss",)
+        return run_if(cells["microbatch"] >= 0, state, names, update)
 
-    # --- what the loss's extensions add to the state -----------------------------------------------------------------
+    # --- initial state -----------------------------------------------------------------------------------------------
 
     def empty_records(self, cells: int, tokens: int) -> State:
-        """A ring of what the output layer keeps of a microbatch."""
-        vector = jax.ShapeDtypeStruct((tokens,), F32)
-        local = Stats(vector, vector, vector)
+        """A ring of the output layer's records, one per microbatch."""
+        vector_N = jax.ShapeDtypeStruct((tokens,), F32)
+        local = Stats(vector_N, vector_N, vector_N)
         if not self.trains:
             return zeros(cells, {"local": local})
-        # The three-barrier reference keeps the logits themselves until it knows their maximum.
+        # The three-barrier reference stores the logits themselves until their maximum is known.
         dtype = F32 if "S1" in self.names else self.dtype
-        y = jax.ShapeDtypeStruct((tokens, self.head.shape[0]), F32)
-        labels = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+        y_NR = jax.ShapeDtypeStruct((tokens, self.head.shape[0]), F32)
+        labels_N = jax.ShapeDtypeStruct((tokens,), jnp.int32)
         kept, _ = jax.eval_shape(
-            lambda y, labels: vocab.exponentials(y, labels, self.shard, dtype, self.loss), y, labels
+            lambda y_NR, labels_N: vocab.exponentials(y_NR, labels_N, self.shard, dtype, self.loss), y_NR, labels_N
         )
-        at = Coefficients(vector, vector, vector if self.loss.label_smoothing else None)
-        return zeros(cells, {"local": local, "kept": kept, "at": at})
+        coef = Coefficients(vector_N, vector_N, vector_N if self.loss.label_smoothing else None)
+        return zeros(cells, {"local": local, "kept": kept, "coef": coef})
 
     def initial_uniform(self, tokens: int) -> State:
-        """Label smoothing's part of the input gradient: known at once without a cap; with one every S makes it in
-        Algorithm 2, and T has it in its matrix in the others."""
+        """Label smoothing's part of the input gradient. Without a cap it is constant; with one, every S of Algorithm 2
+        computes it, and in the other methods T's matrix includes it."""
         if not self.loss.label_smoothing:
             return {}
         if self.loss.soft_cap is None:
@@ -237,42 +240,42 @@ class OutputSteps(VocabularyLayer):
         return {"uniform": jnp.zeros((tokens, self.layout.model.width), F32)} if self.early else {}
 
     def initial_span(self) -> State:
-        """The largest weight of the head's table on any shard: no element of an average of its rows is larger."""
+        """The largest absolute weight of the head's table on any shard, a bound on averages of its rows."""
         return {"span": lax.pmax(jnp.max(jnp.abs(self.head)).astype(F32), self.layout.vocabulary_axes)}
 
-    # --- pieces ------------------------------------------------------------------------------------------------------
+    # --- helpers -----------------------------------------------------------------------------------------------------
 
-    def _final_vjp(self, state: State, cells: Cells, x: jax.Array, g: jax.Array) -> State:
-        _, vjp = jax.vjp(self.layout.model.final, self.params["final"], x)
-        dfinal, dx = vjp(g)
-        dx = dx.reshape(1 + self.depths, *state["inbox"].shape[1:])
-        returned = {"inbox": put(state["inbox"], cells["deliver"], dx[0])}
+    def _final_vjp(self, state: State, cells: Cells, x_ND: jax.Array, g_ND: jax.Array) -> State:
+        _, vjp = jax.vjp(self.layout.model.final, self.params["final"], x_ND)
+        dfinal, dx_ND = vjp(g_ND)
+        dx = dx_ND.reshape(1 + self.depths, *state["inbox"].shape[1:])
+        rings = {"inbox": put(state["inbox"], cells["deliver"], dx[0])}
         if self.depths:
-            returned["returned"] = put(state["returned"], cells["returned"], dx[1:])
+            rings["returned"] = put(state["returned"], cells["returned"], dx[1:])
         grads = jax.tree.map(lambda t, d: t + d.astype(F32), state["grads.final"], dfinal)
-        return state | returned | {"grads.final": grads}
+        return state | rings | {"grads.final": grads}
 
     @property
-    def _returns(self) -> tuple[str, ...]:
-        """Where the gradients of the last stage's output go."""
+    def _gradient_rings(self) -> tuple[str, ...]:
+        """The rings that receive the gradient of the last stage's output."""
         return ("inbox", "returned") if self.depths else ("inbox",)
 
-    def _waiting(self, state: State, cells: Cells) -> jax.Array:
+    def _last_stage_output(self, state: State, cells: Cells) -> jax.Array:
         """The last stage's output ``[1 + depths, B, L, D]``."""
         main = get(state["inbox"], cells["inbox"])[None]
         return jnp.concatenate([main, get(state["streams"], cells["streams"])]) if self.depths else main
 
     def _hidden(self, state: State, cells: Cells) -> jax.Array:
-        """The head's input ``[N, D]``: computed again wherever it is needed, so that only the stream is stored."""
+        """The head's input ``[N, D]``, recomputed wherever it is needed so that only the stream is stored."""
         return self.layout.model.final(self.params["final"], get(state["X"], cells["X"]))
 
     def _logits(self, state: State, cells: Cells) -> jax.Array:
         return vocab.logits(self.head, self._hidden(state, cells), self.shard, self.loss)
 
     def _exponentials(
-        self, y: jax.Array, cells: Cells, dtype: jnp.dtype, maximum: jax.Array | None = None
+        self, y_NR: jax.Array, cells: Cells, dtype: jnp.dtype, maximum_N: jax.Array | None = None
     ) -> tuple[Kept, Stats]:
-        return vocab.exponentials(y, self._labels(cells), self.shard, dtype, self.loss, maximum)
+        return vocab.exponentials(y_NR, self._labels(cells), self.shard, dtype, self.loss, maximum_N)
 
     def _labels(self, cells: Cells) -> jax.Array:
         return get(self.batch["labels"], jnp.maximum(cells["microbatch"], 0)).reshape(-1)
@@ -281,15 +284,15 @@ class OutputSteps(VocabularyLayer):
         return get(self.batch["weight"], jnp.maximum(cells["microbatch"], 0)).reshape(-1)
 
     def _unit(self, state: State, cells: Cells) -> jax.Array:
-        """What a token's input gradient is summed in units of, the same on all shards."""
+        """The unit of each token's input gradient in the sum over shards, ``[N]``; the same on all shards."""
         return vocab.unit(self._weight(cells) * state["span"])
 
     def _target(self, cells: Cells) -> Target:
         return Target(self._weight(cells), self._labels(cells), self.shard, self.loss)
 
-    def _local(self, state: State, cells: Cells) -> Stats:
+    def _local_stats(self, state: State, cells: Cells) -> Stats:
         return get(state["P"]["local"], jnp.maximum(cells["P"], 0))
 
-    def _with_record(self, state: State, cells: Cells, **fields: Any) -> State:
-        """The record of one microbatch with some small fields replaced."""
+    def _update_record(self, state: State, cells: Cells, **fields: Any) -> State:
+        """Replaces some small fields of one microbatch's record."""
         return {"P": state["P"] | {k: put_if(state["P"][k], cells["P"], v) for k, v in fields.items()}}

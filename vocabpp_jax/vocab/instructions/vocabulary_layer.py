@@ -1,6 +1,7 @@
-"""What the steps of both vocabulary layers share: one device's tables, its batch, and what it sends.
+"""What the input and output layer's steps share: one device's tables, its batch, and its communication.
 
-Shapes, per device: B microbatch, L length, N = B·L tokens, D width, R rows of the local shard.
+Shapes, per device: B microbatch, L length, N tokens (B·L in the input layer, (1 + depths)·B·L in the output layer),
+D width, R rows of the local shard.
 """
 
 from __future__ import annotations
@@ -19,22 +20,23 @@ from ...pipeline.collectives import Native, PermuteTree
 from ...pipeline.layout import Layout
 
 Communicate = Callable[[jax.Array], jax.Array]
-Start = tuple[jax.Array, Communicate]  # what a collective takes, and what communicates it
+Start = tuple[jax.Array, Communicate]  # a collective's operand, and the function that communicates it
 Run = Callable[[State, Cells], State]
 
 
 class Collective(NamedTuple):
-    """What a collective of the table of instructions does.
+    """How a collective of the instruction table runs.
 
     Attributes:
-        start: its operand, and what communicates it.
-        done: the entries of the state that change with its result.
-        result: shape and dtype of that.
-        make: a pass in front that makes the operand, if it needs one.
-        sends: whether it sends what ``make`` left in the state for it.
-        lands_first: whether it lands before any pass replaces its operand. The landing holds those passes back; to read
-            the operand for that, as of other collectives, would keep it alive beside the sum that the backend makes in
-            its place. In a schedule where such a pass does come first (gpipe), the compiler copies the operand.
+        start: returns the operand, and the function that communicates it.
+        done: returns the state entries that the result updates.
+        result: shape and dtype of the result.
+        make: a pass that computes the operand just before the start, if needed.
+        sends: whether the operand is a send buffer in the state, filled by ``make``.
+        lands_first: whether the result lands before any pass overwrites the operand. Such passes then wait for the
+            landing. Making them wait for the operand, as for other collectives, would keep it alive next to the sum,
+            which the backend computes in place. In a schedule where such a pass does run first (gpipe), the compiler
+            copies the operand.
     """
 
     start: Callable[[State, Cells], Start]
@@ -46,12 +48,12 @@ class Collective(NamedTuple):
 
 
 def flight(name: str) -> str:
-    """The state's entry for a collective that is under way."""
+    """The state entry of a collective in flight."""
     return f"flight.{name}"
 
 
-def sent(name: str) -> str:
-    """The state's entry for what a broadcast sends."""
+def send_buffer(name: str) -> str:
+    """The state entry of a broadcast's send buffer."""
     return f"sent.{name}"
 
 
@@ -60,11 +62,11 @@ class VocabularyLayer:
     """One device's part of the vocabulary layers, for one batch.
 
     Attributes:
-        layout: the model, the schedule, and where the tables are.
-        params: this device's ``embed``, ``final`` and, where it is not the embedding, ``head``, as
-            :meth:`.Pipeline.rounded` leaves them.
+        layout: the model, the schedule and the placement of the tables.
+        params: this device's ``embed``, ``final`` and, unless it is the embedding, ``head``, as returned by
+            :meth:`.Pipeline.rounded`.
         batch: ``tokens`` ``[m, B, L]``; ``labels`` and ``weight`` ``[m, 1 + depths, B, L]`` for the next token and
-            each further one, the weight in float32: the mask over the global count of valid tokens.
+            each further one. The float32 weight is the mask divided by the global count of valid tokens.
         collectives: how the shards communicate.
     """
 
@@ -75,57 +77,62 @@ class VocabularyLayer:
 
     @property
     def trains(self) -> bool:
-        """Whether there is a backward."""
+        """Whether the schedule has a backward."""
         return self.layout.schedule.trains
 
     @property
     def depths(self) -> int:
-        """Tokens beyond the next that are predicted: the output layer takes so many more streams of a microbatch."""
+        """Tokens predicted beyond the next one. Each adds a stream to every microbatch in the output layer."""
         return self.layout.model.depths
 
     @property
     def names(self) -> set[str]:
-        """The steps that occur."""
+        """Names of the steps in the schedule."""
         return {step.name for step in self.layout.schedule.vocabulary.steps}
 
     @property
     def stream(self) -> jax.ShapeDtypeStruct:
-        """A microbatch between stages, as the vocabulary layers have it, ``[N, D]``."""
+        """A microbatch between stages as the input layer handles it: ``[B·L, D]``."""
         _, B, L = self.batch["tokens"].shape
         return jax.ShapeDtypeStruct((B * L, self.layout.model.width), self.dtype)
 
     @property
     def streams(self) -> jax.ShapeDtypeStruct:
-        """What the output layer takes of it: as many tokens again for each further one, ``[(1 + depths) N, D]``."""
+        """A microbatch as the output layer handles it, one stream per predicted token: ``[(1 + depths)·B·L, D]``."""
         tokens, width = self.stream.shape
         return jax.ShapeDtypeStruct(((1 + self.depths) * tokens, width), self.dtype)
 
     @property
     def head(self) -> jax.Array:
-        """The table that makes the logits, ``[R, D]``."""
+        """The table that produces the logits, ``[R, D]``."""
         return self.params["embed"]["tokens"] if self.layout.head_is_embedding else self.params["head"]
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The compute dtype, which the head is always in."""
+        """The compute dtype; the head always has it."""
         return self.head.dtype
 
-    def _first_row(self, table: jax.Array) -> jax.Array | int:
-        return lax.axis_index(self.layout.vocabulary_axes) * table.shape[0] if self.layout.sharded else 0
+    def _first_row(self, table_RD: jax.Array) -> jax.Array | int:
+        return lax.axis_index(self.layout.vocabulary_axes) * table_RD.shape[0] if self.layout.sharded else 0
 
-    def _copied(self, state: State, cells: Cells, name: str, waiting: Callable[[State, Cells], jax.Array]) -> State:
-        """Takes what waits in the inbox, ``[..., D]``; meaningful on the device that it is broadcast from."""
+    def _fill_send_buffer(
+        self, state: State, cells: Cells, name: str, read: Callable[[State, Cells], jax.Array]
+    ) -> State:
+        """Copies ``read(state, cells)``, ``[..., D]``, into a send buffer if this device's inbox holds something.
 
-        def taken(s: State) -> State:
-            return s | {sent(name): waiting(s, cells).reshape(-1, self.layout.model.width)}
+        Only the broadcast's source needs valid contents.
+        """
 
-        return run_if(cells["inbox"] >= 0, state, (sent(name),), taken)
+        def update(s: State) -> State:
+            return s | {send_buffer(name): read(s, cells).reshape(-1, self.layout.model.width)}
+
+        return run_if(cells["inbox"] >= 0, state, (send_buffer(name),), update)
 
     def _sum_for(self, stage: int, also: int | None = None) -> Communicate:
-        """The sum over all shards, for the device of one stage to read, and of another where one is given."""
+        """The sum over all shards, readable on the device of ``stage`` and, if given, of stage ``also``."""
         placement = self.layout.schedule.placement
         return partial(self.collectives.total, target=placement[stage], also=None if also is None else placement[also])
 
     def _broadcast_from(self, stage: int) -> Communicate:
-        """One stage's array on all devices."""
+        """Broadcasts one stage's array to all devices."""
         return partial(self.collectives.broadcast, source=self.layout.schedule.placement[stage])

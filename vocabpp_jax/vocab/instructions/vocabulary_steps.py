@@ -1,6 +1,6 @@
-"""What each instruction of the vocabulary layers does to a device's state.
+"""Executes the vocabulary instructions of one device.
 
-Their names are those of :mod:`vocabpp_jax.schedules.instructions`; the arithmetic is in :mod:`vocabpp_jax.vocab`.
+Instruction names are those of :mod:`vocabpp_jax.schedules.instructions`; the arithmetic is in :mod:`vocabpp_jax.vocab`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ...pipeline.buffers import Cells, State, passes_wait_for, wait_for_passes, 
 from ...schedules import Instruction
 from .input_steps import InputSteps
 from .output_steps import OutputSteps
-from .vocabulary_layer import Collective, Run, flight, sent
+from .vocabulary_layer import Collective, Run, flight, send_buffer
 
 F32 = jnp.float32
 
@@ -23,7 +23,7 @@ class VocabularySteps(InputSteps, OutputSteps):
     """The vocabulary layers of one device, for one batch."""
 
     def initial_state(self, rings: dict[str, int]) -> State:
-        """The output layer's records, zero gradients of the tables and the final function, zero loss."""
+        """Empty records of the output layer; zero gradients of the tables and the final function; zero loss."""
         state: State = {"loss": jnp.zeros(1 + self.depths, F32)}
         if self.trains:
             grads = jax.tree.map(
@@ -43,20 +43,24 @@ class VocabularySteps(InputSteps, OutputSteps):
             if isinstance(collective := self.registry[name], Collective):
                 state[flight(name)] = jnp.zeros(collective.result.shape, collective.result.dtype)
                 if collective.sends:
-                    state[sent(name)] = jnp.zeros(collective.result.shape, collective.result.dtype)
+                    state[send_buffer(name)] = jnp.zeros(collective.result.shape, collective.result.dtype)
         return state
 
     @cached_property
     def registry(self) -> dict[str, Run | Collective]:
-        """What runs each row of the table of instructions that belongs to the vocabulary layers."""
+        """The implementation of every vocabulary row of the instruction table, by name."""
         return self.input_steps() | self.output_steps()
 
     def execute(self, instruction: Instruction, cells: Cells, state: State) -> State:
-        """One instruction of the vocabulary layers."""
+        """Runs one instruction of the vocabulary layers.
+
+        Raises:
+            ValueError: the schedule contains a step that the executor does not implement.
+        """
         op, name = instruction.op, instruction.name
         step = self.registry.get(name)
         if step is None or isinstance(step, Collective) != (op in ("start", "done")):
-            raise ValueError(f"the schedule has a step {op} {name!r} that the executor does not know")
+            raise ValueError(f"the schedule has a step {op} {name!r}, which the executor does not implement")
         with jax.named_scope(name):
             match op:
                 case "start":
@@ -67,15 +71,15 @@ class VocabularySteps(InputSteps, OutputSteps):
             return step(state, cells)
 
     def _start(self, name: str, collective: Collective, cells: Cells, state: State) -> State:
-        # What is merely elementwise or a cell of a ring, XLA would make with what passes make later, and copy the ring
-        # for it, unless a loop makes it.
+        # ``make`` computes the operand in a loop. Otherwise XLA would fuse an elementwise operand, or one read from a
+        # ring cell, with later passes, and copy the ring for that.
         if collective.make:
             state = collective.make(state, cells)
         operand, communicate = collective.start(state, cells)
         if not collective.lands_first:
             state = passes_wait_for(state, operand)
         result = communicate(operand)
-        # The sum's operand is spent: forgotten, it can hold the sum. What a broadcast sends stays, for its result may
-        # be under way into the next interval, in which the next one is sent.
+        # The sum's operand is dead from here on; replacing it in the state lets its buffer hold the sum. A broadcast's
+        # send buffer stays: the result may still be in flight in the next interval, which sends the next one.
         spent = {"A": result} if state.get("A") is operand else {}
         return state | spent | {flight(name): result}
