@@ -66,9 +66,9 @@ def main() -> None:
     else:
         Path(options.output).write_text(
             "# Compile time and code size\n\n"
-            "Compiled for simulated CPU devices, one layer a stage, by `python experiments/code_size.py "
-            "--output docs/code-size.md`.\nSeconds are tracing, lowering and compiling together, on a shared machine: "
-            f"compare them with each other.\n\n{table}\n"
+            "Compiled for simulated CPU devices, one layer per stage, by `python experiments/code_size.py "
+            "--output docs/code-size.md`.\nSeconds cover tracing, lowering and compiling, on a shared machine: "
+            f"compare them only with each other.\n\n{table}\n"
         )
 
 

@@ -106,20 +106,21 @@ def main(arguments: list[str] | None = None) -> None:
 
 TEXT = """# Gallery of schedules
 
-Every schedule with the vocabulary layers at its ends and with them sharded over the pipeline, for {p} devices and {m}
-microbatches, simulated by the rules of the compiled program. One forward of a device's layers takes 1, their backward
-2, the whole output layer 3: with the head on one device, that device has twice the work of the others. Numbers are
-microbatches; the lighter colour is a device's second piece of the model. The lane under the devices shows collectives,
-the curve under it how many activations of a piece the devices hold: the first in blue, the last in red, the others in
-the shaded range.
+Every schedule, with the vocabulary layers on the end stages and with them sharded over the pipeline, for {p} devices
+and {m} microbatches, simulated by the rules of the compiled program. One forward of a device's layers takes 1, their
+backward 2, and the whole output layer 3, so a device that holds the head has twice the work of the others. Numbers are
+microbatches; the lighter colour is a device's second chunk of the model. The lane below the devices shows collectives.
+The curve below it shows how many chunk activations the devices hold: the first device in blue, the last in red, the
+others in the shaded range.
 
 Made by `python experiments/gallery.py`."""
 
 
-FITTED = """Passes are not equally long: a flash attention's backward makes B longer than F, and W is shorter than
-both. In one program for all devices, neighbours then wait for each other in every slot. `build(..., durations=...)`
-puts passes on a grid that follows their durations and chooses where every transfer leaves, by simulating the program
-with the rules of GPUs. Here F, B, W of half a device's layers take 0.47, 0.55, 0.41; {m} microbatches, no head."""
+FITTED = """Passes are not equally long: the backward of flash attention makes B longer than F, and W is shorter than
+both. With one program for all devices, neighbours then wait for each other in every slot. `build(..., durations=...)`
+puts passes on a grid that follows their durations and chooses where every transfer is issued, by simulating the program
+with the rules of GPUs. Here F, B and W of half a device's layers take 0.47, 0.55 and 0.41, with {m} microbatches and no
+head."""
 
 
 if __name__ == "__main__":

@@ -68,10 +68,10 @@ def section(files: Files, say: Say) -> str:
     return "\n\n".join(
         [
             "**Simulated** with the frozen calibration at the settings of Table 5 (1F1B and zero-bubble schedules, 8 "
-            f"and 32 GPUs) and Table 6 (V-shaped ones, 16 and 32), s={SEQ}, 128 microbatches; rows of the tables "
-            "themselves for comparison. The software of Table 6 is faster, so compare V-shaped schedules with one "
-            "another. Memory is the estimate of `schedules.simulation.cost`: 18 bytes a parameter and what "
-            f"selective residuals keep of a layer in flight; compile for the truth. {link}",
+            f"and 32 GPUs) and Table 6 (V-shaped ones, 16 and 32), s={SEQ}, 128 microbatches; some rows of those "
+            "tables are included for comparison. Table 6's software is faster, so compare V-shaped schedules only with "
+            "one another. Memory is the estimate of `schedules.simulation.cost`: 18 bytes per parameter plus what "
+            f"selective residuals keep of a layer in flight; compile for exact figures. {link}",
             table(lines, {"GPUs": "d", "V": "d", "MFU": ".1f", "bubble": ".1%", "GB most": ".1f", "least": ".1f"}),
         ]
     )
@@ -111,9 +111,9 @@ def ablation_section(files: Files, say: Say) -> str:
     percent = {"GPUs": "d", "V": "d", "faster by": ".1%"} | dict.fromkeys([k for k in lines[0] if "ms" in k], ".0f")
     return "\n\n".join(
         [
-            "**Simulated**: an iteration of 1F1B interlaced, 4B on 8 GPUs and 21B on 32, s=2048, with its "
-            "synchronous collectives and as if they took no time. Between nodes they are what makes it slower than "
-            f"vocabulary passes that hide theirs. {link}",
+            "**Simulated**: one iteration of interlaced 1F1B, 4B on 8 GPUs and 21B on 32, s=2048, with its "
+            "synchronous collectives and as if they took no time. Between nodes, these collectives make it slower than "
+            f"vocabulary passes, which hide theirs. {link}",
             table(lines, percent),
         ]
     )

@@ -72,7 +72,7 @@ def section(files: Files, say: Say) -> str:
     lines = speedups(tables)
     link = files.csv("claims", lines)
     text = [
-        "**Simulated** against published: how much faster the better of both vocabulary methods is, over all "
+        "**Simulated** and published: how much faster the better of the two vocabulary methods is, over all "
         "settings of a table. The published headline is 5% to 51% over the redistribution; the published Table 5 "
         f"itself reaches {lines[0]['published, most']:.1%}. {link}",
         table(lines, {"table": "d"} | dict.fromkeys(list(lines[0])[2:], ".1%")),
@@ -82,7 +82,7 @@ def section(files: Files, say: Say) -> str:
         said = f" published, {min(theirs):.1f} to {max(theirs):.1f} GB"
         if ours:
             said += f"; **compiled**, {min(ours):.1f} to {max(ours):.1f} GB in {len(ours)} settings"
-        text.append(f"Peak memory that they save at V=256k over the baseline of Table {number}:{said}.")
+        text.append(f"Peak memory saved at V=256k over the baseline of Table {number}:{said}.")
     if balanced := balance(files):
         say(f"{len(balanced)} reports of V-Half")
         rows = files.csv("balance", balanced)
@@ -92,8 +92,8 @@ def section(files: Files, say: Say) -> str:
         }
         ranges = ", ".join(f"{min(x):.1%} to {max(x):.1%} with {name}" for name, x in by.items() if x)
         text.append(
-            "Memory balance of V-Half, **compiled**: what the fullest device uses more than the emptiest, as a share "
-            f"of the peak: {ranges}. One program has one shape, so devices allocate the same; used is what each "
-            f"fills. {rows}"
+            "Memory balance of V-Half, **compiled**: the difference between what the fullest and the emptiest device "
+            f"use, as a share of the peak: {ranges}. One program has one shape, so all devices allocate the same "
+            f"amount; they differ in how much of it they use. {rows}"
         )
     return "\n\n".join(text)

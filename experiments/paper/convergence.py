@@ -134,7 +134,8 @@ def section(files: Files, say: Say, steps: int = 300) -> str:
             f"({config.layers} layers, h={config.hidden}, s={config.seq}, V={config.vocab_size}) trained for {steps} "
             f"steps of {MICROBATCHES * BATCH * config.seq:,} tokens of the Python standard library's sources, AdamW, "
             f"the same seed and data; 1F1B on {STAGES} devices, m={MICROBATCHES}, and plain autodiff on one. The "
-            "curves coincide; what is left is the order of float32 sums, which training carries on. "
+            "curves coincide; the remaining differences come from the order of float32 sums, which training carries "
+            "on. "
             f"{links[0]}, {links[1]}",
             table(lines, {"first loss": ".4f", "mean of the last 20": ".4f"} | dict.fromkeys(exact, ".1e")),
             files.picture("convergence", _draw(found), "Loss curves of all methods and of one device, overlaid"),

@@ -188,11 +188,11 @@ def section(files: Files, say: Say) -> str:
     return "\n\n".join(
         [
             "Table 4, **computed**, and counted by the compiler in our own layers (`cost_analysis` of the compiled "
-            "forward and backward, float32, b=1, s=256, h=512, V=2048, CPU). The compiler adds softmax, norms and "
-            f"activations, which the formulas leave out, and counts no gathers. {links[0]}",
+            "forward and backward, float32, b=1, s=256, h=512, V=2048, CPU). The compiler also counts softmax, norms "
+            f"and activations, which the formulas leave out, but no gathers. {links[0]}",
             table(formulas),
             table(checked, {"formula": ".4g", "compiler": ".4g", "compiler / formula": ".3f"}),
-            "Figure 2, **computed**: vocabulary layers of Gemma2-9B (h=3584, s=4096) in transformer layers. "
+            "Figure 2, **computed**: vocabulary layers of Gemma2-9B (h=3584, s=4096) in units of transformer layers. "
             f"{links[1]}",
             files.picture("figure2", _draw2(two), "Weight of Gemma2-9B's vocabulary layers by vocabulary"),
             f"Figure 3, **computed**: the 7B model with V=128k on 16 stages of two layers. The output layer weighs "

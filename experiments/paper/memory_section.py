@@ -56,12 +56,13 @@ def section(files: Files, say: Say) -> str:
     return "\n\n".join(
         [
             f"**Compiled** for A100-SXM4-80GB: the full train step of {len(rows)} rows, as `experiments/memory.py` "
-            f"does it, against the published peak in GB of 1024 MiB; *differ* is, in the row where it is largest, by "
-            f"how much of the peak the fullest and the emptiest device differ in what they use. {link} Over the "
-            f"{len(sharded)} published rows with the vocabulary on all devices the compiled peak differs by "
+            "compiles it, against the published peak in GB of 1024 MiB. *differ* is the difference between what the "
+            "fullest and the emptiest device use, as a share of the peak, in the row where it is largest. "
+            f"{link} Over the "
+            f"{len(sharded)} published rows with the vocabulary on all devices, the compiled peak differs by "
             f"{np.mean(sharded):+.1%} on average, from {min(sharded):+.1%} to {max(sharded):+.1%}.",
             table(by_family(lines), {"rows": "d", "with published": "d"}),
-            "The highest against what is published:",
+            "The rows furthest above the published peak:",
             table([{k: x[k] for k in shown} for x in highest], {"GPUs": "d", "s": "d", "V": "d", "share": "+.1%"}),
             REDIS,
             STATE.format(most=state[0]["float32 state"] / state[0]["published"]),
@@ -71,15 +72,15 @@ def section(files: Files, say: Say) -> str:
     )
 
 
-REDIS = """One program runs on all devices, so each has room for the parameters and the activations of the deepest
-stage. With `redis` the stages before the head are the deepest and the last device keeps that room as well; where every
-device has a program of its own, as published, it need not."""
+REDIS = """All devices run one program, so each has room for the parameters and the activations of the deepest stage.
+With `redis` the deepest stages are those before the head, and the last device reserves that room as well; with one
+program per device, as published, it need not."""
 
 
-STATE = """With V-Half `baseline` keeps embedding and head on one device. Float32 parameters, gradients and two moments,
-16 bytes a parameter, are then up to {most:.0%} of the published peak, and activations are the schedule's. What could be
-saved is the rounded weights: made anew in every pass, they would cost 6 bytes of traffic a weight each time. All rows
-of it that were published, by the share of that state:"""
+STATE = """With V-Half, `baseline` keeps the embedding and the head on one device. Float32 parameters, gradients and two
+moments, 16 bytes per parameter, are then up to {most:.0%} of the published peak, and the schedule determines the
+activations. Only the rounded weights could be saved: rounding them again in every pass would cost 6 bytes of traffic
+per weight each time. All published rows of V-Half `baseline`, by the share of that state:"""
 
 
 def of_v_half_baseline(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -123,9 +124,10 @@ def loops(rows: Sequence[Setting], reports: Mapping[str, dict[str, Any]]) -> str
     large = {name: [c for c in reports[name]["collectives"] if is_large(c)] for name in promising}
     waited = [f"{c['step']} in {name}" for name in promising for c in large[name] if not is_hidden(c["passes_between"])]
     return (
-        f"Copies of 1 MiB or more in the loop of the steady state: {', '.join(copied) or 'none in any row'}. "
-        f"The {len(promising)} rows of vocab-1 and vocab-2 have {sum(map(len, large.values()))} collectives of the "
-        f"vocabulary of 1 MiB or more; without a transformer pass between start and end: {', '.join(waited) or 'none'}."
+        f"Copies of 1 MiB or more in the steady-state loop: {', '.join(copied) or 'none in any row'}. "
+        f"The {len(promising)} rows of vocab-1 and vocab-2 have {sum(map(len, large.values()))} vocabulary collectives "
+        "of 1 MiB or more; those without a transformer pass between start and end: "
+        f"{', '.join(waited) or 'none'}."
     )
 
 

@@ -80,21 +80,21 @@ def canvas(width: float, height: float, columns: int = 1, rows: int = 1) -> tupl
 
 HEAD = """# Results
 
-The tables and figures of [arXiv 2411.05288](https://arxiv.org/abs/2411.05288) that can be had, ours beside the
-published ones. This page is written by
+The tables and figures of [arXiv 2411.05288](https://arxiv.org/abs/2411.05288) that can be reproduced, ours next to
+the published ones. This page is written by
 
     python experiments/reproduce.py
 
-and a part of it again by `--only SECTION`, with the name in brackets behind a heading. Every part says how it came
-about:
+To rewrite one section, add `--only SECTION` with the name in brackets in its heading. Every section says how its
+numbers were obtained:
 
 * **measured**: run on the named hardware;
-* **compiled**: read from what the compiler made of the real program, for the named hardware, without running it;
-* **simulated**: pass times from a model of the GPU, put together by the event simulator ([simulator.md](simulator.md));
+* **compiled**: read from the real program as compiled for the named hardware, without running it;
+* **simulated**: pass times from a model of the GPU, combined by the event simulator ([simulator.md](simulator.md));
 * **computed**: arithmetic on sizes.
 
-What is published is in [paper/](../docs/paper): memory in GB of 1024 MiB, MFU in percent. On eight GPUs the published
-MFU of Table 5 is of a peak of 320 TFLOP/s, not 312, and so is ours beside it.
+The published numbers are in [paper/](../docs/paper): memory in GB of 1024 MiB, MFU in percent. On eight GPUs, the
+published MFU of Table 5 is relative to a peak of 320 TFLOP/s, not 312, and so is ours in that table.
 """
 
 

@@ -156,22 +156,24 @@ def section(files: Files, say: Say) -> str:
     shown += [key for key in lines[0] if key.endswith("ms")]
     return "\n\n".join(
         [
-            "Scaling in percent: the whole layer's time over p times a shard's, collectives left out. **Simulated** "
-            "with the frozen calibration, nothing fitted to this table; models of Table 1 for their number of GPUs, "
-            f"V=256k assumed. Off by {np.mean(output):.1f} points on average for the output layer, "
-            f"{np.mean(inputs):.1f} for the input layer. {links[0]}",
+            "Scaling in percent: the whole layer's time divided by p times a shard's, without collectives. "
+            "**Simulated** with the frozen calibration; nothing is fitted to this table. The models are those of Table "
+            "1 for each number of GPUs, and V=256k is assumed. The error is "
+            f"{np.mean(output):.1f} points on average for the output layer, {np.mean(inputs):.1f} for the input layer. "
+            f"{links[0]}",
             table([{key: line[key] for key in shown} for line in lines], {"s": "d", "GPUs": "d", "error": "+.1f"}),
-            "The model gives both algorithms the same passes in all; published, Algorithm 2 is 4.4 to 5.6 points "
-            "behind, for it scales the sum of its input gradient once more. The input layer scales badly because "
-            "every shard still writes the whole stream and only the gradient of the table is divided. It is the "
-            "worst modelled pass: the published percentage falls with s, so each token costs more there than the six "
-            "bytes an element that the model moves. It takes a few hundredths of a microbatch's time, and was left so.",
-            f"The same **measured** with our own layers in float32 on one CPU ({platform.machine()}, {os.cpu_count()} "
-            "cores), b=1, s=256, h=512, V=32000: one shard at a time, alone on a device, the least time of seven. "
-            "All shards at once on simulated devices would say nothing, since those share the cores. More than 100 "
-            "means that a shard's logits stay in caches that the whole layer's leave, which says nothing about a GPU "
-            "either: it shows that sharding adds no arithmetic of its own. A scatter-add touches only rows in use, "
-            f"so our input layer has no dense gradient. {links[1]}",
+            "In the model, S and T together take the same time in both algorithms. In the published table, Algorithm 2 "
+            "is 4.4 to 5.6 points behind, because it scales the sum of its input gradient once more. The input layer "
+            "scales badly because every shard still writes the whole stream; only the gradient of the table is "
+            "divided. It is the worst modelled pass: the published percentage falls with s, so each token costs more "
+            "than the six bytes per element that the model moves. It takes only a few hundredths of a microbatch's "
+            "time, so the model was left as it is.",
+            f"The same, **measured** with our own layers in float32 on one CPU ({platform.machine()}, {os.cpu_count()} "
+            "cores), b=1, s=256, h=512, V=32000: one shard at a time, alone on a device, the shortest of seven times. "
+            "Running all shards at once on simulated devices would show nothing, because they share the cores. More "
+            "than 100 means that a shard's logits fit in caches that the whole layer's do not. That says nothing about "
+            "a GPU; it shows that sharding adds no arithmetic of its own. A scatter-add touches only rows in use, so "
+            f"our input layer has no dense gradient. {links[1]}",
             table(own, {"shards": "d", "scaling": ".1f"}),
         ]
     )

@@ -137,17 +137,18 @@ def furthest(found: Sequence[Outcome], number: int, count: int = 4) -> list[dict
 # --- for people ------------------------------------------------------------------------------------------------------
 
 REASONS = {
-    5: """Furthest off are rows whose GPUs never wait, and they are too fast. In the measured pass times (section
-calibration) the same four layers take 2% to 4% longer with interlaced than with the baseline, though nothing runs
-beside either: GPUs that are always busy are slower than those that wait for the last stage, and the model has one
-speed for both, between the two. Vocabulary passes on 32 GPUs are as far off for a second reason: their contention was
-measured inside one node, and between nodes collectives last longer. Twice of it would remove the difference. Nothing
-was changed: only baselines and the pass times may be fitted to.""",
-    6: """Two things pull apart. Rows of one short layer a pass, 16 GPUs at s=2048, are too fast: published MFU rises by
-a tenth from there to s=4096, ours by less, which is a cost a pass that does not depend on its tokens; the baselines
-that it could be fitted to hide it, for their devices wait for the first one. Long passes, s=4096, are too slow on 32
-GPUs: the contention measured with 1F1B is a share of a pass, but collectives do not last longer because passes do,
-and without it those rows agree. Both belong to a software stack of which only whole iterations are published.""",
+    5: """The rows furthest off are those whose GPUs never wait, and they are too fast. In the measured pass times
+(section calibration), the same four layers take 2% to 4% longer with interlaced than with the baseline, although
+nothing overlaps with either: GPUs that are always busy are slower than GPUs that wait for the last stage, and the
+model has a single speed, between the two. Vocabulary passes on 32 GPUs are equally far off for a second reason: their
+contention was measured inside one node, and between nodes collectives last longer. Doubling the contention would
+remove the difference. Nothing was changed, because only baselines and pass times may be fitted to.""",
+    6: """Two effects pull in opposite directions. Rows with one short layer per pass (16 GPUs at s=2048) are too fast:
+from there to s=4096, published MFU rises by a tenth, ours by less. That is a cost per pass that does not depend on its
+tokens; the baselines, to which it could be fitted, hide it, because their devices wait for the first one. Long passes
+(s=4096) are too slow on 32 GPUs: the contention measured with 1F1B is a share of a pass, but collectives do not last
+longer because passes do, and without contention those rows agree. Both effects belong to a software stack of which only
+whole iterations are published.""",
 }
 
 
@@ -172,9 +173,10 @@ def section(number: int, files: Files, say: Say) -> str:
     predicted = [o for o in found if o.row.method != "baseline"]
     p_mean, p_largest = errors(predicted)
     text = [
-        "MFU is **simulated**, a process a device as in the published system (rules `free`), by the frozen "
-        f"calibration; baseline rows were fitted to, all others are predictions. Error: **{mean:.2f} points on "
-        f"average, {largest:.2f} at most** over all rows, {p_mean:.2f} and {p_largest:.2f} over the predictions. Of "
+        "MFU is **simulated** with the frozen calibration and one process per device, as in the published system "
+        "(rules `free`). The calibration was fitted to the baseline rows; all others are predictions. Error: "
+        f"**{mean:.2f} points on average, {largest:.2f} at most** over all rows, {p_mean:.2f} and {p_largest:.2f} over "
+        "the predictions. Of "
         f"{clear} pairs of methods in one setting whose published MFU differs by more than {CLEAR:g} point, "
         f"{clear - len(wrong)} come out in the "
         f"published order." + "".join(f" Not so: {a.row.name} against {b.row.method}." for a, b in wrong),
@@ -182,11 +184,11 @@ def section(number: int, files: Files, say: Say) -> str:
         "embedding, its order of passes fitted to the same durations, by the rules of GPUs (transfers and collectives "
         "share one stream on each device) or, as a bound, with transfers that block both ends" + _interlaced(found),
         "Peak memory is **compiled** for A100-SXM4-80GB by XLA from the full train step in bfloat16 with float32 "
-        "parameters. A dash under published: ran out of memory; under compiled: not compiled. Here the smallest and "
-        f"the largest vocabulary, all rows in {link}:",
+        "parameters. A dash under *published* means that it ran out of memory; under *compiled*, that the row was "
+        f"not compiled. The table shows the smallest and the largest vocabulary; all rows are in {link}:",
         _overview(found),
         files.picture(f"table{number}", _draw(found, number), f"MFU and memory of Table {number}, ours and published"),
-        "What differs most, in points of MFU, and what becomes of it when one constant is changed:",
+        "The largest differences, in points of MFU, and what they become when one constant is changed:",
         table(furthest(found, number), {"GPUs": "d", "s": "d"} | dict.fromkeys(["points too much", *WHAT_IF], "+.2f")),
         REASONS[number],
     ]
