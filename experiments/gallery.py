@@ -2,7 +2,7 @@
 
     python experiments/gallery.py
 
-Everything is in units of F, a device's forward of one microbatch; the head costs as much as a device's layers.
+The time unit is F, a device's forward of one microbatch; the head costs as much as a device's layers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class GalleryOptions:
-    """Where, and of what size."""
+    """Output folder and problem size."""
 
     docs: str = "docs"
     """Folder to write gallery.md and images/ into."""
@@ -53,7 +53,7 @@ class GalleryOptions:
 
 
 def timeline(schedule: str, method: str, p: int, m: int) -> Timeline:
-    """One iteration of a model that is the same for all of them."""
+    """One iteration of the same model under each schedule and method."""
     counts = REDIS if method == "redis" and p == 4 else None
     built = build(schedule, method, p=p, m=m, layer_counts=counts)
     share = [n / 4 for n in counts] if counts else [1 / built.chunks] * built.stages
@@ -66,7 +66,7 @@ def timeline(schedule: str, method: str, p: int, m: int) -> Timeline:
 
 
 def fitted(p: int, m: int) -> dict[str, Timeline]:
-    """V-Half with passes as long as those of the 7B model on A100s: the block as it is, and fitted."""
+    """V-Half with pass times of the 7B model on A100s: the block unchanged, and fitted."""
     given = Durations(F=0.466, B=0.549, W=0.405, transfer=0.004)
     both = {
         "V-Half, its building block repeated": build("v-half", "baseline", p=p, m=m),
@@ -76,7 +76,7 @@ def fitted(p: int, m: int) -> dict[str, Timeline]:
 
 
 def titled(schedule: str, methods: list[str], p: int, m: int) -> dict[str, Timeline]:
-    """Timelines by their titles."""
+    """Timelines by title."""
     return {f"{NAMES[schedule]}, {NAMES[method]}": timeline(schedule, method, p, m) for method in methods}
 
 

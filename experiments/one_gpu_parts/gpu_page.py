@@ -1,4 +1,4 @@
-"""The page ``docs/gpu.md``, written from the parts' files."""
+"""Writes the page ``docs/gpu.md`` from the parts' files."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def head(measured: Measured) -> str:
 
 
 def parity(measured: Measured) -> str:
-    """Errors by method, then of what else was compared."""
+    """Errors by method, then those of the other comparisons."""
     columns = {"float32": ("float32", "xla"), "bfloat16, cuDNN": ("bfloat16", "cudnn"), "bfloat16": ("bfloat16", "xla")}
 
     def error(case: dict[str, Any] | None) -> str | None:
@@ -89,7 +89,7 @@ def parity(measured: Measured) -> str:
 
 
 def overhead(measured: Measured) -> str:
-    """Loops, steps, and what command buffers make of both."""
+    """Loops, steps, and the effect of command buffers on both."""
     names = {"default": "without loops, as compiled", "none": "no command buffers", "loops": "with loops"}
     loops = {case["command_buffers"]: case for case in measured.cases("overhead", kind="loops")}
     rows = [
@@ -126,7 +126,7 @@ def overhead(measured: Measured) -> str:
 
 
 def kernels(measured: Measured, gpu: GPU) -> str:
-    """What the GPU reaches."""
+    """Kernel rates that the GPU reaches."""
     found = [case for case in measured.cases("passes") if "per_second" in case]
     rows = [
         {"kernel": c["case"], "µs": c["us"], "a second": f"{c['per_second'] / 1e12:.3g} "
@@ -143,7 +143,7 @@ def kernels(measured: Measured, gpu: GPU) -> str:
 
 
 def torch_layers(measured: Measured, size: Size) -> str:
-    """PyTorch beside ours."""
+    """PyTorch next to our passes."""
     row = size.stage_row
     seq, count = row.sequences[0], models.named(row.model).layers // row.p
     ours = [measured.layers(row.model, seq, name, count) for name in ("F", "B")]
@@ -167,7 +167,7 @@ def torch_layers(measured: Measured, size: Size) -> str:
 
 
 def of_the_model(measured: Measured, gpu: GPU) -> str:
-    """The cost model's constants, and how well they tell the passes."""
+    """The cost model's constants, and how well they predict the passes."""
     found = constants(measured, gpu)
     values, missed = found if found else ({}, None)
     names = ["matmul_efficiency", "half_size", "attention_efficiency", "traffic_efficiency", "overhead", *FITTED]

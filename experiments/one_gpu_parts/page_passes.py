@@ -1,4 +1,4 @@
-"""The page's tables of passes, and of what follows from them: iterations, Table 3, stages."""
+"""The page's tables of passes, and what follows from them: iterations, Table 3, stages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .pass_times import cases
 
 NOT_YET = "not measured yet"
 PUBLISHED = Path(__file__).parents[2] / "docs" / "paper"
-MICROBATCHES = 128  # of the iterations that are predicted, as published
+MICROBATCHES = 128  # of the predicted iterations, as published
 
 
 def cells(rows: list[dict[str, Any]], formats: dict[str, str] | None = None) -> str:
@@ -91,7 +91,7 @@ def _iteration(measured: Measured, model: str, p: int, seq: int, V: int, method:
 
 
 def table3(measured: Measured) -> str:
-    """How vocabulary layers scale with their shards, beside what is published for A100s."""
+    """How vocabulary layers scale with their shards, next to the published values for A100s."""
     of_gpus, V, rows = {8: "4B", 16: "10B", 32: "21B"}, 256_000, []
     with (PUBLISHED / "table3_scaling.csv").open() as file:
         for line in csv.DictReader(file):
@@ -114,13 +114,13 @@ def table3(measured: Measured) -> str:
 
 
 def _skipped(measured: Measured) -> float:
-    """Microseconds of the loop that was subtracted from passes that have none."""
+    """Microseconds of the empty loop that was subtracted from the passes."""
     found = measured.cases("overhead", kind="loops", command_buffers="default")
     return found[0]["skipped_us"] if found else 0.0
 
 
 def stages(measured: Measured, size: Size, gpu: GPU) -> str:
-    """The real step of every stage: time and memory beside what is predicted."""
+    """The real step of every stage: time and memory next to the predictions."""
     row, rows = size.stage_row, []
     seq, V = row.sequences[0], row.vocabularies[-1]
     for method in size.stage_methods:

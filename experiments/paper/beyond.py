@@ -1,5 +1,5 @@
-"""What the published tables do not have, simulated at their settings: other schedules with vocabulary passes, tied
-embeddings, and interlaced without its collectives."""
+"""Simulations at the published tables' settings that the tables do not contain: other schedules with vocabulary passes,
+tied embeddings, and interlaced without its collectives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SEQ = 2048
 
 
 def new_rows() -> list[Setting]:
-    """V-Half with Algorithm 2, V-Min and V-ZB where Table 6 stands; ZB-H1 and ZB-H2 where Table 5 does; tied tables."""
+    """V-Half with Algorithm 2, V-Min and V-ZB at Table 6's settings; ZB-H1 and ZB-H2 at Table 5's; tied tables."""
     there = {(row.table, row.gpus, row.order, row.method) for n in (5, 6) for row in published(n)}
     found = []
     for number, schedules in ((5, ("zb-h1", "zb-h2")), (6, ("v-half", "v-min", "v-zb"))):
@@ -33,7 +33,7 @@ def new_rows() -> list[Setting]:
 
 
 def simulated(rows: list[Setting], say: Say = lambda _: None) -> list[dict[str, Any]]:
-    """MFU, bubble and estimated memory of the fullest and the emptiest device, a line a row."""
+    """MFU, bubble and estimated memory of the fullest and the emptiest device, one line per row."""
     lines = []
     for n, row in enumerate(rows, start=1):
         done = predict(row)
@@ -56,7 +56,7 @@ def simulated(rows: list[Setting], say: Say = lambda _: None) -> list[dict[str, 
 
 
 def section(files: Files, say: Say) -> str:
-    """The part of the page for the rows beyond the tables."""
+    """The page's section on the rows that the tables lack."""
     known = [
         Setting(number, gpus, SEQ, method, V)
         for number, gpus, method in ((5, 8, "vocab-2"), (5, 32, "vocab-2"), (6, 16, "vocab-1"), (6, 32, "vocab-1"))
@@ -81,7 +81,7 @@ def section(files: Files, say: Say) -> str:
 
 
 def ablation() -> list[dict[str, Any]]:
-    """Interlaced with and without the time of its synchronous collectives, and the vocabulary passes beside it."""
+    """Interlaced with and without the time of its synchronous collectives, next to the vocabulary passes."""
     lines = []
     for gpus in (8, 32):
         for V in VOCABULARIES:
@@ -104,7 +104,7 @@ def ablation() -> list[dict[str, Any]]:
 
 
 def ablation_section(files: Files, say: Say) -> str:
-    """The part of the page for the ablation."""
+    """The page's section on the ablation."""
     say("simulating interlaced without its collectives")
     lines = ablation()
     link = files.csv("ablation", lines)

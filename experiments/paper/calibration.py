@@ -1,14 +1,15 @@
-"""The GPU model behind the predicted MFU: few constants, fitted by least squares, then frozen.
+"""The GPU model behind the predicted MFU: a few constants, fitted by least squares, then frozen.
 
 What is fitted to what:
 
 * six constants of ``schedules/simulation/gpus/a100-80g.toml`` (:data:`FITTED`) to the pass times measured on eight
-  A100s (``docs/paper/pass_times_8xA100.csv``) and the MFU of Table 5's *baseline* rows;
-* two of them again (:data:`V_HALF`) to Table 6's *baseline* rows, which ran on another software stack, with other
-  kernels.
+A100s (``docs/paper/pass_times_8xA100.csv``) and the MFU of Table 5's *baseline* rows;
+* two of them again (:data:`V_HALF`) to Table 6's *baseline* rows, which ran on another software stack with other
+kernels.
 
 Nothing else is fitted: every row of another method is a prediction. The network is assumed. Residuals are logarithms of
-predicted over published, and so are the unknowns, so that a step is in percent and no constant can become negative.
+predicted over published values, and the unknowns are logarithms too, so a step is in percent and no constant can become
+negative.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ FITTED = (
     "contention",
 )
 V_HALF = {"matmul_efficiency": 0.898, "attention_efficiency": 0.415}
-"""What Table 6's software reaches, frozen."""
+"""The rates that Table 6's software reaches, frozen."""
 MFU_WEIGHT = 2.0
-"""A published MFU counts as much as so many pass times: it is an average over a whole run, a pass time over a pass."""
+"""Weight of a published MFU in pass times: it averages over a whole run, a pass time only over a pass."""
 PEAK_OF_TABLE_5_ON_8 = 320e12
-"""FLOP/s that the published MFU of these rows was divided by; the same runs' published TFLOP/s show it."""
+"""FLOP/s that the published MFU of these rows was divided by, as the same runs' published TFLOP/s show."""
 DENSE_GRADIENT = 8.0
-"""Bytes: the published system adds a dense float32 gradient of the embedding for every microbatch."""
+"""Bytes per element: the published system adds a dense float32 gradient of the embedding for every microbatch."""
 
 
 def frozen(table: int) -> GPU:
@@ -72,8 +73,11 @@ def _schedule(row: Setting, rules: Rules) -> Schedule:
 
 
 def program(row: Setting, rules: Rules = FREE) -> Program:
-    """The row's lowered schedule: by FREE, as the published system has it, for passes of equal length; by other rules,
-    ours, fitted to the smallest vocabulary. Rows that differ in their vocabulary alone share it."""
+    """The row's lowered schedule, shared by rows that differ only in their vocabulary.
+
+    Under FREE, as in the published system, it is that for passes of equal length; under other rules it is ours, fitted
+    to the smallest vocabulary.
+    """
     smallest = dataclasses.replace(row, vocab_size=32_000, mfu=None, memory=None)
     # The layers of redis depend on the vocabulary.
     return _program(_schedule(row if row.method == "redis" else smallest, rules))
@@ -102,9 +106,9 @@ def predict(
     rules: Rules = FREE,
     change: Callable[[Durations], Durations] = lambda durations: durations,
 ) -> Prediction:
-    """Simulates a row: its schedule, its model, the GPU of its table, a process a device as in the published system.
+    """Simulate a row: its schedule, its model, the GPU of its table, one process per device as in the published system.
 
-    ``change`` edits the durations, for ablations. Under other rules than FREE it is this library's own program, whose
+    ``change`` edits the durations, for ablations. Under rules other than FREE, it is this library's own program, whose
     embedding gradient is not dense.
     """
     cost = Cost(
@@ -132,9 +136,9 @@ def _eight(method: str) -> Schedule:
 
 
 def compared_pass_times(gpu: GPU) -> list[tuple[str, float, float]]:
-    """Name, measured and modelled milliseconds: F and B of a stage, and the output layer, whole or sharded.
+    """Name, measured and modeled milliseconds: F and B of a stage, and the output layer, whole or sharded.
 
-    Means over devices; the baseline's over those in the middle, which hold no vocabulary.
+    Means over devices; for the baseline only over those in the middle, which hold no vocabulary.
     """
     found = []
     for run in pass_times():
@@ -152,12 +156,12 @@ def compared_pass_times(gpu: GPU) -> list[tuple[str, float, float]]:
 
 
 def baselines(table: int) -> list[Setting]:
-    """The rows of a table that may be fitted to."""
+    """The rows of a table that may be used for fitting."""
     return [row for row in published(table) if row.method == "baseline" and row.mfu is not None]
 
 
 def residuals(table: int, constants: Constants) -> np.ndarray:
-    """Logarithms of modelled over published, of everything that a table's constants are fitted to."""
+    """Logarithms of modeled over published values, for everything that a table's constants are fitted to."""
     gpu = dataclasses.replace(frozen(table), **constants)
     times = compared_pass_times(gpu) if table == 5 else []
     mfu = [MFU_WEIGHT * np.log(predict(row, gpu).mfu / row.mfu) for row in baselines(table)]
@@ -165,7 +169,7 @@ def residuals(table: int, constants: Constants) -> np.ndarray:
 
 
 def fit(table: int, progress: Callable[[str], None] = lambda line: None) -> tuple[dict[str, float], np.ndarray]:
-    """Fits a table's constants, from the frozen ones on."""
+    """Fit a table's constants, starting from the frozen ones."""
     names = FITTED if table == 5 else tuple(V_HALF)
     start = {name: getattr(frozen(table), name) for name in names}
     return gauss_newton(functools.partial(residuals, table), start, progress=progress)
@@ -184,7 +188,7 @@ MEANINGS = {
 
 
 def section(files: Files, say: Say) -> str:
-    """The part of the page for the calibration: the constants, what they were fitted to, and how well they fit."""
+    """The page's section on the calibration: the constants, what they were fitted to, and how well they fit."""
     rows: list[dict[str, float | str]] = []
     for number in (5, 6):
         say(f"fitting the constants of Table {number} again")

@@ -12,9 +12,9 @@ from reports.markdown import table
 
 
 def gains(found: Sequence[Outcome], over: str, published: bool) -> list[float]:
-    """The throughput of the better vocabulary method over another, less one, in every setting that has both.
+    """The relative throughput gain of the better vocabulary method over another, in every setting that has both.
 
-    MFU is a throughput here, since within a setting the FLOPs are the same.
+    MFU serves as throughput here, since the FLOPs within a setting are the same.
     """
     values = []
     for rows in settings(found).values():
@@ -26,7 +26,7 @@ def gains(found: Sequence[Outcome], over: str, published: bool) -> list[float]:
 
 
 def memory_saved(found: Sequence[Outcome], published: bool) -> list[float]:
-    """GB that the leaner vocabulary method takes less than the baseline, at the largest vocabulary that ran."""
+    """GB by which the leaner vocabulary method undercuts the baseline, at the largest vocabulary that ran."""
     values = []
     for (_, _, V), rows in settings(found).items():
         memory = {o.row.method: o.row.memory if published else o.memory for o in rows}
@@ -55,7 +55,7 @@ def speedups(tables: dict[int, Sequence[Outcome]]) -> list[dict[str, Any]]:
 
 
 def balance(files: Files) -> list[dict[str, Any]]:
-    """How far the devices of V-Half differ in what they use, by the compiler's reports that there are."""
+    """How much V-Half's devices differ in memory use, from the available compiler reports."""
     reports = read_reports(files.cache / "memory.jsonl").values()
     return [
         {"row": r["name"], "GB most": max(r["used_bytes"]) / 2**30, "least": min(r["used_bytes"]) / 2**30}
@@ -66,7 +66,7 @@ def balance(files: Files) -> list[dict[str, Any]]:
 
 
 def section(files: Files, say: Say) -> str:
-    """The part of the page for the claims."""
+    """The page's section on the claims."""
     say("simulating Tables 5 and 6")
     tables = {number: outcomes(number, files.cache / "memory.jsonl") for number in (5, 6)}
     lines = speedups(tables)

@@ -1,4 +1,4 @@
-"""Peak memory of every published row, compiled for A100s, and what it is made of."""
+"""Peak memory of every published row, compiled for A100s, and its parts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GIB = 2**30
 
 
 def line(row: Setting, report: dict[str, Any]) -> dict[str, Any]:
-    """A line of the CSV."""
+    """A row of the CSV."""
     peak = report["peak_bytes"] / GIB
     return {
         "schedule": row.order,
@@ -37,12 +37,12 @@ def line(row: Setting, report: dict[str, Any]) -> dict[str, Any]:
 
 
 def section(files: Files, say: Say) -> str:
-    """The part of the page for memory: compiles what the cache does not have."""
+    """The page's section on memory: compiles what the cache does not have."""
     rows = [row for number in (5, 6) for row in published(number)]
     path = files.cache / "memory.jsonl"
     known = read_reports(path)
     if missing := [row for row in rows if row.name not in known]:
-        compiled.devices(load_gpu("a100-80g"), 1)  # says in one sentence what is missing, before the work
+        compiled.devices(load_gpu("a100-80g"), 1)  # fails early, in one sentence, if something is missing
         say(f"{len(missing)} of {len(rows)} rows are to be compiled, which takes about a minute each")
     else:
         say(f"all {len(rows)} rows are in {path}; without it they are compiled again")
@@ -83,7 +83,7 @@ of it that were published, by the share of that state:"""
 
 
 def of_v_half_baseline(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the peaks of V-Half's published baselines are made of, most state first."""
+    """The parts of the peaks of V-Half's published baselines, most state first."""
     made = [
         {name: x[name] for name in ("GPUs", "s", "V", "published", "compiled", "share")}
         | {"float32 state": x["parameters"] + x["optimizer"] + x["gradients"]}
@@ -96,7 +96,7 @@ def of_v_half_baseline(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def by_family(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line for every schedule and method: how compiled peaks compare with the published."""
+    """A line per schedule and method that compares compiled peaks with the published."""
     families: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for found in lines:
         families.setdefault((found["schedule"], found["method"]), []).append(found)
@@ -116,7 +116,7 @@ def _compared(shares: Sequence[float]) -> dict[str, Any]:
 
 
 def loops(rows: Sequence[Setting], reports: Mapping[str, dict[str, Any]]) -> str:
-    """What the steady-state loops copy, and whether their large collectives have work beside them."""
+    """What the steady-state loops copy, and whether their large collectives overlap with work."""
     copying = {row.name: reports[row.name]["loop_copy_bytes"] for row in rows}
     copied = [f"{name} ({size / 2**20:.0f} MiB an interval)" for name, size in copying.items() if size]
     promising = [row.name for row in rows if row.method in ("vocab-1", "vocab-2")]
@@ -130,7 +130,7 @@ def loops(rows: Sequence[Setting], reports: Mapping[str, dict[str, Any]]) -> str
 
 
 def is_large(collective: Mapping[str, Any]) -> bool:
-    """Whether a collective is of the vocabulary layers and large enough to matter."""
+    """Whether a collective belongs to the vocabulary layers and is large enough to matter."""
     return collective["step"] != "transfer" and collective["bytes"] >= 2**20
 
 

@@ -1,7 +1,7 @@
-"""Table 3: how the sharded vocabulary layers scale, simulated from the GPU model; and one shard at a time on a CPU.
+"""Table 3: how the sharded vocabulary layers scale, simulated with the GPU model; and one shard at a time on a CPU.
 
-Scaling is the time of the whole layer on one device over p times the time of one of p shards, without collectives,
-which the schedules hide.
+Scaling is the time of the whole layer on one device divided by p times the time of one of p shards, without
+collectives, which the schedules hide.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from vocabpp_jax.schedules.simulation.cost import GPU, Cost, Sizes
 from vocabpp_jax.vocab import Shard, Target
 
 V = 256_000
-"""The vocabulary of Table 3: its text names none, and this is the largest of the tables."""
+"""The vocabulary of Table 3: its text names none; this is the largest in the tables."""
 
 
 PARTS = ("products", "softmax", "edges", "table", "launches")
-"""What a shard's time is made of; a layer has some of them."""
+"""The components of a shard's time; each layer has some of them."""
 
 
 def published_rows() -> list[dict[str, str]]:
@@ -62,7 +62,7 @@ def input_parts(z: Sizes, gpu: GPU, shards: int) -> dict[str, float]:
 
 
 def simulated() -> list[dict[str, Any]]:
-    """A line for every row of Table 3."""
+    """One line per row of Table 3."""
     gpu, lines = frozen(5), []
     for row in published_rows():
         p, seq = int(row["gpus"]), int(row["seq_length"])
@@ -95,7 +95,7 @@ def simulated() -> list[dict[str, Any]]:
 
 
 def output_step(method: str, shard: Shard) -> Callable[..., Any]:
-    """S and T of one shard, with the statistics that only it knows standing for the global ones."""
+    """S and T of one shard, with its local statistics in place of the global ones."""
 
     def step(w, x, labels, grad):
         kept, stats = vocab.exponentials(vocab.logits(w, x, shard), labels, shard, jnp.float32)
@@ -116,7 +116,7 @@ def input_step(rows: int) -> Callable[..., Any]:
 
 
 def seconds(method: str, rows: int, tokens: int, hidden: int, vocabulary: int, repeats: int = 7) -> float:
-    """The least time of several of one shard's passes on the first device, alone on it."""
+    """The minimum time, over several repeats, of one shard's passes running alone on the first device."""
     rng = np.random.default_rng(0)
     w, x = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((rows, hidden), (tokens, hidden)))
     labels = jnp.asarray(rng.integers(0, vocabulary, tokens), jnp.int32)
@@ -130,7 +130,7 @@ def seconds(method: str, rows: int, tokens: int, hidden: int, vocabulary: int, r
 
 
 def measured(tokens: int = 256, hidden: int = 512, vocabulary: int = 32_000) -> list[dict[str, Any]]:
-    """Scaling of our own layers on this machine's CPU, a line a layer and number of shards."""
+    """Scaling of our own layers on this machine's CPU, one line per layer and number of shards."""
     lines = []
     for method in ("vocab-1", "vocab-2", "input"):
         whole = seconds(method, vocabulary, tokens, hidden, vocabulary)
@@ -145,7 +145,7 @@ def measured(tokens: int = 256, hidden: int = 512, vocabulary: int = 32_000) -> 
 
 
 def section(files: Files, say: Say) -> str:
-    """The part of the page for Table 3."""
+    """The page's section on Table 3."""
     lines = simulated()
     say("timing one shard at a time on the CPU")
     own = measured()

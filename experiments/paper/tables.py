@@ -1,4 +1,4 @@
-"""Tables 5 and 6: MFU simulated by the frozen calibration, peak memory compiled for A100s, beside the published."""
+"""Tables 5 and 6: MFU simulated with the frozen calibration, peak memory compiled for A100s, next to the published."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from vocabpp_jax.schedules.simulation.simulator import COMPILED
 from vocabpp_jax.schedules.simulation.simulator import GPU as GPU_RULES
 
 BARS = {5: (2.5, 6.0), 6: (3.0, 6.0)}
-"""The mean and the largest absolute MFU error, in points, that the calibration must keep."""
+"""Limits on the mean and the largest absolute MFU error, in points, for the calibration."""
 OWN = (COMPILED, GPU_RULES)
-"""What waits for what in our program: at worst, and on GPUs."""
+"""Rules for our program: the worst case, and GPUs."""
 CLEAR = 1.0
-"""Points of published MFU from which the order of two methods counts."""
+"""Two methods count as ordered if their published MFU differs by at least this many points."""
 WHAT_IF = {
     "twice the network between nodes": lambda gpu: dataclasses.replace(gpu, inter_bandwidth=2 * gpu.inter_bandwidth),
     "twice the contention": lambda gpu: dataclasses.replace(gpu, contention=2 * gpu.contention),
     "no contention": lambda gpu: dataclasses.replace(gpu, contention=0.0),
     "twice the launch": lambda gpu: dataclasses.replace(gpu, launch=2 * gpu.launch),
 }
-"""One constant changed at a time, to see what a difference comes from; no number elsewhere uses them."""
+"""One constant changed at a time, to find the cause of a difference; used for nothing else."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A published row and ours: MFU in percent, under the rules of the published system and those of our program, its
+    """A published row and ours: MFU in percent, under the rules of the published system and those of our program, with
     transfers blocking or as on GPUs; GiB."""
 
     row: Setting
@@ -48,11 +48,11 @@ class Outcome:
 
     @property
     def error(self) -> float | None:
-        """Points of MFU too much."""
+        """Points by which our MFU is too high."""
         return None if self.row.mfu is None else self.mfu - self.row.mfu
 
     def line(self) -> dict[str, Any]:
-        """A line of the CSV."""
+        """A row of the CSV."""
         r = self.row
         return {
             "gpus": r.gpus,
@@ -72,7 +72,7 @@ class Outcome:
 
 
 def outcomes(number: int, compiled: Path | None = None, own: bool = False, say: Say = lambda _: None) -> list[Outcome]:
-    """Every row of a table; ``own`` also simulates our program, ``compiled`` holds the reports of the compiler."""
+    """Every row of a table; with ``own``, also simulate our program; ``compiled`` holds the compiler's reports."""
     reports = read_reports(compiled) if compiled else {}
     peaks = {name: report["peak_bytes"] / 2**30 for name, report in reports.items()}
     found = []
@@ -100,7 +100,7 @@ def settings(found: Sequence[Outcome]) -> dict[tuple[int, int, int], list[Outcom
 
 
 def order(found: Sequence[Outcome]) -> tuple[int, list[tuple[Outcome, Outcome]]]:
-    """How many pairs of methods in one setting differ clearly as published, and those that ours turns round."""
+    """How many pairs of methods in one setting clearly differ as published, and the pairs whose order ours reverses."""
     clear, wrong = 0, []
     for rows in settings([o for o in found if o.row.mfu is not None]).values():
         for a, b in itertools.combinations(rows, 2):
@@ -112,7 +112,7 @@ def order(found: Sequence[Outcome]) -> tuple[int, list[tuple[Outcome, Outcome]]]
 
 
 def groups(found: Sequence[Outcome]) -> dict[tuple[int, int, str], list[Outcome]]:
-    """The rows that differ in their vocabulary alone: GPUs, sequence length, method."""
+    """Rows that differ only in their vocabulary, grouped by GPUs, sequence length, method."""
     by: dict[tuple[int, int, str], list[Outcome]] = {}
     for o in found:
         if o.error is not None:
@@ -121,7 +121,7 @@ def groups(found: Sequence[Outcome]) -> dict[tuple[int, int, str], list[Outcome]
 
 
 def furthest(found: Sequence[Outcome], number: int, count: int = 4) -> list[dict[str, Any]]:
-    """The groups of rows that are furthest off, and how far with one constant changed."""
+    """The groups of rows with the largest errors, and their errors with one constant changed."""
 
     def off(rows: Sequence[Outcome], gpu: GPU) -> float:
         return float(np.mean([predict(o.row, gpu).mfu - o.row.mfu for o in rows]))
@@ -152,7 +152,7 @@ and without it those rows agree. Both belong to a software stack of which only w
 
 
 def _interlaced(found: Sequence[Outcome]) -> str:
-    """What interlaced loses when its transfers are asynchronous, by the number of GPUs."""
+    """What interlaced loses when its transfers are asynchronous, by number of GPUs."""
     lost: dict[int, list[float]] = {}
     for o in found:
         if o.row.method == "interlaced" and o.own_gpu is not None:
@@ -164,7 +164,7 @@ def _interlaced(found: Sequence[Outcome]) -> str:
 
 
 def section(number: int, files: Files, say: Say) -> str:
-    """The part of the page for Table 5 or 6."""
+    """The page's section on Table 5 or 6."""
     found = outcomes(number, files.cache / "memory.jsonl", own=True, say=say)
     link = files.csv(f"table{number}", [o.line() for o in found])
     mean, largest = errors(found)
@@ -216,7 +216,7 @@ def _overview(found: Sequence[Outcome]) -> str:
 
 
 def _draw(found: Sequence[Outcome], number: int):
-    """Published over vocabulary as marks, ours as lines: MFU above, memory below."""
+    """Plot over vocabulary size, published as marks, ours as lines: MFU above, memory below."""
     columns = sorted({(o.row.gpus, o.row.seq) for o in found})
     figure, axes = canvas(3.1 * len(columns), 6, len(columns), 2)
     for n, (gpus, seq) in enumerate(columns):
