@@ -29,7 +29,7 @@ BEAT, PATIENCE, SETTLE = 10.0, 35.0, 2.0
 """Timings of a :class:`Lease`, in seconds: between heartbeats, until a silent holder counts as dead, and for two
 processes that take it at once to notice each other."""
 _REFUSAL = re.compile("(PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED): ")
-"""Prefixes of the messages of such errors; tensorstore has a single exception type for everything."""
+"""Prefixes of tensorstore's messages for refused access; it has a single exception type for everything."""
 _CLIENTS = ("aiohttp", "gcsfs", "google", "requests", "tensorflow")
 """Packages whose exceptions mean that a bucket cannot be reached."""
 

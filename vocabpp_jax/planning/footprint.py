@@ -20,7 +20,8 @@ from .request import Choice, Request
 MARGIN = 0.02
 """Fraction of memory left free in case an estimate is too low."""
 SCRATCH, SCRATCH_OF_A_LAYER = 20.0, 30.0
-"""Scratch bytes per element of a microbatch's stream: in total, and per layer of a stage over the tensor axis."""
+"""Scratch bytes per element of a microbatch's stream: in total, and per layer of a stage, divided by the
+tensor axis."""
 SCRATCH_OF_WHAT_IS_STORED = 0.75
 """Scratch bytes of a layer per byte of its residuals, used where that is more."""
 
