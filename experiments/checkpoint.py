@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a look into a file needs no GPU
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # inspecting files needs no GPU
 
 from command_line.parsing import BucketPath, OptionalInt, OptionalStr, fail, or_fail, parse, write_json
 from vocabpp_jax.checkpoints import inspection
@@ -18,25 +18,25 @@ from vocabpp_jax.runtime.hosts import quiet_libraries
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """What to do, with which folder."""
+    """What to do with which folder."""
 
     action: Annotated[Literal["list", "verify", "export"], tyro.conf.Positional]
-    """list: what is there. verify: read all of it and hold every array against its fingerprint. export: write the
-    parameters as safetensors, by canonical names."""
+    """list: show the checkpoints. verify: read everything and check every array against its fingerprint. export: write
+    the parameters as safetensors, under their canonical names."""
     folder: Annotated[BucketPath, tyro.conf.Positional]
-    """The folder that --checkpoint-dir named."""
+    """The folder given as --checkpoint-dir."""
     step: OptionalInt = None
-    """Which checkpoint. Without it: all for list and verify, the newest for export."""
+    """Which checkpoint. Default: all for list and verify, the newest for export."""
     output: OptionalStr = None
     """With export: the .safetensors file, or a folder for several."""
     shard_gb: float = 4.0
-    """With export: the most GiB in a file."""
+    """With export: maximum size of a file in GiB."""
     json: OptionalStr = None
     """Write the result as JSON to this file, or to standard output if it is -."""
 
 
 def chosen(options: CheckpointOptions) -> list[inspection.Entry]:
-    """The checkpoints that the options name."""
+    """The checkpoints that the options select."""
     found = inspection.entries(options.folder)
     if options.step is None:
         return found
@@ -48,7 +48,7 @@ def chosen(options: CheckpointOptions) -> list[inspection.Entry]:
 
 
 def run(options: CheckpointOptions) -> dict:
-    """Do it; the result as JSON has it."""
+    """Run the command and return the result as JSON values."""
     found = chosen(options)
     if options.action == "list":
         return {"checkpoints": [row(entry) for entry in found]}
@@ -63,7 +63,7 @@ def run(options: CheckpointOptions) -> dict:
 
 
 def row(entry: inspection.Entry) -> dict:
-    """A checkpoint in numbers."""
+    """A checkpoint's numbers, for JSON and the table."""
     if entry.record is None:
         return {"step": entry.step, "problem": entry.problem}
     numbers = {"rows": entry.record["rows"], "parameters": entry.parameters, "bytes": entry.bytes}
@@ -71,7 +71,7 @@ def row(entry: inspection.Entry) -> dict:
 
 
 def verified(folder: str, step: int) -> list[str]:
-    """The problems of a checkpoint, with progress on a terminal."""
+    """The problems of a checkpoint, showing progress on a terminal."""
 
     def progress(done: int, of: int) -> None:
         if sys.stderr.isatty():
@@ -81,7 +81,7 @@ def verified(folder: str, step: int) -> list[str]:
 
 
 def show(options: CheckpointOptions, result: dict) -> None:
-    """The result for a person."""
+    """Print the result for people."""
     for entry in result.get("checkpoints", []):
         if "problem" in entry:
             print(f"step {entry['step']:>8}  {entry['problem']}")
@@ -98,7 +98,7 @@ def show(options: CheckpointOptions, result: dict) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command. Status 1 where verify finds something damaged."""
+    """Entry point. Exits with status 1 if verify finds damage."""
     options = parse(CheckpointOptions, __doc__, arguments)
     quiet_libraries()
     result = or_fail(lambda: run(options))

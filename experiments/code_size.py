@@ -1,7 +1,7 @@
-"""Compile every schedule for simulated devices and tabulate what it costs: compile time, instructions, scans.
+"""Compile every schedule for simulated devices and tabulate compile time, instructions and scans.
 
-The model is as small as can be, one layer a stage, so what is counted is the schedule's own code. Instructions are
-counted for two numbers of microbatches, both enough for a steady state.
+The model is minimal, one layer per stage, so the numbers are the schedule's own code. Instructions are counted for two
+numbers of microbatches, both large enough for a steady state.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from vocabpp_jax.pipeline.mesh import all_devices
 
 @dataclass(frozen=True)
 class CodeSizeOptions:
-    """What is compiled, and where the table goes."""
+    """What to compile, and where the table goes."""
 
     stages: tuple[int, ...] = (2, 4, 8)
     """Numbers of devices."""
     methods: tuple[str, ...] = ("baseline", "vocab-2")
     """Vocabulary methods."""
     output: OptionalStr = None
-    """Markdown file for the table; printed otherwise."""
+    """Markdown file for the table; printed by default."""
 
 
 def measure(schedule: str, method: str, p: int, m: int) -> tuple[int, int, float]:
-    """Scans, compiled instructions, and the seconds that tracing, lowering and compiling took."""
+    """Number of scans, number of compiled instructions, and seconds spent tracing, lowering and compiling."""
     built = schedules.build(schedule, method, p=p, m=m)
     config = models.named("gpt-tiny", layers=built.stages, hidden=16, heads=2, seq=8, vocab_size=64)
     pipe = Pipeline(models.build(config), built, make_mesh(p, devices=all_devices()[:p]))
@@ -66,9 +66,9 @@ def main() -> None:
     else:
         Path(options.output).write_text(
             "# Compile time and code size\n\n"
-            "Compiled for simulated CPU devices, one layer a stage, by `python experiments/code_size.py "
-            "--output docs/code-size.md`.\nSeconds are tracing, lowering and compiling together, on a shared machine: "
-            f"compare them with each other.\n\n{table}\n"
+            "Compiled for simulated CPU devices, one layer per stage, by `python experiments/code_size.py "
+            "--output docs/code-size.md`.\nSeconds cover tracing, lowering and compiling, on a shared machine: "
+            f"compare them only with each other.\n\n{table}\n"
         )
 
 

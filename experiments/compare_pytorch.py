@@ -4,11 +4,11 @@
     python experiments/compare_pytorch.py --what speed --docs docs/speed.md
     python experiments/compare_pytorch.py --what logs --logs megatron.log
 
-Both sides begin with the same weights and train on the same batches, a process a stage, each with its own core or GPU.
-``losses`` trains with Adam on both sides and holds every step's losses against each other; it exits with status 1 where
-they differ by more than the tolerance. ``speed`` times them in turns, and the last stage alone in a plain accumulation
-step of each framework on one device: the kernel ratio. The schedule ratio is that of our own pipelines. ``logs`` puts
-runs of Megatron-LM or VocabularyParallelism into the same table; --logs works with the others too.
+Both sides start from the same weights and train on the same batches, one process per stage, each with its own core or
+GPU. ``losses`` trains with Adam on both sides and compares the losses of every step; it exits with status 1 if they
+differ by more than the tolerance. ``speed`` times them in turns, and also the last stage alone in a plain accumulation
+step of each framework on one device, which gives the kernel ratio. The schedule ratio is that of our own pipelines.
+``logs`` puts runs of Megatron-LM or VocabularyParallelism into the same table; --logs also works with the other modes.
 """
 
 from __future__ import annotations
@@ -44,38 +44,38 @@ from vocabpp_jax.schedules.layers import even_split
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """What is compared, for how long, and where it goes."""
+    """What to compare, for how long, and where the result goes."""
 
     what: Literal["losses", "speed", "logs"] = "losses"
     """Losses step by step, throughput, or only the logs of other runs."""
     schedules: tuple[str, ...] = ("1f1b",)
     """PyTorch's schedules: 1f1b, gpipe, interleaved-1f1b, v-zb."""
     ours: tuple[str, ...] = ("1f1b vocab-2", "1f1b baseline")
-    """Ours, as schedule and method in one word each."""
+    """Our pipelines, schedule and method in one string each."""
     vocab_sizes: tuple[int, ...] = (8192, 32768)
-    """With speed: sizes of the vocabulary. The losses are those of the model's own."""
+    """With speed: vocabulary sizes. Losses use the model's own."""
     steps: int = 50
     """With losses: optimizer steps."""
     lr: float = 1e-3
     """With losses: the learning rate."""
     tolerance: float = 1e-4
-    """With losses: the largest difference in nats a token."""
+    """With losses: the largest allowed difference, in nats per token."""
     repeats: int = 4
-    """With speed: rounds in which each is timed once."""
+    """With speed: rounds, each timing everything once."""
     minutes: float = 20.0
-    """The most time that the whole run takes."""
+    """Time limit for the whole run, in minutes."""
     logs: tuple[str, ...] = ()
     """Logs of Megatron-LM or VocabularyParallelism."""
     json: OptionalStr = None
     """File for the result as JSON, - for standard output."""
     docs: OptionalStr = None
-    """Markdown page whose table of this comparison is to be replaced."""
+    """Markdown page whose table of this comparison is replaced."""
     folder: OptionalStr = None
-    """Keep the weights and batches here, for pytorch_baseline.py; otherwise they go when the run is over."""
+    """Keep the weights and batches here, for pytorch_baseline.py; by default they are deleted at the end."""
     gpus: bool = False
     """Give each stage a GPU of this machine instead of a core."""
     share_cores: bool = False
-    """Go on where there are fewer cores than stages. Such times say nothing."""
+    """Continue even if there are fewer cores than stages. Such times are meaningless."""
     model: ModelOptions = field(
         default_factory=lambda: ModelOptions(model="gpt-mini", layers=4, hidden=768, heads=12, seq=512)
     )
@@ -94,14 +94,14 @@ class CompareOptions:
         if self.model.config().tie_embeddings:
             raise ValueError("tie_embeddings is set; torch.distributed.pipelining cannot tie two stages' weights")
         if not isinstance(self.model.config(), GPTConfig):
-            raise ValueError(f"model is {self.model.model!r}; what PyTorch has beside it is a GPT, so take one")
+            raise ValueError(f"model is {self.model.model!r}; the PyTorch side only has a GPT, so choose one")
         if self.model.config().dtype != "float32":
             raise ValueError(f"dtype is {self.model.dtype!r}; the two are compared in float32")
 
 
 @dataclass(frozen=True)
 class Both:
-    """The two groups and what they run; everything ends when the time does."""
+    """The two groups and what they run; both end when the time is up."""
 
     options: CompareOptions
     ours: Group
@@ -111,23 +111,23 @@ class Both:
 
     @property
     def platform(self) -> str:
-        """What it runs on."""
+        """The platform it runs on."""
         return "gpu" if self.options.gpus else "cpu"
 
     def arguments(self, vocab_size: int, schedule: str, method: str) -> dict[str, Any]:
-        """What our ranks need to know."""
+        """Arguments for our ranks."""
         model = dataclasses.replace(self.options.model, vocab_size=vocab_size)
         return request(model, self.options.pipeline, self.platform, schedule=schedule, method=method)
 
     def last_stage(self, vocab_size: int, p: int) -> dict[str, Any]:
-        """What one rank of ours needs to know of the last of p stages: a model of its layers alone. Its embedding takes
-        next to nothing, since only rows that are looked up get a gradient."""
+        """Arguments for one of our ranks to build the last of p stages: a model of its layers alone. The embedding
+        costs next to nothing, since only rows that are looked up get a gradient."""
         layers = even_split(self.options.model.config().layers, p)[-1]
         model = dataclasses.replace(self.options.model, vocab_size=vocab_size, layers=layers)
         return request(model, self.options.pipeline, self.platform, stages=1)
 
     def torch_arguments(self, vocab_size: int, schedule: str, folder: str) -> dict[str, Any]:
-        """What PyTorch's ranks need to know."""
+        """Arguments for PyTorch's ranks."""
         config = self.options.model.config()
         shape = {"layers": config.layers, "hidden": config.hidden, "heads": config.heads, "vocab_size": vocab_size}
         return {
@@ -140,7 +140,7 @@ class Both:
 
 @contextlib.contextmanager
 def both(options: CompareOptions, left: Left, p: int) -> Iterator[Both]:
-    """A group of each framework, of p devices. One waits while the other computes."""
+    """A group of p devices for each framework. One waits while the other computes."""
     with contextlib.ExitStack() as stack:
         groups, devices = [], {}
         for script in (Path(__file__).with_name("pytorch_baseline.py"), STAGE_SCRIPT):
@@ -151,7 +151,7 @@ def both(options: CompareOptions, left: Left, p: int) -> Iterator[Both]:
 
 
 def folder_of(options: CompareOptions) -> contextlib.AbstractContextManager[str]:
-    """Where weights and batches go."""
+    """The folder for weights and batches."""
     return contextlib.nullcontext(options.folder) if options.folder else tempfile.TemporaryDirectory()
 
 
@@ -168,7 +168,7 @@ def export(options: CompareOptions, vocab_size: int, steps: int, folder: Path) -
 
 
 def compare_losses(options: CompareOptions, left: Left) -> dict[str, Any]:
-    """Every run's losses, and the largest difference from our first one's."""
+    """Every run's losses, and the largest difference from the first of ours."""
     vocab_size = options.model.config().vocab_size
     with folder_of(options) as folder, both(options, left, options.pipeline.stages) as groups:
         export(options, vocab_size, options.steps, Path(folder))
@@ -187,7 +187,7 @@ def compare_losses(options: CompareOptions, left: Left) -> dict[str, Any]:
 
 
 def compare_speed(options: CompareOptions, left: Left) -> dict[str, Any]:
-    """Rows of every contender at every vocabulary, the ratios, and what it was measured on."""
+    """Rows of every contender at every vocabulary size, the ratios, and the hardware."""
     result: dict[str, Any] = {"rows": [], "ratios": [], "devices": {}}
     tokens = options.pipeline.microbatches * options.pipeline.microbatch_size * options.model.config().seq
     for number, vocab_size in enumerate(options.vocab_sizes):
@@ -212,7 +212,7 @@ def compare_speed(options: CompareOptions, left: Left) -> dict[str, Any]:
 
 
 def time_all(options: CompareOptions, vocab_size: int, left: Left) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """What it runs on, and seconds of every step of both frameworks, in turns, for one vocabulary."""
+    """The hardware, and seconds of every step of both frameworks, in turns, for one vocabulary size."""
     with contextlib.ExitStack() as stack:
         folder, p = stack.enter_context(folder_of(options)), options.pipeline.stages
         alone, groups = stack.enter_context(both(options, left, 1)), stack.enter_context(both(options, left, p))
@@ -249,8 +249,8 @@ def measured_on(options: CompareOptions, result: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     options = or_fail(lambda: parse(CompareOptions, __doc__, arguments))
     runs = or_fail(lambda: [read_log(path) for path in options.logs])
-    jax.config.update("jax_platforms", "cpu")  # this process only exports; the devices are the ranks'
-    say(f"{options.what}: {options.minutes:g} minutes at the most")
+    jax.config.update("jax_platforms", "cpu")  # this process only exports; the devices belong to the ranks
+    say(f"{options.what}: at most {options.minutes:g} minutes")
     if options.gpus:  # where PyTorch multiplies in float32 unless told otherwise
         os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
     left = countdown(60 * options.minutes)

@@ -1,10 +1,10 @@
-"""Give every command input that is random, or nearly right, and hold what it answers against what is promised: it
-accepts the input, or says in one sentence what is wrong and ends with status 2; no traceback, no crash, no hang.
+"""Give every command random or almost valid input and check the promise: it accepts the input, or says in one sentence
+what is wrong and exits with status 2; no traceback, no crash, no hang.
 
     python experiments/fuzz.py --cases 2000
 
-Nothing is trained or simulated beyond what checks the input. A case that goes wrong keeps its folder, and is run again
-by its number: --only tokenizers --first 17 --cases 1.
+Nothing is trained or simulated beyond what checks the input. A failing case keeps its folder and can be rerun by its
+number: --only tokenizers --first 17 --cases 1.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from random import Random
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of the library do not survive the fork of a case
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's threads do not survive the fork of a case
 
 from fuzzing.cases import Case, run_all
 from fuzzing.families import FAMILIES, REPORTS, warm
@@ -32,28 +32,28 @@ from command_line.parsing import OptionalStr, fail, parse
 
 @dataclass(frozen=True)
 class FuzzOptions:
-    """How many cases, of which kinds."""
+    """How many cases, and of which kinds."""
 
     cases: int = 2000
-    """Cases in all, spread evenly over the kinds."""
+    """Total number of cases, spread evenly over the kinds."""
     first: int = 0
     """The number of the first case."""
     only: tuple[str, ...] = ()
-    """Kinds of input; all without it."""
+    """Kinds of input; default all."""
     seed: int = 0
-    """Decides every case."""
+    """Random seed; determines every case."""
     jobs: int = 2
-    """Cases that run at once."""
+    """Cases to run at once."""
     limit_s: float = 120.0
     """Seconds after which a case counts as hanging."""
     show: bool = False
-    """Print what each case was answered."""
+    """Print the answer to each case."""
     folder: OptionalStr = None
-    """Where the cases are put; a new folder for temporary files without it."""
+    """Folder for the cases; default: a new temporary folder."""
 
 
 def cases(options: FuzzOptions, inputs: Inputs, folder: Path) -> Iterator[Case]:
-    """The cases, in turn of each kind."""
+    """The cases, cycling through the kinds."""
     kinds = options.only or tuple(FAMILIES)
     for number in range(options.first, options.first + -(-options.cases // len(kinds))):
         for kind in kinds[: options.cases - (number - options.first) * len(kinds)]:
@@ -64,7 +64,7 @@ def cases(options: FuzzOptions, inputs: Inputs, folder: Path) -> Iterator[Case]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command. Status 1 where something went wrong."""
+    """Entry point. Exits with status 1 if a case failed."""
     options = parse(FuzzOptions, __doc__, arguments)
     for kind in options.only:
         if kind not in FAMILIES:
@@ -76,13 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     inputs.folder.mkdir(parents=True)
     os.environ["VOCABPP_CACHE"] = str(folder / "cache")
     warnings.filterwarnings("ignore", message=".*fork.*")
-    made = Case("inputs", inputs.folder, lambda: make_inputs(inputs.folder))  # apart: jax does not survive a fork
+    # in its own process: jax does not survive a fork
+    made = Case("inputs", inputs.folder, lambda: make_inputs(inputs.folder))
     made.start()
     while not made.ended(600):
         time.sleep(0.01)
     if made.wrong:
         print(made.wrong, file=sys.stderr)
-        fail("the inputs that are to be changed cannot be made", status=1)
+        fail("the inputs to mutate cannot be created", status=1)
     warm()
     counts, wrong, slowest = Counter(), [], Case("", folder, lambda: None)
     for case in run_all(cases(options, inputs, folder), options.jobs, options.limit_s):

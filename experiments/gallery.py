@@ -2,7 +2,7 @@
 
     python experiments/gallery.py
 
-Everything is in units of F, a device's forward of one microbatch; the head costs as much as a device's layers.
+The time unit is F, a device's forward of one microbatch; the head costs as much as a device's layers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class GalleryOptions:
-    """Where, and of what size."""
+    """Output folder and problem size."""
 
     docs: str = "docs"
     """Folder to write gallery.md and images/ into."""
@@ -53,7 +53,7 @@ class GalleryOptions:
 
 
 def timeline(schedule: str, method: str, p: int, m: int) -> Timeline:
-    """One iteration of a model that is the same for all of them."""
+    """One iteration of the same model under each schedule and method."""
     counts = REDIS if method == "redis" and p == 4 else None
     built = build(schedule, method, p=p, m=m, layer_counts=counts)
     share = [n / 4 for n in counts] if counts else [1 / built.chunks] * built.stages
@@ -66,7 +66,7 @@ def timeline(schedule: str, method: str, p: int, m: int) -> Timeline:
 
 
 def fitted(p: int, m: int) -> dict[str, Timeline]:
-    """V-Half with passes as long as those of the 7B model on A100s: the block as it is, and fitted."""
+    """V-Half with pass times of the 7B model on A100s: the block unchanged, and fitted."""
     given = Durations(F=0.466, B=0.549, W=0.405, transfer=0.004)
     both = {
         "V-Half, its building block repeated": build("v-half", "baseline", p=p, m=m),
@@ -76,7 +76,7 @@ def fitted(p: int, m: int) -> dict[str, Timeline]:
 
 
 def titled(schedule: str, methods: list[str], p: int, m: int) -> dict[str, Timeline]:
-    """Timelines by their titles."""
+    """Timelines by title."""
     return {f"{NAMES[schedule]}, {NAMES[method]}": timeline(schedule, method, p, m) for method in methods}
 
 
@@ -106,20 +106,21 @@ def main(arguments: list[str] | None = None) -> None:
 
 TEXT = """# Gallery of schedules
 
-Every schedule with the vocabulary layers at its ends and with them sharded over the pipeline, for {p} devices and {m}
-microbatches, simulated by the rules of the compiled program. One forward of a device's layers takes 1, their backward
-2, the whole output layer 3: with the head on one device, that device has twice the work of the others. Numbers are
-microbatches; the lighter colour is a device's second piece of the model. The lane under the devices shows collectives,
-the curve under it how many activations of a piece the devices hold: the first in blue, the last in red, the others in
-the shaded range.
+Every schedule, with the vocabulary layers on the end stages and with them sharded over the pipeline, for {p} devices
+and {m} microbatches, simulated by the rules of the compiled program. One forward of a device's layers takes 1, their
+backward 2, and the whole output layer 3, so a device that holds the head has twice the work of the others. Numbers are
+microbatches; the lighter colour is a device's second chunk of the model. The lane below the devices shows collectives.
+The curve below it shows how many chunk activations the devices hold: the first device in blue, the last in red, the
+others in the shaded range.
 
 Made by `python experiments/gallery.py`."""
 
 
-FITTED = """Passes are not equally long: a flash attention's backward makes B longer than F, and W is shorter than
-both. In one program for all devices, neighbours then wait for each other in every slot. `build(..., durations=...)`
-puts passes on a grid that follows their durations and chooses where every transfer leaves, by simulating the program
-with the rules of GPUs. Here F, B, W of half a device's layers take 0.47, 0.55, 0.41; {m} microbatches, no head."""
+FITTED = """Passes are not equally long: the backward of flash attention makes B longer than F, and W is shorter than
+both. With one program for all devices, neighbours then wait for each other in every slot. `build(..., durations=...)`
+puts passes on a grid that follows their durations and chooses where every transfer is issued, by simulating the program
+with the rules of GPUs. Here F, B and W of half a device's layers take 0.47, 0.55 and 0.41, with {m} microbatches and no
+head."""
 
 
 if __name__ == "__main__":

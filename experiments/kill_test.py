@@ -1,10 +1,10 @@
-"""Kill a small training run at random moments, start it again each time, and check that nothing was lost.
+"""Kill a small training run at random moments, restart it each time, and check that nothing was lost.
 
-Trains once without interruption, then again with kills. Every restart must go on from the last checkpoint that was
-complete when the run died; in the end the losses of all steps and the fingerprints of all arrays must be those of the
-run that was never killed. With ``--processes 2``, one of two processes is also killed, stopped or made to fail at a
-random phase of each restart: the others must end in time, with a sentence, and the next start must go on. Exits with
-status 1 if not.
+Trains once without interruption, then again with kills. Every restart must resume from the last checkpoint that was
+complete when the run died; in the end, the losses of all steps and the fingerprints of all arrays must equal those of
+the uninterrupted run. With ``--processes 2``, one of two processes is also killed, stopped or made to fail at a random
+phase of each restart: the others must end in time, with a sentence, and the next start must resume. Exits with status 1
+otherwise.
 """
 
 from __future__ import annotations
@@ -32,35 +32,36 @@ SMALL = (
 )
 HERE = Path(__file__).parent
 HEARTBEAT, JOIN = 10, 60
-"""Seconds after which a process counts as gone, and in which all must have started."""
+"""Seconds after which a silent process counts as lost, and within which all must have started."""
 
 
 @dataclass(frozen=True)
 class KillOptions:
-    """How often, and how hard."""
+    """How many kills, and how harsh."""
 
     kills: int = 20
-    """SIGKILLs, each at a random moment of a life of the run."""
+    """SIGKILLs, each at a random moment of the run."""
     processes: int = 1
     """Processes of the run. With several, each kill is followed by a start in which one of them fails to restore."""
     steps: int = 300
     """Steps of the whole run."""
     checkpoint_every: int = 4
-    """Steps between checkpoints; few, so that many kills come amid a save."""
+    """Steps between checkpoints; few, so that many kills hit a save in progress."""
     longest: float = 2.0
-    """Seconds that a life lasts at most after its first step. One in four, once there is a checkpoint, ends before."""
+    """Maximum seconds from the first step to a kill. Once there is a checkpoint, one kill in four comes before the
+    first step."""
     timeout: float = 60.0
-    """Seconds in which the other processes must have ended after one has failed."""
+    """Seconds within which the other processes must have ended after one has failed."""
     data: OptionalStr = None
-    """Data to train on; a generated text if not given."""
+    """Data to train on; default: a generated text."""
     seed: int = 0
-    """Decides the moments."""
+    """Random seed; determines the moments."""
     json: OptionalStr = None
     """Write the result as JSON to this file, or to standard output if it is -."""
 
 
 class Lives:
-    """One run, lived in pieces, in a folder."""
+    """One run in a folder, started and killed repeatedly."""
 
     def __init__(self, options: KillOptions, folder: Path, data: str, name: str):
         self.output, self.checkpoints = folder / name, folder / f"{name}-checkpoints"
@@ -71,12 +72,12 @@ class Lives:
         self.mark = folder / f"{name}-fault"
         self._environment = os.environ | {
             "VOCABPP_CACHE": str(folder / "cache"),
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),  # a life is for training, not for compiling
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),  # the test is about training, not compiling
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
 
     def start(self, fault: dict | None = None) -> list[subprocess.Popen]:
-        """A new life, in which a process fails as KILL_FAULT of kill_faults.py says."""
+        """Start the run again, optionally with a process that fails as kill_faults.py's KILL_FAULT says."""
         script, environment = [str(HERE / "train.py")], dict(self._environment)
         if fault is not None:
             self.mark.unlink(missing_ok=True)
@@ -96,15 +97,15 @@ class Lives:
         return started
 
     def said(self, rank: int) -> str:
-        """What a process of this life has written."""
+        """The output of a process of this start."""
         return self._logs[rank].read_text(errors="replace")
 
     def stepped(self) -> bool:
-        """Whether this life has done a step."""
+        """Whether this start has completed a step."""
         return "  loss " in self.said(0)
 
     def finish(self) -> float:
-        """Live to the end; seconds to the first step."""
+        """Run to the end; returns the seconds to the first step."""
         processes, start, stepped_at = self.start(), time.monotonic(), 0.0
         while any(process.poll() is None for process in processes):
             time.sleep(0.01)
@@ -123,14 +124,14 @@ class Lives:
         return max(steps_in(self.checkpoints), default=0)
 
     def fingerprints(self) -> dict[str, int]:
-        """Of every array in the last checkpoint."""
+        """The fingerprint of every array in the last checkpoint."""
         record = read_record(self.checkpoints, self.kept())
         return {name: array["fingerprint"] for name, array in record["arrays"].items()}
 
 
 def live_and_die(lives: Lives, after_start: float | None, after_step: float) -> dict:
-    """One life: killed so many seconds after its start, or, with None, so many seconds after its first step; of several
-    processes, while there is nothing to restore, after the first checkpoint."""
+    """Start and kill the run: ``after_start`` seconds after its start or, if None, ``after_step`` seconds after its
+    first step; with several processes and nothing to restore yet, after the first checkpoint."""
     begun_at = lives.kept()
     processes, start = lives.start(), time.monotonic()
     killed_at = after_start
@@ -145,7 +146,7 @@ def live_and_die(lives: Lives, after_start: float | None, after_step: float) -> 
 
 
 def random_fault(processes: int) -> dict:
-    """Which process fails at which phase of restoring, and how."""
+    """A random process, the phase of restoring in which it fails, and how."""
     phase, victim = random.choice(list(PHASES)), random.randrange(processes)
     return {"phase": phase, "what": random.choice(FAULTS), "process": 0 if phase in ONLY_FIRST else victim}
 
@@ -176,7 +177,7 @@ def end(processes: list[subprocess.Popen]) -> None:
 
 
 def kill_test(options: KillOptions, folder: Path) -> dict:
-    """Both runs; what was found."""
+    """Run both and return what was found."""
     random.seed(options.seed)
     data = options.data or str(folder / "text.txt")
     if options.data is None:
@@ -231,7 +232,7 @@ def main(arguments: list[str] | None = None) -> None:
         print({name: value for name, value in result.items() if name not in ("deaths", "failures")})
     bad = ("checkpoints_lost", "not_told", "different_losses", "different_arrays")
     if any(result[name] for name in bad):
-        fail("the run that was killed is not the run that was not", status=1)
+        fail("the run that was killed differs from the run that was not", status=1)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""Compile a run's programs for GPUs that are not there, and report what they will take: memory, copies, overlap.
+"""Compile a run's programs for GPUs that are not present, and report what they will need: memory, copies, overlap.
 
     python experiments/memory.py --gpu a100-80g --model 4B --stages 8 --vocab-size 256000 --plot memory.png
     python experiments/memory.py --model 21B --stages 32 --program init save --json -
 
-The programs are initialising, the train step, evaluating, saving, restoring and importing weights; of each the memory
-and the time to compile are reported, of the step also its copies and its overlap. The step is what train.py runs:
-float32 parameters, gradients and Adam moments, donated; passes in the model's dtype, flash attention where cuDNN takes
-the heads; what is kept for the backward as --residuals says. Needs jax's GPU packages
-(pip install 'vocabpp-jax[cuda12]'), but no GPU.
+The programs are initialization, the train step, evaluation, saving, restoring and importing weights. Memory and compile
+time are reported for each, and for the step also its copies and overlap. The step is what train.py runs: float32
+parameters, gradients and Adam moments, donated; passes in the model's dtype; flash attention if cuDNN supports the
+heads; residuals as --residuals says. Needs jax's GPU packages (pip install 'vocabpp-jax[cuda12]'), but no GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the plug-in that compiles would else look for its GPU
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # otherwise jax's GPU plugin would look for its GPU
 
 import matplotlib.pyplot as plt
 from rich.console import Console
@@ -33,28 +32,28 @@ from vocabpp_jax.schedules.simulation.cost import GPU, load_gpu
 from vocabpp_jax.training.optimizer import adamw
 
 GIB = 2**30
-LARGE = 2**20  # bytes from which a copy in the loop counts
+LARGE = 2**20  # bytes from which a copy in the loop is reported
 RINGS = ("residual", "kept", "carried", "tail_residual", "tail_kept", "tail_carried")
 COLORS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#bbbbbb")
 
 
 @dataclass(frozen=True)
 class MemoryOptions:
-    """What is compiled, for what, and where the report goes."""
+    """What to compile, for which GPU, and where the report goes."""
 
     gpu: str = "a100-80g"
     """GPU: a100-80g, h100-80g, or a .toml file like those in schedules/simulation/gpus, with a table [target]."""
     json: OptionalStr = None
     """File for the report as JSON, - for standard output."""
     plot: OptionalStr = None
-    """File for a picture of the step's memory (.png, .svg, .pdf)."""
+    """Plot of the step's memory (.png, .svg, .pdf)."""
     hlo: OptionalStr = None
-    """File for the compiled step's text."""
+    """File for the compiled step's HLO text."""
     program: tuple[Literal["init", "step", "evaluate", "save", "restore", "import"], ...] = tuple(compiled.PROGRAMS)
-    """What is compiled: init (drawing the parameters), step, evaluate, save (the copy that a checkpoint makes),
+    """Programs to compile: init (draw the parameters), step, evaluate, save (the copy that a checkpoint makes),
     restore, import (after Hugging Face weights were read)."""
     without: tuple[str, ...] = ()
-    """XLA flags of those that train.py sets on GPUs to leave out, to see what they do."""
+    """XLA flags that train.py sets on GPUs and that are left out here, to see their effect."""
     model: ModelOptions = field(default_factory=lambda: ModelOptions(model="4B"))
     pipeline: PipelineOptions = field(
         default_factory=lambda: PipelineOptions(stages=8, microbatches=128, microbatch_size=1, data_parallel=1)
@@ -65,12 +64,12 @@ class MemoryOptions:
             raise ValueError(f"plot is {self.plot}; its name must end in .png, .svg or .pdf")
         for name in ("plot", "hlo"):
             if getattr(self, name) and "step" not in self.program:
-                raise ValueError(f"{name} is of the step, and program is {' '.join(self.program)}; add step to it")
+                raise ValueError(f"{name} belongs to the step, and program is {' '.join(self.program)}; add step to it")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of one train step. Bytes are of one device; collectives are those of the steady state."""
+    """What the compiler made of one train step. Bytes are per device; collectives are those of the steady state."""
 
     gpu: str
     memory_bytes: int
@@ -89,16 +88,16 @@ class Report:
 
     @property
     def imbalance(self) -> float:
-        """How much more the fullest device uses than the emptiest, as a part of the peak."""
+        """The difference in use between the fullest and the emptiest device, as a fraction of the peak."""
         return (max(self.used_bytes) - min(self.used_bytes)) / self.peak_bytes
 
     @property
     def program(self) -> compiled.ProgramReport:
-        """What all programs have in common."""
+        """The numbers that all programs have."""
         return compiled.ProgramReport("step", self.peak_bytes, self.temp_bytes, self.output_bytes, self.compile_seconds)
 
     def as_json(self) -> dict[str, Any]:
-        """The report with its tuples as objects."""
+        """The report as JSON, tuples as objects."""
         record = dataclasses.asdict(self) | {"imbalance": self.imbalance}
         record["copies"] = [copy._asdict() for copy in self.copies]
         record["collectives"] = [collective._asdict() for collective in self.collectives]
@@ -106,13 +105,13 @@ class Report:
 
 
 def on_gpu(options: ModelOptions) -> models.Config:
-    """The model as a GPU would run it: with flash attention where that takes it."""
+    """The model as a GPU would run it: with flash attention where supported."""
     config = options.config()
     return dataclasses.replace(config, attention=attention_implementation(config, "gpu"))
 
 
 def prepare(model: ModelOptions, pipeline: PipelineOptions, gpu: GPU) -> Pipeline:
-    """The pipeline on GPUs that are not there. Raises ValueError for what cannot be built."""
+    """The pipeline on GPUs that are not present. Raises ValueError if it cannot be built."""
     config = on_gpu(model)
     schedule = pipeline.build(config, gpu, mtp_depth=model.mtp_depth)
     data = 1 if pipeline.data_parallel is None else pipeline.data_parallel
@@ -122,7 +121,7 @@ def prepare(model: ModelOptions, pipeline: PipelineOptions, gpu: GPU) -> Pipelin
 
 
 def programs(options: MemoryOptions) -> compiled.Programs:
-    """The programs of the run that is described."""
+    """The programs of the run that the options describe."""
     pipe = prepare(options.model, options.pipeline, load_gpu(options.gpu))
     optimizer = adamw(1e-4, 1000, 100)
     return compiled.Programs(
@@ -131,7 +130,7 @@ def programs(options: MemoryOptions) -> compiled.Programs:
 
 
 def report(options: MemoryOptions) -> tuple[Report, str]:
-    """Compiles the step and reads the result; also the compiled program's text."""
+    """Compile the step and read the result; also returns the compiled program's text."""
     if options.pipeline.tensor_parallel > 1:
         raise ValueError(
             f"tensor_parallel is {options.pipeline.tensor_parallel}; what the parts of the step's memory are is known "
@@ -193,7 +192,7 @@ def report(options: MemoryOptions) -> tuple[Report, str]:
 
 
 def _passes(pipe: Pipeline, state: compiled.StateBytes) -> str:
-    """What passes compute in, and from what."""
+    """The dtype that passes compute in, and where their weights come from."""
     if pipe.layout.data > 1:
         return f"{pipe.compute_dtype}, from weights that are gathered once a step"
     copy = ", from a copy of the weights but for an embedding that is not the head"
@@ -204,8 +203,8 @@ def _passes(pipe: Pipeline, state: compiled.StateBytes) -> str:
 
 
 def show_programs(found: list[compiled.ProgramReport], gpu: GPU, console: Console) -> None:
-    """A table of all programs."""
-    table = Table("program", "peak, GiB a device", "scratch", "output", "compiled in, s", title=f"for {gpu.name}")
+    """Print a table of all programs."""
+    table = Table("program", "peak, GiB per device", "scratch", "output", "compiled in, s", title=f"for {gpu.name}")
     for program in found:
         sizes = (program.peak_bytes, program.temp_bytes, program.output_bytes)
         table.add_row(program.name, *(f"{n / GIB:.2f}" for n in sizes), f"{program.compile_seconds:.0f}")
@@ -213,8 +212,8 @@ def show_programs(found: list[compiled.ProgramReport], gpu: GPU, console: Consol
 
 
 def show(found: Report, console: Console) -> None:
-    """Tables of the memory and of the collectives, and what was assumed."""
-    memory = Table("part", "GiB a device", title=f"compiled for {found.gpu}")
+    """Print tables of the memory and the collectives, and the assumptions."""
+    memory = Table("part", "GiB per device", title=f"compiled for {found.gpu}")
     for name, size in found.parts.items():
         memory.add_row(name, f"{size / GIB:.2f}")
     memory.add_section()
@@ -237,7 +236,7 @@ def show(found: Report, console: Console) -> None:
 
 
 def draw(reports: dict[str, Report], path: Path, published: dict[str, float] | None = None) -> None:
-    """Stacked bars, one a report: what the peak is made of, and the GPU's memory as a line."""
+    """Stacked bars, one per report, of the parts of the peak, with the GPU's memory as a line."""
     fig, ax = plt.subplots(figsize=(2.2 + 1.1 * len(reports), 4.5), layout="constrained")
     bottom = [0.0] * len(reports)
     for color, part in zip(COLORS, next(iter(reports.values())).parts, strict=True):
@@ -251,7 +250,7 @@ def draw(reports: dict[str, Report], path: Path, published: dict[str, float] | N
     limit = next(iter(reports.values())).memory_bytes / GIB
     if max(bottom) > 0.6 * limit:
         ax.axhline(limit, color="black", linestyle=":", label="the GPU's memory")
-    ax.set_ylabel("GiB a device, compiled")
+    ax.set_ylabel("GiB per device, compiled")
     ax.spines[["top", "right"]].set_visible(False)
     ax.margins(y=0.12)
     handles, labels = ax.get_legend_handles_labels()

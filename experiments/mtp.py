@@ -1,10 +1,10 @@
-"""What predicting further tokens costs, by vocabulary method, and what it gives: simulated, measured, trained.
+"""The cost of multi-token prediction by vocabulary method, and its benefit: simulated, measured, trained.
 
     python experiments/mtp.py                     all three; simulated takes minutes
-    python experiments/mtp.py --only trained      one of them again
+    python experiments/mtp.py --only trained      only one of them
 
-The tail takes the place of as many layers as it has depths: a model of L layers is compared with one of L - D layers
-and D depths, so that every stage has as many layers as before. Tables go to the page that --docs names.
+The tail replaces as many layers as it has depths: a model of L layers is compared with one of L - D layers and D
+depths, so that the number of layers per stage stays the same. Tables go to the page that --docs names.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ DEPTHS = (0, 1, 2)
 
 @dataclass(frozen=True)
 class MtpOptions:
-    """What is compared, and where it goes."""
+    """What to compare, and where the result goes."""
 
     only: tuple[str, ...] = ()
-    """simulated, measured, trained, or several of them; all if not given."""
+    """simulated, measured, trained, or several of them; default all."""
     docs: str = "docs/mtp.md"
     """The page whose tables are replaced."""
     microbatches: int = 128
     """Simulated microbatches."""
     rounds: int = 9
-    """Measured: rounds in which every pipeline makes one step; fewer where the time does not suffice."""
+    """Measured: rounds in which every pipeline runs one step; fewer if time runs out."""
     minutes: float = 20.0
-    """Measured: the most time that it takes."""
+    """Measured: time limit in minutes."""
     steps: int = 300
     """Trained: steps of each of the two runs."""
     output: str = "runs/mtp"
-    """Trained: folder for the two runs, which must not hold any yet."""
+    """Trained: folder for the two runs; must not hold any yet."""
     model: ModelOptions = field(
         default_factory=lambda: ModelOptions(model="gpt-mini", layers=4, hidden=256, seq=128, vocab_size=8192)
     )
@@ -68,7 +68,7 @@ class MtpOptions:
 
 
 def device_flops(z: Sizes, schedule: Schedule) -> float:
-    """FLOPs of one microbatch on the device that has the most."""
+    """FLOPs of one microbatch on the busiest device."""
     of_stage = np.array(stage_layers(schedule, z.layers, z.depths)) * z.layer_flops
     of_stage[-1] += z.depths * z.depth_flops
     flops = np.zeros(schedule.p)
@@ -81,7 +81,7 @@ def device_flops(z: Sizes, schedule: Schedule) -> float:
 
 
 def simulated(options: MtpOptions) -> list[dict[str, Any]]:
-    """A line for every model, vocabulary and method."""
+    """One line per model, vocabulary size and method."""
     lines = []
     for name, stages in SETTINGS.items():
         for V in VOCABULARIES:
@@ -110,7 +110,7 @@ def _iteration(options: MtpOptions, name: str, stages: int, V: int, method: str,
 
 
 def measured(options: MtpOptions) -> list[dict[str, Any]]:
-    """The step of two processes with a core each, a line a method: without and with one further token, in turns."""
+    """Step times of two processes with a core each, per method: without and with one further token, in turns."""
     cases = {
         (method, depths): _case(options, method, depths) for method in ("baseline", "vocab-2") for depths in (0, 1)
     }
@@ -130,7 +130,7 @@ def measured(options: MtpOptions) -> list[dict[str, Any]]:
 
 
 def _case(options: MtpOptions, method: str, depths: int) -> tuple[ModelOptions, PipelineOptions, float]:
-    """What is to be built, and the FLOPs of its busiest device."""
+    """What to build, and the FLOPs of its busiest device."""
     model = dataclasses.replace(options.model, layers=options.model.config().layers - depths, mtp_depth=depths)
     pipeline = PipelineOptions(method=method, stages=2, microbatches=16, microbatch_size=1)
     config = model.config()
@@ -138,7 +138,7 @@ def _case(options: MtpOptions, method: str, depths: int) -> tuple[ModelOptions, 
 
 
 def trained(options: MtpOptions) -> list[dict[str, Any]]:
-    """Two runs on the default text that differ in the tail alone: the losses at their end."""
+    """Two runs on the default text that differ only in the tail: their final losses."""
     lines = []
     for depths in (0, 1):
         folder = Path(options.output) / f"depth-{depths}"

@@ -3,10 +3,10 @@
     python experiments/one_gpu.py --output runs/gpu
     python experiments/one_gpu.py --quick --only parity,overhead
 
-Five parts, each in a process of its own, each writing OUTPUT/PART.json as it goes: ``parity`` of loss and gradients;
+Five parts, each in its own process and writing OUTPUT/PART.json as it goes: ``parity`` of loss and gradients;
 ``overhead`` of the executor, with and without command buffers for loops; ``passes``, the time of every pass of the
 published models; ``stages``, every stage's real program under a mocked topology; ``torch``, PyTorch's layer and head.
-At most eight minutes; with --quick, the most important in two and a half. Needs jax, flax, optax and numpy.
+Takes at most eight minutes; with --quick, the most important parts in two and a half. Needs jax, flax, optax and numpy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 PARTS = ("parity", "overhead", "passes", "stages", "torch")
 SHARES = {"parity": 0.17, "overhead": 0.22, "passes": 0.6, "stages": 0.72, "torch": 1.0}
-"""What a part may take of the time that is left when it begins."""
+"""The share of the remaining time that a part may take."""
 EXPERIMENTS = Path(__file__).resolve().parent
 
 
@@ -48,11 +48,11 @@ def _measure(options: argparse.Namespace, output: Path) -> int:
 
 
 def _run(part: str, size: str, output: Path, limit: float, cache: Path, resume: bool) -> int:
-    """One part in its own process, ended a little after its time is up; 1 where it failed or something in it did."""
+    """Run one part in its own process, ended shortly after its time is up; returns 1 if anything in it failed."""
     path = output / f"{part}.json"
     if not resume:
         path.unlink(missing_ok=True)
-    print(f"{part}: {limit:.0f} s at the most", file=sys.stderr, flush=True)
+    print(f"{part}: at most {limit:.0f} s", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "one_gpu_parts", part, size, str(output.resolve()), str(limit)]
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -78,7 +78,7 @@ def _run(part: str, size: str, output: Path, limit: float, cache: Path, resume: 
 
 
 def _report(options: argparse.Namespace, output: Path) -> int:
-    """The tables beside the results, and where they were asked for the page and the constants."""
+    """Write the tables next to the results and, if requested, the page and the constants."""
     from one_gpu_parts import constants, gpu_page, pass_table
     from one_gpu_parts.gpu_measurements import Measured
     from one_gpu_parts.gpu_sizes import SIZES
@@ -102,19 +102,17 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="runs/gpu", help="folder for PART.json and PART.log (default: runs/gpu)")
     parser.add_argument("--quick", action="store_const", dest="size", const="quick", default="whole",
-                        help="the most important, in two and a half minutes")  # fmt: skip
+                        help="only the most important parts, in two and a half minutes")  # fmt: skip
     parser.add_argument("--tiny", action="store_const", dest="size", const="tiny",
-                        help="everything at a size that suits CPUs, whose times say nothing")  # fmt: skip
+                        help="everything at a size that suits CPUs; the times are meaningless")  # fmt: skip
     parser.add_argument("--only", metavar="PARTS", help=f"of {','.join(PARTS)}")
     parser.add_argument("--skip", metavar="PARTS", default="", help="parts to leave out")
-    parser.add_argument("--resume", action="store_true", help="keep the cases that OUTPUT has, and measure the others")
-    parser.add_argument("--report", action="store_true", help="measure nothing; write the tables from what OUTPUT has")
-    parser.add_argument("--docs", metavar="PAGE", help="Markdown page to write, docs/gpu.md for example")
-    parser.add_argument(
-        "--constants", metavar="FILE", help="GPU file whose constants are to be replaced by measured ones"
-    )
+    parser.add_argument("--resume", action="store_true", help="keep the cases in OUTPUT and measure the rest")
+    parser.add_argument("--report", action="store_true", help="measure nothing; write the tables from OUTPUT")
+    parser.add_argument("--docs", metavar="PAGE", help="Markdown page to write, for example docs/gpu.md")
+    parser.add_argument("--constants", metavar="FILE", help="GPU file whose constants are replaced by measured ones")
     parser.add_argument("--gpu", default="h100-80g", help="GPU of the cost model whose network is assumed")
-    parser.add_argument("--minutes", type=float, help="the most that it takes, if not 8, or 2.5 with --quick")
+    parser.add_argument("--minutes", type=float, help="time limit (default: 8, or 2.5 with --quick)")
     options = parser.parse_args(arguments)
     chosen = options.only.split(",") if options.only else list(PARTS)
     for name in [*chosen, *filter(None, options.skip.split(","))]:

@@ -1,10 +1,10 @@
-"""What the executor costs over a plain jitted gradient-accumulation step of the same model on the same core.
+"""The executor's overhead over a plain jitted gradient-accumulation step of the same model on the same core.
 
     python experiments/overhead.py --docs docs/speed.md
 
-One process on one core simulates 1, 2, 4 and 8 devices. They take turns on the core, so nothing is lost in waiting and
-a schedule's bubble costs nothing: what a pipeline takes longer than the plain step is the executor's own. All are
-timed in turns. With --account every pass is timed too, and the step's time is told pass by pass.
+One process on one core simulates 1, 2, 4 and 8 devices. They take turns on the core, so no time is lost in waiting and
+a schedule's bubble costs nothing: the extra time over the plain step is the executor's own. All are timed in turns.
+With --account, every pass is timed too, and the step's time is broken down by pass.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ PLAIN = "plain step"
 
 @dataclass(frozen=True)
 class OverheadOptions:
-    """What is measured, for how long, and where it goes."""
+    """What to measure, for how long, and where the result goes."""
 
     devices: tuple[int, ...] = (1, 2, 4, 8)
     """Numbers of simulated devices."""
     methods: tuple[str, ...] = ("vocab-2",)
     """Vocabulary methods, under the pipeline's schedule."""
     repeats: int = 3
-    """Rounds in which each is timed once."""
+    """Rounds, each timing everything once."""
     minutes: float = 8.0
-    """The most time that the whole run takes."""
+    """Time limit for the whole run, in minutes."""
     account: bool = False
-    """Time every pass, and tell where a step's time goes."""
+    """Time every pass and break down the step's time."""
     json: OptionalStr = None
     """File for the result as JSON, - for standard output."""
     docs: OptionalStr = None
-    """Markdown page whose table of these measurements is to be replaced."""
+    """Markdown page whose table of these measurements is replaced."""
     model: ModelOptions = field(
         default_factory=lambda: ModelOptions(model="gpt-mini", layers=8, hidden=512, heads=8, seq=256, vocab_size=8192)
     )
@@ -86,7 +86,7 @@ def measure(options: OverheadOptions) -> dict[str, Any]:
 
 
 def table_of(options: OverheadOptions, result: dict[str, Any]) -> str:
-    """Markdown: the step times, and where asked for the passes."""
+    """Markdown: step times and, if requested, pass times."""
     config, m = options.model.config(), options.pipeline.microbatches
     lines = [
         f"One core ({result['device']['device']}), jax {result['device']['jax']}; {options.pipeline.schedule}, m={m}, "
@@ -111,7 +111,7 @@ def table_of(options: OverheadOptions, result: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     options = or_fail(lambda: parse(OverheadOptions, __doc__, arguments))
-    say(f"{options.minutes:g} minutes at the most")
+    say(f"at most {options.minutes:g} minutes")
     try:
         result = or_fail(lambda: measure(options))
     except GroupFailed as problem:

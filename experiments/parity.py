@@ -1,8 +1,8 @@
-"""Hold a pipeline's loss and every gradient against plain autodiff of the same model on one device.
+"""Compare a pipeline's loss and every gradient with plain autodiff of the same model on one device.
 
 The reference is independent code: the model's blocks one after the other, a plain softmax cross-entropy, and
-``jax.value_and_grad``. Exits with status 1 where an error is past its tolerance. ``--all`` runs every schedule with
-every method over many shapes, goes on where an earlier run stopped, and ends with a table.
+``jax.value_and_grad``. Exits with status 1 if an error exceeds its tolerance. ``--all`` runs every schedule with every
+method over many shapes, resumes where an earlier run stopped, and ends with a table.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from reports.markdown import insert_table, table
 
 @dataclass(frozen=True)
 class ParityOptions(Case):
-    """What is compared, how, and where the result goes."""
+    """What to compare, how, and where the result goes."""
 
     json: OptionalStr = None
     """File for the result as JSON, - for standard output."""
     all: bool = False
     """Run the whole matrix of schedules, methods, stages, microbatches and tied or untied tables."""
     results: str = "runs/parity.jsonl"
-    """With --all: the file that results are added to, and read from when it goes on."""
+    """With --all: file that results are appended to and resumed from."""
     only: str = ""
-    """With --all: only cases whose name this regular expression finds, for example "^1f1b vocab" or "p=3"."""
+    """With --all: only cases whose name matches this regular expression, for example "^1f1b vocab" or "p=3"."""
     jobs: int = 2
     """With --all: how many cases to run at once."""
     docs: OptionalStr = None
-    """With --all: Markdown page whose table of the matrix is to be replaced."""
+    """With --all: Markdown page whose table of the matrix is replaced."""
 
 
 def show(result: Parity, console: Console) -> None:
@@ -54,7 +54,7 @@ def show(result: Parity, console: Console) -> None:
 
 
 def show_all(results: list[dict[str, Any]], console: Console, docs: str | None) -> None:
-    """The table of the matrix, also on a page."""
+    """Print the table of the matrix, and write it to a page if given."""
     rows = summary(results)
     if not rows:
         return

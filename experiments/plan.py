@@ -1,13 +1,13 @@
-"""From GPUs and a model to a run: which schedule, method, stages, tensor and data axes, microbatch size and residuals
-are fastest and fit.
+"""From GPUs and a model to a run: the schedule, method, stages, tensor and data axes, microbatch size and residuals
+that are fastest and fit.
 
     python experiments/plan.py --model 21B --gpus 32 --gpu h100-80g --memory 75 --global-batch 256 --seq 4096
     python experiments/train.py --plan plan.json
     python experiments/plan.py --measure-cpu cpu.toml
 
-Every choice is enumerated, those that cannot fit are dropped, the others ranked by the simulated time of a step. The
-best few are compiled for that GPU, which needs jax's GPU packages but no GPU, and those whose compiled peak fits are
-kept. What has been compiled is kept in a folder: the same command goes on behind it.
+Every choice is enumerated, those that cannot fit are dropped, and the rest are ranked by simulated step time. The best
+few are compiled for that GPU, which needs jax's GPU packages but no GPU, and those whose compiled peak fits are kept.
+Compiled results are cached in a folder, so the same command resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs, and a GPU's plug-in would look for its GPU
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs here, and a GPU plugin would look for its GPU
 
 from rich.console import Console
 
@@ -47,55 +47,55 @@ from vocabpp_jax.schedules import METHODS, SCHEDULES
 from vocabpp_jax.schedules.simulation.cost import load_gpu
 
 WIDTH = 170
-"""Of the table, where it does not go to a terminal."""
+"""Width of the table when not on a terminal."""
 XLA_POOL = 0.75
-"""The share of a GPU's memory that XLA takes where XLA_PYTHON_CLIENT_MEM_FRACTION does not say otherwise."""
+"""XLA's default share of GPU memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION overrides it."""
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What there is, what may be chosen, and where the plan goes."""
+    """The available GPUs, the allowed choices, and where the plan goes."""
 
     gpus: int = 8
-    """How many GPUs there are; a plan uses all of them."""
+    """Number of GPUs; a plan uses all of them."""
     gpu: str = "h100-80g"
     """GPU and network: a100-80g, h100-80g, or a .toml file like those in schedules/simulation/gpus."""
     nodes_of: OptionalInt = None
-    """GPUs in a node, if not as many as the GPU's file says."""
+    """GPUs in a node; default: as in the GPU's file."""
     memory: OptionalFloat = None
-    """GiB of each GPU for the compiled program; nine tenths of what the GPU has if not given."""
+    """GiB of each GPU available to the compiled program; default: nine tenths of the GPU's memory."""
     global_batch: int = 256
-    """Sequences in a step, all copies of the model together."""
+    """Sequences per step, over all copies of the model."""
     max_tensor: int = 8
     """The largest tensor axis; it never leaves a node."""
     schedules: tuple[str, ...] = ("all",)
-    """Pipeline schedules that may be chosen, or all."""
+    """Pipeline schedules to consider, or all."""
     methods: tuple[str, ...] = ("all",)
-    """Vocabulary methods that may be chosen, or all."""
+    """Vocabulary methods to consider, or all."""
     stages: tuple[int, ...] = ()
-    """Numbers of stages that may be chosen; all if not given."""
+    """Numbers of stages to consider; default all."""
     microbatch_sizes: tuple[int, ...] = ()
-    """Sequences in a microbatch that may be chosen; powers of two up to 64 if not given."""
+    """Sequences per microbatch to consider; default: powers of two up to 64."""
     show: int = 8
-    """How many plans to rank."""
+    """Number of plans to rank."""
     compile: int = 3
-    """How many plans to compile that fit."""
+    """Number of fitting plans to compile."""
     no_compile: bool = False
-    """Rank only; the estimate of memory decides what fits, with a margin."""
+    """Rank only; the memory estimate, with a margin, decides what fits."""
     jobs: int = 2
-    """Plans compiled at the same time."""
+    """Plans to compile concurrently."""
     output: str = "plan.json"
-    """File for the best plan, which train.py --plan runs."""
+    """File for the best plan, to run with train.py --plan."""
     json: OptionalStr = None
     """File for all plans as JSON, - for standard output."""
     plot: OptionalStr = None
-    """File for a picture of time against memory (.png, .svg, .pdf)."""
+    """Plot of time against memory (.png, .svg, .pdf)."""
     kept: str = "runs/plans"
-    """Folder for what has been compiled."""
+    """Cache folder for compiled results."""
     measure_cpu: OptionalStr = None
-    """Measure this machine's cores instead, and write them to this .toml file, which --gpu takes."""
+    """Instead of planning, measure this machine's cores and write them to this .toml file, for use with --gpu."""
     time_steps: bool = False
-    """Also time a step of every plan that is ranked, on this machine's cores, a process for each stage."""
+    """Also time a step of every ranked plan on this machine's cores, one process per stage."""
     model: ModelOptions = field(default_factory=lambda: ModelOptions(model="4B"))
 
     def __post_init__(self) -> None:
@@ -113,7 +113,7 @@ class PlanOptions:
                 raise ValueError(f"{name} is {value}; its name must end in {end}")
 
     def request(self) -> Request:
-        """What the planner is asked. Raises ValueError for what cannot be."""
+        """The planner's request. Raises ValueError if it is invalid."""
         gpu = load_gpu(self.gpu)
         if self.nodes_of is not None:
             gpu = dataclasses.replace(gpu, gpus_per_node=self.nodes_of)
@@ -158,7 +158,7 @@ class PlanOptions:
 
 
 def compiled(options: PlanOptions, ranked: Ranked, console: Console) -> tuple[list[Plan], list[Refused]]:
-    """The first plans whose compiled peak fits, as many as are asked for, and those before them that do not fit."""
+    """The first plans whose compiled peak fits, as many as requested, and those before them that do not fit."""
     request = ranked.plans[0].request
     jobs = (Job(options.gpu, *options.run_of(request, p.choice)) for p in ranked.plans)
     fit: list[Plan] = []
@@ -181,7 +181,7 @@ def compiled(options: PlanOptions, ranked: Ranked, console: Console) -> tuple[li
 
 
 def show(plans: Sequence[Plan], ranked: Ranked, refused: Sequence[Refused], console: Console) -> None:
-    """The table, and why what looked better is not in it."""
+    """Print the table, and why plans that looked better are not in it."""
     request = plans[0].request
     title = f"{request.gpus} × {request.gpu.name}, {request.global_batch} sequences of {request.sizes.seq} a step"
     console.print(table(plans, ranked.dropped, title))
@@ -191,12 +191,12 @@ def show(plans: Sequence[Plan], ranked: Ranked, refused: Sequence[Refused], cons
     if bytes_needed(plans[0]) > XLA_POOL * request.gpu.memory_bytes:
         share = min(0.97, request.memory_bytes / request.gpu.memory_bytes)
         console.print(
-            f"run it with XLA_PYTHON_CLIENT_MEM_FRACTION={share:.2f}: it takes more than XLA takes by default"
+            f"run it with XLA_PYTHON_CLIENT_MEM_FRACTION={share:.2f}: it needs more memory than XLA reserves by default"
         )
 
 
 def bytes_needed(best: Plan) -> float:
-    """Compiled, or else estimated."""
+    """Compiled if available, else estimated."""
     return best.estimated.peak if best.compiled_bytes is None else best.compiled_bytes
 
 
@@ -212,7 +212,7 @@ def record(plans: Sequence[Plan], ranked: Ranked, refused: Sequence[Refused], se
 
 
 def written(option: str, path: str, write: Callable[[], None]) -> None:
-    """Write what an option names, or say in a sentence why it cannot be."""
+    """Write a file named by an option, or fail with a sentence if it cannot be written."""
     try:
         write()
     except OSError as problem:
@@ -220,8 +220,8 @@ def written(option: str, path: str, write: Callable[[], None]) -> None:
 
 
 def on_cores(run: Callable[[Any], Result]) -> Result:
-    """Have this machine's cores run something; where one fails, so does the command."""
-    from planning_run import cpu  # which needs what times pipelines
+    """Run something on this machine's cores; if one of them fails, so does the command."""
+    from planning_run import cpu  # imports the timing code, which ranking does not need
     from speed_measure.processes import GroupFailed
 
     try:
@@ -239,7 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     request = or_fail(options.request)
     compiles = not options.no_compile and bool(request.gpu.target)
     if compiles:
-        or_fail(lambda: target.devices(load_gpu(options.gpu), options.gpus))  # says at once why it cannot
+        # fail early if this machine cannot compile for the GPU
+        or_fail(lambda: target.devices(load_gpu(options.gpu), options.gpus))
         written("kept", options.kept, lambda: Path(options.kept).mkdir(parents=True, exist_ok=True))
     ranking = plan.Ranking(request)
     began = time.monotonic()

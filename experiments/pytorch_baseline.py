@@ -3,8 +3,9 @@
     python experiments/compare_pytorch.py --folder runs/exchange ...
     torchrun --nproc-per-node 8 experiments/pytorch_baseline.py --folder runs/exchange --schedules 1f1b v-zb ...
 
-``compare_pytorch.py`` starts the ranks of a single machine itself, and asks them what ``speed_stage.py`` is asked. By
-hand, under torchrun, the model and the pipeline must be said as they were to ``compare_pytorch.py``.
+``compare_pytorch.py`` starts the ranks of a single machine itself, and sends them the same requests as
+``speed_stage.py``. When started by hand with torchrun, the model and pipeline options must be those given to
+``compare_pytorch.py``.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ from speed_measure import exchange, processes
 
 @dataclass
 class Rank:
-    """What a rank can be asked; every method is a request."""
+    """A rank's request handlers; every method is a request."""
 
     gpus: bool = field(default_factory=torch.cuda.is_available)
     steps: dict[str, Callable[[], Any]] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
-        """The one device of this rank."""
+        """This rank's device."""
         return torch.device("cuda", torch.cuda.current_device()) if self.gpus else torch.device("cpu")
 
     def join(self, coordinator: str | None = None, ranks: int = 1) -> dict[str, Any]:
-        """Find the other ranks; returns what the devices are."""
+        """Find the other ranks; returns a description of the devices."""
         if self.gpus:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         else:
@@ -58,8 +59,8 @@ class Rank:
     def prepare(
         self, name: str, schedule: str, shape: dict, folder: str, microbatches: int, stages: int = 1
     ) -> dict[str, float]:
-        """Load the weights and the first batch for one schedule, or for ``even-share``: every rank alone with its
-        share of the microbatches and the last of ``stages``, which is the whole model where there is one.
+        """Load the weights and the first batch for one schedule, or for ``even-share``: every rank alone with its share
+        of the microbatches and the last of ``stages``, which is the whole model if there is only one.
 
         Raises:
             ValueError: PyTorch has no such schedule, or it cannot hold this model.
@@ -100,7 +101,7 @@ class Rank:
         return run, modules
 
     def _alone(self, module: Stage, batch: dict, m: int) -> Callable[[], None]:
-        """A plain gradient-accumulation step on this rank's share. A stage that has no embedding gets some stream."""
+        """A plain gradient-accumulation step on this rank's share. A stage without an embedding gets random inputs."""
         module, p, rank = module.to(self.device), dist.get_world_size(), dist.get_rank()
         entering, labels = (torch.from_numpy(batch[k][rank::p]).long().to(self.device) for k in ("tokens", "labels"))
         if module.tokens is None:
@@ -118,7 +119,7 @@ class Rank:
         return torch.from_numpy(array).flatten(0, 1).long().to(self.device)
 
     def time(self, name: str) -> tuple[float, float]:
-        """One step, all ranks beginning together: seconds on the slowest, and seconds of this rank's processor."""
+        """One step, started by all ranks together: seconds on the slowest rank, and processor seconds of this one."""
         dist.barrier()
         began, busy = time.perf_counter(), time.process_time()
         self.steps[name]()
@@ -129,7 +130,7 @@ class Rank:
         return float(took), time.process_time() - busy
 
     def losses(self, schedule: str, shape: dict, folder: str, microbatches: int, lr: float, steps: int) -> list[float]:
-        """Train from the weights and on the batches in a folder; the loss of every step."""
+        """Train on a folder's weights and batches; returns the loss of every step."""
         run, modules = self._pipeline(schedule, Shape(**shape), exchange.read_weights(Path(folder)), microbatches)
         adam = exchange.ADAM
         optimizer = torch.optim.AdamW(
@@ -161,13 +162,13 @@ class BaselineOptions:
     """What torchrun's ranks do."""
 
     folder: str
-    """Where compare_pytorch.py has written weights and batches."""
+    """Folder where compare_pytorch.py wrote weights and batches."""
     what: Literal["losses", "speed"] = "speed"
     """Train and print every step's loss, or time steps."""
     schedules: tuple[str, ...] = ("1f1b",)
     """PyTorch's schedules: 1f1b, gpipe, interleaved-1f1b, v-zb, or even-share for every rank alone."""
     repeats: int = 3
-    """With speed: steps that are timed."""
+    """With speed: steps to time."""
     steps: int = 50
     """With losses: optimizer steps."""
     lr: float = 1e-3
@@ -179,7 +180,7 @@ class BaselineOptions:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = or_fail(lambda: parse(BaselineOptions, __doc__, arguments))
     if "RANK" not in os.environ:
-        fail("RANK is not set; start this with torchrun, or start compare_pytorch.py")
+        fail("RANK is not set; start this with torchrun, or run compare_pytorch.py")
     or_fail(options.model.refuse_other_losses)
     config, m = or_fail(options.model.config), options.pipeline.microbatches
     rank = Rank()

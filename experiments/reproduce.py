@@ -1,10 +1,10 @@
-"""Reproduce the paper's tables and figures (arXiv 2411.05288), ours beside the published, and write docs/results.md.
+"""Reproduce the paper's tables and figures (arXiv 2411.05288), ours next to the published, and write docs/results.md.
 
-    python experiments/reproduce.py                     everything; what takes long is kept in runs/reproduce
-    python experiments/reproduce.py --only table5       one section again
+    python experiments/reproduce.py                     everything; slow results are cached in runs/reproduce
+    python experiments/reproduce.py --only table5       only one section
     python experiments/reproduce.py --skip memory       without the compiler for A100s, which needs jax's GPU packages
 
-Interrupted, it goes on where it was when started again.
+If interrupted, it resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SECTIONS: dict[str, tuple[str, Section]] = {
     "table4": ("Table 4, Figure 2, Figure 3: what the vocabulary weighs", layer_balance.section),
     "convergence": ("Appendix E: convergence", convergence.section),
 }
-"""Sections by name, in the order of work; memory first, since the tables show it."""
+"""Sections by name, in execution order; memory first, since the tables show it."""
 PAGE = ("claims", "table5", "table6", "beyond", "ablation", "table3", "table4", "convergence", "memory", "calibration")
 """The order on the page."""
 
@@ -48,13 +48,13 @@ class ReproduceOptions:
     """What to reproduce, and where it goes."""
 
     only: tuple[str, ...] = ()
-    """Sections to run; the others stay on the page as they are. All if not given."""
+    """Sections to run, default all; the others stay on the page unchanged."""
     skip: tuple[str, ...] = ()
-    """Sections to leave out."""
+    """Sections to skip."""
     page: str = "docs/results.md"
-    """The page to write; its tables and pictures go to the folder of that name beside it."""
+    """The page to write; its tables and pictures go to the folder of that name next to it."""
     cache: str = "runs/reproduce"
-    """Folder that keeps what takes long: compiled reports and loss curves."""
+    """Cache folder for slow results: compiled reports and loss curves."""
 
 
 def chosen(options: ReproduceOptions) -> list[str]:

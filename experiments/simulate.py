@@ -4,7 +4,7 @@
     python experiments/simulate.py --compare --stages 8 --model 4B --vocab-size 256000
     python experiments/simulate.py --times docs/paper/pass_times_8xA100.csv
 
-Pass times come from a model's sizes and a GPU's roofline, or from a file of measured ones.
+Pass times come from a model's sizes and a GPU's roofline, or from a file of measurements.
 """
 
 from __future__ import annotations
@@ -46,43 +46,43 @@ class SimulateOptions:
     stages: int = 8
     """Pipeline stages: devices that one copy of the model is spread over."""
     chunks: OptionalInt = None
-    """With interleaved-1f1b: how many pieces of the model a device holds; 2 if not given."""
+    """With interleaved-1f1b: chunks per device; default 2."""
     redis_split: Literal["published", "optimal"] = "published"
-    """With redis: layers a stage as in the published experiments, or so that the slowest has the fewest FLOPs."""
+    """With redis: layers per stage as in the published experiments, or minimizing the slowest stage's FLOPs."""
     microbatches: OptionalInt = None
-    """Microbatches in a step; 32 if not given, 128 with --times, as published."""
+    """Microbatches per step; default 32, or 128 with --times, as published."""
     microbatch_size: int = 1
-    """Sequences in a microbatch."""
+    """Sequences per microbatch."""
     model: str = "4B"
     """Named size: gpt-tiny, gpt-mini, gpt-small, or one of the published 4B, 7B, 10B, 16B, 21B, 30B."""
     layers: OptionalInt = None
-    """Transformer layers, if not the model's."""
+    """Transformer layers; default: the model's."""
     hidden: OptionalInt = None
-    """Model width, if not the model's."""
+    """Model width; default: the model's."""
     seq: OptionalInt = None
-    """Sequence length in tokens, if not the model's."""
+    """Sequence length in tokens; default: the model's."""
     vocab_size: OptionalInt = None
-    """Tokens in the vocabulary, if not the model's."""
+    """Vocabulary size; default: the model's."""
     tie_embeddings: bool = False
     """Use the token embedding as the LM head."""
     mtp_depth: int = 0
-    """Tokens beyond the next that are predicted too, each by one more layer behind the last and the same LM head."""
+    """Further tokens to predict, each by one more layer after the last and the same LM head."""
     gpu: str = "a100-80g"
     """GPU and network: a100-80g, h100-80g, or a .toml file like those in schedules/simulation/gpus."""
     times: OptionalStr = None
-    """CSV of measured pass times in the columns of docs/paper/pass_times_8xA100.csv. Prints what they predict for each
-    row against what was measured; the network is --gpu's."""
+    """CSV of measured pass times in the columns of docs/paper/pass_times_8xA100.csv. Prints predicted and measured
+    iteration times of each row; the network is --gpu's."""
     no_overlap: bool = False
     """Wait for every collective of the vocabulary layers where it is issued, as suits CPUs."""
     durations: OptionalStr = None
-    """How long passes take, in milliseconds, instead of what the model and the GPU say: F=466,B=549,W=405,transfer=4,
-    or any other field of schedules.Durations. H=0 is a pipeline without a head."""
+    """Pass times in milliseconds that override the model's and the GPU's: F=466,B=549,W=405,transfer=4, or any other
+    field of schedules.Durations. H=0 is a pipeline without a head."""
     plain: bool = False
-    """Repeat the schedule's building block as it is, instead of fitting the order of passes to their durations."""
+    """Repeat the schedule's building block unchanged instead of fitting the order of passes to their durations."""
     rules: OptionalRules = None
-    """What waits for what: gpu, one program for all devices whose transfers and collectives share a stream on each;
-    asynchronous, with a stream for every transfer; blocking, with transfers that block both ends; on-cpus, with
-    collectives that block too; free, a process a device. gpu if not given, free with --times."""
+    """What waits for what: gpu, one program for all devices whose transfers and collectives share a stream on each
+    device; asynchronous, with a stream for every transfer; blocking, with transfers that block both ends; on-cpus, with
+    collectives that block too; free, one process per device. Default: gpu, or free with --times."""
     compare: bool = False
     """Print every schedule with every method, sorted by time."""
     json: OptionalStr = None
@@ -94,10 +94,10 @@ class SimulateOptions:
     csv: OptionalStr = None
     """Write what each device runs to this file, in the CSV of torch.distributed.pipelining, which torch can run."""
     csv_vocabulary: bool = False
-    """Write the passes of the vocabulary layers to the CSV too; torch refuses it then."""
+    """Also write the passes of the vocabulary layers to the CSV; torch then rejects it."""
 
     def cost(self, seq: int | None = None, vocab_size: int | None = None) -> Cost:
-        """What passes cost."""
+        """The cost model."""
         given = {
             "layers": self.layers,
             "hidden": self.hidden,
@@ -112,12 +112,12 @@ class SimulateOptions:
 
 @dataclass(frozen=True)
 class Result:
-    """A simulated iteration, in milliseconds, and what follows from it."""
+    """A simulated iteration, in milliseconds, with derived metrics."""
 
     timeline: Timeline
     cost: Cost
     of_model: bool = True
-    """Whether the durations are the model's; others have no MFU."""
+    """Whether the durations come from the model; otherwise there is no MFU."""
 
     @property
     def ms(self) -> float:
@@ -126,7 +126,7 @@ class Result:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation, 0 to 1."""
+        """Model FLOPs utilization, 0 to 1."""
         schedule = self.timeline.schedule
         return self.cost.mfu(schedule.m, schedule.p, self.ms / 1e3)
 
@@ -136,7 +136,7 @@ class Result:
         return self.cost.peak_bytes(self.timeline)
 
     def json(self) -> dict:
-        """The numbers."""
+        """The numbers for ``--json``."""
         schedule, timeline = self.timeline.schedule, self.timeline
         return {
             "schedule": schedule.name,
@@ -156,7 +156,7 @@ class Result:
 
 
 def given_durations(text: str) -> Durations:
-    """Durations from ``F=466,B=549``. Raises ValueError for an unknown field or what is no time."""
+    """Durations from ``F=466,B=549``. Raises ValueError for an unknown field or an invalid time."""
     names, found = [f.name for f in fields(Durations)], {}
     for part in text.split(","):
         name, _, value = part.partition("=")
@@ -209,8 +209,8 @@ def run(options: SimulateOptions, schedule: str, method: str) -> Result:
 
 
 def compare(options: SimulateOptions) -> list[Result]:
-    """The whole family, fastest first; what cannot be built is said on standard error."""
-    options.cost()  # a wrong model or GPU is wrong for all of them
+    """All combinations, fastest first; those that cannot be built are reported on standard error."""
+    options.cost()  # an invalid model or GPU would fail all of them
     results = []
     for schedule, method in [(name, method) for name in SCHEDULES for method in methods_of(name)]:
         try:
@@ -223,12 +223,12 @@ def compare(options: SimulateOptions) -> list[Result]:
 
 
 def print_table(results: list[Result]) -> None:
-    """A line a result."""
+    """Print one line per result."""
     head = ("schedule", "method", "ms", "bubble", "MFU", "in flight", "GiB most", "least")
     print("{:<18}{:<13}{:>9}{:>8}{:>8}{:>11}{:>10}{:>7}".format(*head))
     for r in results:
         schedule, peaks = r.timeline.schedule, r.peak_bytes
-        # A chunk is a part of what a device holds: in flight is counted in what all chunks of one microbatch are.
+        # A chunk is part of what a device holds: count in flight in units of all chunks of one microbatch.
         held = max(r.timeline.peak_in_flight) / schedule.chunks
         full = "  more than the GPU has" if max(peaks) > r.cost.gpu.memory_bytes else ""
         mfu = f"{r.mfu:.1%}" if r.of_model else "-"
@@ -239,7 +239,7 @@ def print_table(results: list[Result]) -> None:
 
 
 def against_measured(options: SimulateOptions) -> tuple[Result, list[dict]]:
-    """The run that the options name, and predicted against measured for all of the file's rows."""
+    """The run that the options select, and predicted and measured times of all rows of the file."""
     path = Path(options.times)
     if not path.is_file():
         raise ValueError(f"times is {options.times!r}; there is no such file")
@@ -276,7 +276,7 @@ def against_measured(options: SimulateOptions) -> tuple[Result, list[dict]]:
 
 
 def predict(options: SimulateOptions, measured: MeasuredRun) -> Result:
-    """The iteration that a run's measured pass times predict."""
+    """The iteration predicted from a run's measured pass times."""
     cost = options.cost(measured.seq_length, measured.vocab_size)
     network = cost.durations(build("1f1b", "vocab-2", p=measured.p, m=1)).scaled(1e3)
     timeline = measured.predict(network, RULES[options.rules or "free"], options.microbatches)
@@ -284,7 +284,7 @@ def predict(options: SimulateOptions, measured: MeasuredRun) -> Result:
 
 
 def print_rows(runs, rows: list[dict], file) -> None:
-    """A line a measured run, and the errors."""
+    """Print one line per measured run, and the errors."""
     print(f"{'method':<13}{'seq':>6}{'vocabulary':>12}{'predicted ms':>14}{'measured ms':>13}{'error':>8}", file=file)
     for row in rows:
         measured, predicted = row["measured_ms"], row["predicted_ms"]
@@ -295,7 +295,7 @@ def print_rows(runs, rows: list[dict], file) -> None:
 
 
 def write(options: SimulateOptions, result: Result, data: dict) -> None:
-    """The files that were asked for."""
+    """Write the requested files."""
     if options.plot:
         save(draw({title_of(result.timeline): result.timeline}, "ms"), options.plot)
     if options.trace:

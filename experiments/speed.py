@@ -1,15 +1,16 @@
-"""Measure every method and schedule side by side on real processors: a process a stage, each with its own core or GPU.
+"""Measure all methods and schedules side by side on real hardware: one process per stage, each with its own core or
+GPU.
 
     python experiments/speed.py --methods baseline redis vocab-2 --docs docs/speed.md
     python experiments/speed.py --schedules all --methods baseline vocab-2 --vocab-sizes 53248 --layers 4
 
-For each vocabulary it starts one group of processes, compiles everything, and times all in turns, so that whatever
-slows the machine down slows all of them. The ideal is the same work divided evenly with nobody waiting: every device
-runs its share of the microbatches through the whole model on its own, all at the same time. It also times every pass
-and lets the simulator predict the step. A step is loss and gradients; the optimizer is left out.
+For each vocabulary size it starts one group of processes, compiles everything, and times all in turns, so that whatever
+slows the machine down slows all of them. The ideal is the same work divided evenly without waiting: every device runs
+its share of the microbatches through the whole model on its own, all at the same time. It also times every pass and has
+the simulator predict the step. A step is loss and gradients, without the optimizer.
 
-A vocabulary that has been measured is kept in the output folder, and a run that was stopped goes on behind it. On a
-cluster start it once a GPU, with --distributed or a coordinator.
+Measured vocabulary sizes are kept in the output folder, and an interrupted run resumes after them. On a cluster, start
+it once per GPU, with --distributed or a coordinator.
 """
 
 from __future__ import annotations
@@ -40,34 +41,33 @@ from vocabpp_jax.schedules import METHODS, SCHEDULES, methods_of
 
 @dataclass(frozen=True)
 class SpeedOptions:
-    """What is measured, for how long, and where it goes."""
+    """What to measure, for how long, and where the result goes."""
 
     methods: tuple[str, ...] = ("baseline", "redis", "vocab-1", "vocab-2")
-    """Vocabulary methods, or all. What a schedule does not know is left out."""
+    """Vocabulary methods, or all. Those that a schedule does not support are skipped."""
     schedules: tuple[str, ...] = ("1f1b",)
     """Pipeline schedules, or all."""
     vocab_sizes: tuple[int, ...] = (13312, 26624, 53248)
-    """The sweep: sizes of the vocabulary."""
+    """Vocabulary sizes to measure."""
     comparators: tuple[str, ...] = ()
     """Other ways to use the same devices: spmd-pipeline, a pipeline by autodiff with the head outside it;
-    data-parallel, copies of the model; fsdp, parameters split over the devices."""
+    data-parallel, copies of the model; fsdp, parameters sharded over the devices."""
     repeats: int = 3
-    """Rounds in which each is timed once; fewer where the time does not suffice."""
+    """Rounds, each timing everything once; fewer if time runs out."""
     minutes: float = 60.0
-    """The most time that the whole run takes. Each vocabulary gets a part of it by its FLOPs."""
+    """Time limit for the whole run, in minutes. Each vocabulary size gets a share according to its FLOPs."""
     no_passes: bool = False
-    """Do not time the passes; then nothing is predicted."""
+    """Do not time the passes; nothing is predicted then."""
     output: str = "runs/speed"
-    """Folder for speed.csv, speed.md, speed.png, and a file with everything measured for each vocabulary."""
+    """Folder for speed.csv, speed.md, speed.png, and one file with all measurements per vocabulary size."""
     json: OptionalStr = None
     """File for the rows as JSON, - for standard output."""
     docs: OptionalStr = None
-    """Markdown page whose table of these measurements is to be replaced; it has one more for those with
-    comparators."""
+    """Markdown page whose table of these measurements is replaced; runs with comparators have a table of their own."""
     gpus: bool = False
     """Give each stage a GPU of this machine instead of a core."""
     share_cores: bool = False
-    """Go on where there are fewer cores than stages. Such times say nothing about the schedules."""
+    """Continue even if there are fewer cores than stages. Such times say nothing about the schedules."""
     model: ModelOptions = field(
         default_factory=lambda: ModelOptions(model="gpt-mini", layers=2, hidden=1024, heads=8, seq=512)
     )
@@ -105,19 +105,19 @@ class SpeedOptions:
 
     @property
     def writes(self) -> bool:
-        """Whether it is the one that reports."""
+        """Whether this process writes the report."""
         return not self.in_cluster or jax.process_index() == 0
 
     def cases(self) -> dict[str, tuple[str, str]]:
-        """Schedule and method of everything of ours."""
+        """Schedule and method of each of our pipelines."""
         return {f"{s} {m}": (s, m) for s in self.schedules for m in self.methods if m in methods_of(s)}
 
     def at(self, vocab_size: int) -> ModelOptions:
-        """The model with one vocabulary."""
+        """The model with one vocabulary size."""
         return dataclasses.replace(self.model, vocab_size=vocab_size)
 
     def shares(self) -> dict[int, float]:
-        """Seconds for each vocabulary."""
+        """Seconds for each vocabulary size."""
         flops = {v: model_flops(self.at(v).config()) for v in self.vocab_sizes}
         return {v: 60 * self.minutes * f / sum(flops.values()) for v, f in flops.items()}
 
@@ -141,7 +141,7 @@ def join(group: Group, limit_s: float) -> dict[str, Any]:
 
 
 def measure(options: SpeedOptions, vocab_size: int, limit_s: float) -> dict[str, Any]:
-    """Everything for one vocabulary, all in turns. Ends in time: with fewer rounds, or as GroupFailed."""
+    """Everything for one vocabulary size, all in turns. Ends in time: with fewer rounds, or by raising GroupFailed."""
     left = countdown(limit_s)
     result: dict[str, Any] = {"vocab_size": vocab_size, "contenders": {}, "left_out": {}}
     with stages(options, left()) as (group, devices):
@@ -160,7 +160,7 @@ def measure(options: SpeedOptions, vocab_size: int, limit_s: float) -> dict[str,
 
 
 def prepare(options: SpeedOptions, group: Any, result: dict[str, Any], left: Left) -> None:
-    """Have everything built and compiled, or noted among what is left out."""
+    """Build and compile everything, or record it as left out."""
     model, platform, cases = options.at(result["vocab_size"]), result["devices"]["platform"], options.cases()
     for name in (EVEN_SHARE, *cases, *options.comparators):
         schedule, method = cases.get(name, ("1f1b", "vocab-2"))
@@ -177,7 +177,7 @@ def prepare(options: SpeedOptions, group: Any, result: dict[str, Any], left: Lef
 
 
 def predict(group: Any, result: dict[str, Any], names: list[str], left: Left) -> None:
-    """Note what the simulator makes of the passes of ours."""
+    """Record the simulator's predictions from our measured passes."""
     for name in names:
         of = result["contenders"][name]
         of["prediction"] = group.ask("predict", left(), name=name)[0]
@@ -186,7 +186,7 @@ def predict(group: Any, result: dict[str, Any], names: list[str], left: Left) ->
 
 
 def kept_or_measured(options: SpeedOptions, vocab_size: int, limit_s: float) -> dict[str, Any]:
-    """What the output folder holds of a vocabulary, or else what is measured now and put there."""
+    """The output folder's result for a vocabulary size, or else a new measurement, which is stored there."""
     file = Path(options.output) / f"measured-{vocab_size}.json"
     request = dataclasses.asdict(options)
     for name in ("minutes", "output", "json", "docs", "vocab_sizes", "cluster"):
@@ -218,7 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         fail(f"output is {options.output!r}, which cannot be written: {problem.strerror}")
-    say(f"{len(options.cases())} pipelines with {len(shares)} vocabularies, {options.minutes:g} minutes at the most")
+    say(f"{len(options.cases())} pipelines with {len(shares)} vocabularies, at most {options.minutes:g} minutes")
     try:
         results = [or_fail(lambda v=v, s=s: kept_or_measured(options, v, s)) for v, s in shares.items()]
     except GroupFailed as problem:
@@ -229,7 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def report(options: SpeedOptions, found: dict[str, Any]) -> None:
-    """Write everything that was asked for."""
+    """Write everything that was requested."""
     table = write_report(Path(options.output), found)
     print(table, file=sys.stderr if options.json == "-" else sys.stdout)
     write_json(options.json, found)

@@ -1,8 +1,8 @@
-"""Train a GPT on a pipeline of devices whose embedding and LM head are sharded over that same pipeline.
+"""Train a GPT on a pipeline of devices, with embedding and LM head sharded over that same pipeline.
 
-Without arguments it trains on the Python standard library's own sources, on four pipeline devices, which it simulates
-where there are only CPUs, and ends within five minutes on two cores. With --checkpoint-dir it can be killed at any
-time: the same command goes on from the last good checkpoint, on other devices too.
+Without arguments, it trains on the source code of the Python standard library with four pipeline devices, simulated on
+CPU-only machines, and finishes within five minutes on two cores. With --checkpoint-dir it can be killed at any time:
+the same command resumes from the last intact checkpoint, even on different devices.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ from vocabpp_jax.runtime.profiling import Profile
 from vocabpp_jax.training.optimizer import adamw, warmup_cosine
 
 __all__ = ["PipelineOptions", "TrainOptions", "main", "prepare", "run_training"]
-STARTS_AGAIN = "start all processes again to go on from the last checkpoint"
+STARTS_AGAIN = "start all processes again to resume from the last checkpoint"
 
 
 def join(options: TrainOptions) -> Config:
-    """Check everything that needs no device, and find the other processes, where there are any."""
+    """Check everything that needs no device, and find the other processes, if any."""
     try:
         options.check()
         config = options.model.config()
@@ -74,12 +74,12 @@ def join(options: TrainOptions) -> Config:
 
 
 def prepare(options: TrainOptions, config: Config) -> Run:
-    """Check everything, cheap things first, make the data, find where to go on.
+    """Check everything, cheap things first, load the data, and find where to resume.
 
     Raises:
         ValueError: training cannot begin; all processes raise it together.
     """
-    hosts.agree(lambda: None)  # hears of a problem that another process had before it joined
+    hosts.agree(lambda: None)  # receives a problem that another process had before it joined
     hosts.check_same("the options", options.shared())
     mesh = hosts.agree(options.pipeline.mesh)
     output = Path(hosts.from_first(str(options.output_folder())))
@@ -108,13 +108,13 @@ def prepare(options: TrainOptions, config: Config) -> Run:
                 folder, run.canonical, run.identity, accept_changes=kept.accept_changes, say=say_once
             )
     except BaseException:
-        writer.close()  # nothing is being written, so it waits for nobody
+        writer.close()  # no save is in progress, so this does not wait for other processes
         raise
     return dataclasses.replace(run, loaded=loaded, writer=writer)
 
 
 def read_tokens(options: TrainOptions, config: Config) -> TokenizedCorpus:
-    """The data, tokenised by process 0 first; the others find it in the cache, or make it on their own disk."""
+    """The data, tokenized by process 0 first; the others find it in the cache, or tokenize it on their own disk."""
     say_once(f"reading {options.data.data}, for a vocabulary of {config.vocab_size} tokens")
 
     def load() -> TokenizedCorpus:
@@ -136,16 +136,16 @@ def read_tokens(options: TrainOptions, config: Config) -> TokenizedCorpus:
 
 
 class Training:
-    """The state of a run, from its checkpoint or anew, and the steps that it takes."""
+    """The state of a run, from its checkpoint or new, and its steps."""
 
     def __init__(self, run: Run):
         self.run, options = run, run.options
         if run.loaded:
             self.state, self.key, self.rows = run.loaded.state, run.loaded.key, run.loaded.rows
-            say_once(f"going on from step {int(self.state.step)} of {options.checkpoint.checkpoint_dir}")
+            say_once(f"resuming from step {int(self.state.step)} of {options.checkpoint.checkpoint_dir}")
         else:
             everywhere = train.shardings(run.pipe, run.optimizer).step
-            # The generator is part of what a seed means, whatever jax_default_prng_impl says.
+            # The PRNG implementation is part of what a seed means, whatever jax_default_prng_impl is.
             draw = functools.partial(jax.random.key, impl="threefry2x32")
             self.key = jax.jit(draw, static_argnums=0, out_shardings=everywhere)(options.seed)
             self.state, self.rows = self._begun(), 0
@@ -157,7 +157,7 @@ class Training:
         self._rates = jax.vmap(schedule)(np.arange(options.steps)).tolist()
 
     def _begun(self) -> train.State:
-        """Step 0: parameters drawn from the key, or those of a Hugging Face folder."""
+        """Step 0: parameters drawn from the key, or loaded from a Hugging Face folder."""
         run, folder = self.run, self.run.options.model.folder
         if not run.options.pretrained:
             return train.init_state(run.pipe, run.optimizer, self.key)
@@ -169,13 +169,13 @@ class Training:
         return train.start_from(run.pipe, run.optimizer, weights)
 
     def export(self) -> None:
-        """Write the weights as a Hugging Face folder, where one is asked for."""
+        """Write the weights as a Hugging Face folder, if requested."""
         if export := self.run.export:
             export.write(self.state.params, self.run.pipe, self.run.tokens)
             say_once(f"weights written to {export.folder}")
 
     def steps(self, profile: Profile) -> Iterator[dict[str, Any]]:
-        """Take the steps that are left; after each, what was measured."""
+        """Run the remaining steps; yields the measurements after each."""
         ahead = prefetched(self._batches) if self.begin < self.run.options.steps else None
         for k in range(self.begin, self.run.options.steps):
             start = time.perf_counter()
@@ -197,12 +197,12 @@ class Training:
             }
 
     def validation_losses(self) -> list[float]:
-        """Mean losses over the validation batches, of the next token and of those beyond."""
+        """Mean losses over the validation batches, of the next token and of further ones."""
         jax.block_until_ready(self.state)  # one program with collectives at a time on devices that share threads
         return validation_losses(self.run, self._validation, self._evaluate, self.state.params)
 
     def save(self) -> None:
-        """Begin a checkpoint, where there is a folder for it."""
+        """Start saving a checkpoint, if there is a folder for it."""
         if self.run.writer:
             jax.block_until_ready(self.state)
             about = {"identity": self.run.identity, "config": self.run.options.record()}
@@ -210,11 +210,11 @@ class Training:
 
 
 def run_training(run: Run) -> str | None:
-    """Train and report progress; process 0 writes the results. Returns the signal after which it was saved before its
-    end, if there was one.
+    """Train and report progress; process 0 writes the results. Returns the signal that stopped it early, after a save,
+    or None.
 
     Raises:
-        Stop: the run cannot go on.
+        Stop: the run cannot continue.
     """
     options, kept, first = run.options, run.options.checkpoint, jax.process_index() == 0
     signal = None
@@ -269,14 +269,14 @@ def run_training(run: Run) -> str | None:
 
 
 def leave(sentence: str, status: int, agreed: bool) -> NoReturn:
-    """End, and at once if other processes may be waiting for this one."""
+    """Exit, and at once if other processes may be waiting for this one."""
     if jax.process_count() > 1 and not agreed:
         say_and_leave(sentence, status)
     fail(sentence, status)
 
 
 def train_to_the_end(options: TrainOptions, config: Config) -> str | None:
-    """Prepare and train; whatever goes wrong ends in a sentence and a status."""
+    """Prepare and train; any failure ends in a sentence and a status."""
     try:
         run = prepare(options, config)
     except hosts.Agreed as problem:
@@ -296,8 +296,8 @@ def train_to_the_end(options: TrainOptions, config: Config) -> str | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command. Status 0 at the end; 75 if a signal came and the run was saved, 76 if another process failed: start
-    again to go on. 2 for wrong input, 1 for what would fail again."""
+    """Entry point. Exits with status 0 at the end; 75 if a signal came and the run was saved, 76 if another process
+    failed (start again to resume in both cases); 2 for invalid input, 1 for failures that a restart would repeat."""
     options = or_fail(parse(TrainOptions, __doc__, arguments).planned)
     hosts.quiet_libraries()
     config = or_fail(lambda: join(options))

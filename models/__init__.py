@@ -1,6 +1,6 @@
-"""Models for the pipeline in Flax NNX, their named sizes and weights, and the single-device reference.
+"""Flax NNX models for the pipeline, their named sizes and weights, and the single-device reference.
 
-:mod:`.huggingface` is imported on first use: it alone needs safetensors.
+:mod:`.huggingface` is imported on first use: only it needs safetensors.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A model from layers of your own: a Flax NNX module, an Equinox module, or any pytree that can be called.
+"""Build a model from your own layers: a Flax NNX module, an Equinox module, or any callable pytree.
 
-Each takes what makes one layer, and the rest of :class:`vocabpp_jax.Model` as it is there. A layer keeps the shape and
-dtype of ``x [B, L, D]``.
+Each function takes a factory for one layer, and passes other fields on to :class:`vocabpp_jax.Model`. A layer keeps the
+shape and dtype of ``x [B, L, D]``.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def from_nnx(
     """A model whose layers are Flax NNX modules.
 
     Args:
-        make: one layer, from its generators.
-        layers: how many.
-        vocab_size: tokens, V.
+        make: creates one layer from its rngs.
+        layers: number of layers.
+        vocab_size: vocabulary size V.
         width: D.
-        call: how a layer is called, ``(layer, x [B, L, D], aux_inputs) -> x``, or ``(x, scalar)`` with
-            ``auxiliary=True``; ``layer(x)`` if not given.
-        init_std: of the normal distribution that the vocabulary tables are drawn from.
+        call: how to call a layer, ``(layer, x [B, L, D], aux_inputs) -> x``, or ``(x, scalar)`` with
+            ``auxiliary=True``; ``layer(x)`` by default.
+        init_std: standard deviation of the initial vocabulary tables.
         model: other fields of :class:`vocabpp_jax.Model`.
     """
     graph = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
@@ -65,16 +65,17 @@ def from_pytree(
     init_std: float = 0.02,
     **model: Any,
 ) -> Model:
-    """A model whose layers are pytrees that can be called, such as Equinox modules.
+    """A model whose layers are callable pytrees, such as Equinox modules.
 
-    Floating-point arrays among a layer's leaves are its parameters, by their paths; all else is the same in all layers.
+    A layer's floating-point array leaves are its parameters, named by their paths; everything else is the same in all
+    layers.
 
     Args:
-        make: one layer, from a key.
-        layers: how many.
-        vocab_size: tokens, V.
+        make: creates one layer from a key.
+        layers: number of layers.
+        vocab_size: vocabulary size V.
         width: D.
-        call: as for :func:`from_nnx`. Equinox's own layers take one vector: map them over batch and length here.
+        call: as for :func:`from_nnx`. Equinox's own layers take a single vector: vmap them over batch and length here.
         init_std: as for :func:`from_nnx`.
         model: other fields of :class:`vocabpp_jax.Model`.
 

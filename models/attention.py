@@ -1,4 +1,4 @@
-"""Attention inside documents: by cuDNN's flash kernel, or written out.
+"""Causal attention within documents, by cuDNN's flash kernel or in plain XLA.
 
 Shapes, all per device: B batch, L length (M, of keys), H heads, G heads of keys and values, R = H / G, K head width.
 """
@@ -16,23 +16,23 @@ from vocabpp_jax.pipeline.model_interface import AuxInputs
 from vocabpp_jax.pipeline.precision import exact_products
 
 F32 = jnp.float32
-_QUERIES, _MOST_BLOCKS = 128, 4  # fewest queries of a block of written-out attention, and most blocks
+_QUERIES, _MOST_BLOCKS = 128, 4  # fewest queries per block and most blocks of the plain XLA attention
 
 
 def attend(config: Config, q: jax.Array, k: jax.Array, v: jax.Array, aux_inputs: AuxInputs) -> jax.Array:
-    """Causal attention inside documents: ``q [B, L, H, K]``, ``k`` and ``v [B, L, G, K]``, ``-> [B, L, H, K]``."""
+    """Causal attention within documents: ``q [B, L, H, K]``, ``k`` and ``v [B, L, G, K]``, ``-> [B, L, H, K]``."""
     if attention_implementation(config) == "cudnn":
         if "segment_ids" in aux_inputs:
             return attend_in_documents(q, k, v, aux_inputs["segment_ids"], "cudnn")
         length = q.shape[1]
-        if length % 2:  # cuDNN's kernels are for even lengths; no query sees a key behind the end
+        if length % 2:  # cuDNN's kernels need an even length; no query sees the key appended at the end
             q, k, v = (jnp.pad(a, ((0, 0), (0, 1), (0, 0), (0, 0))) for a in (q, k, v))
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")[:, :length]
     return blocked_attention(q, k, v, attention_mask(q.shape[1], aux_inputs), scale=config.head_width**-0.5)
 
 
 def attention_mask(length: int, aux_inputs: AuxInputs, window: jax.Array | int | None = None) -> jax.Array:
-    """Which keys a query sees, ``[B or 1, 1, L, M]``: the last ``window`` of its document, itself included."""
+    """The keys that each query sees, ``[B or 1, 1, L, M]``: the last ``window`` of its document, itself included."""
     back = jnp.arange(length)[:, None] - jnp.arange(length)
     seen = (back >= 0)[None, None]
     if window is not None:
@@ -42,7 +42,7 @@ def attention_mask(length: int, aux_inputs: AuxInputs, window: jax.Array | int |
 
 
 def _same_document(aux_inputs: AuxInputs) -> jax.Array | None:
-    """``[B, 1, L, M]``, or None where a row is one document."""
+    """``[B, 1, L, M]``, or None if every row is a single document."""
     if "segment_ids" not in aux_inputs:
         return None
     ids_BL = aux_inputs["segment_ids"]
@@ -52,8 +52,7 @@ def _same_document(aux_inputs: AuxInputs) -> jax.Array | None:
 def blocked_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, *, scale: float, cap: float | None = None
 ) -> jax.Array:
-    """``softmax(scale · q kᵀ) v`` over what is seen, which is nothing behind the query; with ``cap`` the scores are
-    squashed into plus and minus it."""
+    """``softmax(scale · q kᵀ) v`` over the keys in ``seen``, which must be causal; ``cap`` is a soft cap on scores."""
     B, L, H, K = q.shape
     by_head = jnp.moveaxis(q.reshape(B, L, k.shape[2], -1, K), 1, 3)
     a_BGRLK = _attended(by_head, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), seen[:, :, None], scale, cap)
@@ -61,7 +60,7 @@ def blocked_attention(
 
 
 def _blocks(length: int) -> list[slice]:
-    """Runs of queries. None sees a key behind its last, so of four of them three eighths of the products fall away."""
+    """Blocks of queries. None sees a key after its last query, so four blocks save three eighths of the products."""
     count = max(1, min(_MOST_BLOCKS, length // _QUERIES))
     return [slice(length * n // count, length * (n + 1) // count) for n in range(count)]
 
@@ -70,7 +69,7 @@ def _blocks(length: int) -> list[slice]:
 def _attended(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, scale: float, cap: float | None) -> jax.Array:
     """Attention of ``q [B, G, R, L, K]`` to ``k`` and ``v [B, G, M, K]``; the softmax is computed in float32.
 
-    It keeps the softmax and no other matrix of scores; autodiff would keep four.
+    The residual is the softmax and no other score matrix; autodiff would keep four.
     """
     return _attended_forward(q, k, v, seen, scale, cap)[0]
 
@@ -79,7 +78,7 @@ def _attended_forward(
     q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, scale: float, cap: float | None
 ) -> tuple:
     made, kept = [], []
-    with exact_products(q.dtype):  # rules of a derivative are traced behind the context of what they belong to
+    with exact_products(q.dtype):  # derivative rules are traced outside the context of the function they belong to
         for block in _blocks(q.shape[3]):
             there = (slice(None), slice(None), slice(block.stop))
             scores = scale * jnp.einsum("BGRLK,BGMK->BGRLM", q[..., block, :], k[there], preferred_element_type=F32)

@@ -1,4 +1,4 @@
-"""What every architecture says about itself, checked where it is made."""
+"""What every architecture declares about itself, validated on construction."""
 
 from __future__ import annotations
 
@@ -13,34 +13,35 @@ from vocabpp_jax.pipeline.mesh import GPU_PLATFORMS
 from vocabpp_jax.pipeline.model_interface import AuxInputs
 from vocabpp_jax.vocab import Loss
 
-_AUTO_CUDNN_HEAD = 128  # the widest head that cuDNN's flash attention takes on every GPU since Ampere
-_MOST = {"layers": 1000}  # each is traced on its own; sizes are at most what int32 can index
+_AUTO_CUDNN_HEAD = 128  # the widest head that cuDNN's flash attention supports on every GPU since Ampere
+_MOST = {"layers": 1000}  # each layer is traced separately; sizes are at most what int32 can index
 _MAX_CUDNN_HEAD = 256  # ... since Hopper
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A decoder of equal layers. Every field is checked here; a wrong one raises ValueError.
+    """A decoder of identical layers. Every field is validated here; an invalid one raises ValueError.
 
-    An architecture is a subclass: its fields, and the modules that it is made of. Everything that differs between
-    architectures is asked of the configuration, nowhere by its name.
+    An architecture is a subclass: its fields and its modules. Everything that differs between architectures is asked of
+    the configuration; nothing tests for an architecture by name.
     """
 
     layers: int
     hidden: int
     heads: int
     seq: int
-    """The longest sequence in tokens: what is trained on."""
+    """The training sequence length in tokens, which is also the maximum."""
     vocab_size: int
     tie_embeddings: bool = False
     dtype: str = "float32"
-    """What the forward and backward compute in; master parameters are float32 either way."""
+    """The compute dtype of forward and backward; master parameters are float32 either way."""
     attention: str = "auto"
-    """``auto`` is ``cudnn`` on GPUs for bfloat16 heads that it takes, else ``xla``. A pipeline asks its mesh where it
-    runs; without one the default backend counts."""
+    """``auto`` is ``cudnn`` on GPUs for bfloat16 heads that it supports, else ``xla``. A pipeline decides by its mesh's
+    platform; without one, the default backend decides."""
     residuals: str = "selective"
-    """What the backward keeps of a block: ``selective`` recomputes norms, activation functions and no matrix product,
-    ``everything`` recomputes nothing, ``full`` keeps the block's input and recomputes all of it."""
+    """What a block keeps for the backward: ``selective`` recomputes norms and activation functions but no matrix
+    product, ``everything`` keeps everything and recomputes nothing, ``full`` keeps the block's input and recomputes all
+    of it."""
 
     CHOICES: ClassVar[dict[str, tuple]] = {
         "dtype": ("float32", "bfloat16"),
@@ -72,15 +73,18 @@ class Config:
             )
 
     def check_heads(self) -> None:
-        """Refuses heads that do not fit."""
+        """Raise ValueError for head counts that do not fit."""
         if self.hidden % self.heads:
             raise ValueError(f"heads is {self.heads}; it must divide hidden, which is {self.hidden}")
 
-    # --- what an architecture answers --------------------------------------------------------------------------------
+    # --- what an architecture defines --------------------------------------------------------------------------------
 
     def block(self, rngs: nnx.Rngs, axis: str | None = None) -> nnx.Module:
-        """One layer, a module ``(x [B, L, D], aux_inputs) -> x``; with ``axis``, for its part of the weights on a
-        device of that mesh axis, see :mod:`vocabpp_jax.pipeline.tensor`."""
+        """One layer, a module ``(x [B, L, D], aux_inputs) -> x``.
+
+        With ``axis``, it holds one device's part of the weights along that mesh axis, see
+        :mod:`vocabpp_jax.pipeline.tensor`.
+        """
         raise NotImplementedError
 
     def norm(self, rngs: nnx.Rngs) -> nnx.Module:
@@ -94,60 +98,60 @@ class Config:
 
     @property
     def fits_cudnn(self) -> bool:
-        """Whether cuDNN's flash attention computes this attention on every GPU since Ampere."""
+        """Whether cuDNN's flash attention can compute this attention on every GPU since Ampere."""
         return self.dtype == "bfloat16" and self.head_width % 8 == 0 and self.head_width <= _AUTO_CUDNN_HEAD
 
     @property
     def shared_heads(self) -> int:
-        """Heads that can be told apart: a tensor axis must divide it."""
+        """The number of heads with their own keys and values: a tensor axis must divide it."""
         return self.heads
 
     @property
     def positions(self) -> int | None:
-        """Rows of a learned position table, or None without one."""
+        """Rows of a learned position table; None if there is none."""
         return None
 
     @property
     def embed_scale(self) -> float:
-        """Factor on the embedded input."""
+        """Factor applied to the embedded input."""
         return 1.0
 
     @property
     def loss(self) -> Loss:
-        """The loss that belongs to the architecture."""
+        """The architecture's loss."""
         return Loss()
 
     @property
     def layer_aux_inputs(self) -> tuple[AuxInputs, ...]:
-        """What differs between layers and is not trained, see :class:`vocabpp_jax.pipeline.Model`."""
+        """Per-layer inputs that are not trained, see :class:`vocabpp_jax.pipeline.Model`."""
         return ()
 
     def span(self, layer: int) -> int:
-        """Keys that a query of a layer can reach, in a causal layer counted in full."""
+        """Keys that a query of a layer can reach, with causal layers counted in full."""
         return self.seq
 
     @property
     def kept_width(self) -> int:
-        """Elements a token that ``selective`` keeps of a layer, beside what flash attention keeps of its sums."""
+        """Elements per token that ``selective`` keeps of a layer, besides flash attention's softmax statistics."""
         raise NotImplementedError
 
     @property
     def init_std(self) -> float:
-        """Standard deviation of initial weights; of those that write into the stream, less (GPT-2)."""
+        """Standard deviation of initial weights, except those that write into the residual stream."""
         return 0.02
 
     @property
     def out_std(self) -> float:
-        """... of those that write into the stream: each layer does so twice."""
+        """Standard deviation of weights that write into the residual stream: lower, as layers write twice (GPT-2)."""
         return self.init_std / (2 * self.layers) ** 0.5
 
 
 def attention_implementation(config: Config, platform: str | None = None) -> str:
-    """``xla`` or ``cudnn``: what ``config.attention`` means on devices of a platform, or of the default backend, which
-    this initialises.
+    """``xla`` or ``cudnn``: what ``config.attention`` means on a platform, or on the default backend, which this
+    initializes.
 
     Raises:
-        ValueError: cuDNN was chosen for a ``platform`` that is no GPU.
+        ValueError: cuDNN was chosen for a ``platform`` other than GPUs.
     """
     if config.attention == "cudnn" and platform and platform not in GPU_PLATFORMS:
         raise ValueError(
@@ -160,7 +164,7 @@ def attention_implementation(config: Config, platform: str | None = None) -> str
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretching of rotary wavelengths beyond the length that was first trained on."""
+    """Llama 3.1's rescaling of rotary wavelengths for lengths beyond the original training length."""
 
     factor: float
     low_freq_factor: float
@@ -176,12 +180,12 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class RotaryConfig(Config):
-    """A decoder with rotary positions, grouped queries, RMSNorm and a gated MLP."""
+    """A decoder with rotary positions, grouped-query attention, RMSNorm and a gated MLP."""
 
     kv_heads: int
-    """Heads of keys and values, each shared by ``heads / kv_heads`` heads of queries."""
+    """Key/value heads, each shared by ``heads / kv_heads`` query heads."""
     head_size: int
-    """K, the width of one head; heads need not fill the model's width."""
+    """K, the width of one head; ``heads * head_size`` need not equal the model's width."""
     inner: int
     """Width of the MLP."""
     rope_theta: float = 10_000.0
@@ -204,5 +208,5 @@ class RotaryConfig(Config):
 
     @property
     def kept_width(self) -> int:
-        # Input, q, attention output, post-attention stream; k and v; the gate and what it gates.
+        # Input, q, attention output, post-attention stream; k and v; the gate and what it multiplies.
         return 2 * self.hidden + 2 * (self.heads + self.kv_heads) * self.head_size + 2 * self.inner

@@ -1,4 +1,4 @@
-"""From a configuration to a model: for the pipeline as pure functions, without one as a Flax module.
+"""From a configuration to a model: pure functions for the pipeline, or a Flax module without one.
 
 Shapes: B batch, L length, D model width, V vocabulary.
 """
@@ -20,16 +20,16 @@ from vocabpp_jax.pipeline.model_interface import AuxInputs, Model, Params, Tail,
 from vocabpp_jax.pipeline.precision import exact_products
 from vocabpp_jax.pipeline.tensor import TENSOR
 
-_COLUMNS = {"qkv", "q", "k", "v", "gate", "up"}  # linear layers that every device computes some outputs of
-_ROWS = {"out", "down", "project"}  # ... that every device has some inputs of
+_COLUMNS = {"qkv", "q", "k", "v", "gate", "up"}  # column-parallel: each device computes part of the outputs
+_ROWS = {"out", "down", "project"}  # row-parallel: each device has part of the inputs
 
 
 def build(config: Config, mtp_depth: int = 0, mtp_weight: float = 0.3) -> Model:
-    """The model as the pipeline sees it, of any architecture. ``block`` takes parameters in the dtype of ``x``.
+    """The pipeline's model for any architecture. ``block`` takes parameters in the dtype of ``x``.
 
-    Block parameters are nested dicts by module: a norm has ``scale`` and perhaps ``bias [D]``, a linear layer
-    ``kernel [in, out]`` and perhaps ``bias [out]``. With ``mtp_depth`` it also predicts so many tokens further ahead,
-    their losses weighted by ``mtp_weight`` together.
+    Block parameters are nested dicts by module: a norm has ``scale`` and perhaps ``bias [D]``, a linear layer ``kernel
+    [in, out]`` and perhaps ``bias [out]``. With ``mtp_depth``, the model also predicts that many further tokens;
+    ``mtp_weight`` is the total weight of their losses.
     """
     if mtp_depth < 0:
         raise ValueError(f"mtp_depth is {mtp_depth}; it must be 0, for none, or more")
@@ -82,7 +82,7 @@ def _tail(config: Config, depths: int, weight: float) -> Tail:
 
 
 def _spec(path: tuple, shape: jax.ShapeDtypeStruct) -> PartitionSpec:
-    """How a block's parameter is split over the axis ``tensor``; norms, and biases added to a whole sum, are not."""
+    """How a block's parameter is sharded over the ``tensor`` axis; norms, and biases added after the sum, are not."""
     layer, leaf = (path[-2].key if len(path) > 1 else None), path[-1].key
     if layer in _COLUMNS:
         return PartitionSpec(None, TENSOR) if leaf == "kernel" else PartitionSpec(TENSOR)
@@ -94,14 +94,14 @@ def _abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
 
 
 def _graphdef(make: Callable[[nnx.Rngs], nnx.Module]) -> Any:
-    """The static half of a module, made without computing anything."""
+    """The static half of a module, created without computing anything."""
     return nnx.graphdef(_abstract(make))
 
 
 @dataclass(frozen=True)
 class PureBlock:
-    """One layer as a function of its parameters, ``(params, x [B, L, D], aux_inputs) -> [B, L, D]``; with ``axis``, one
-    device's part of it."""
+    """One layer as a pure function, ``(params, x [B, L, D], aux_inputs) -> [B, L, D]``; with ``axis``, one device's
+    part of it."""
 
     config: Config
     axis: str | None = None
@@ -115,15 +115,15 @@ class PureBlock:
         return nnx.merge(self._graphdef, params)(x_BLD, aux_inputs)
 
     def on(self, platform: str) -> PureBlock:
-        """The layer with the attention that the devices of a platform have."""
+        """The layer with the attention implementation for a platform."""
         return replace(self, config=replace(self.config, attention=attention_implementation(self.config, platform)))
 
 
 class Decoder(nnx.Module):
     """The whole model, for use without a pipeline: ``tokens [B, L] -> logits [B, L, V]`` in float32.
 
-    Parameters are float32 and cast to ``config.dtype`` once per call. They exchange with pipelines and checkpoints
-    as :meth:`canonical` and :meth:`from_canonical`, without a tail.
+    Parameters are float32 and cast to ``config.dtype`` once per call. :meth:`canonical` and :meth:`from_canonical`
+    exchange them with pipelines and checkpoints, without a tail.
     """
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
@@ -138,7 +138,7 @@ class Decoder(nnx.Module):
             self.head = nnx.Param(params["head"])
 
     def __call__(self, tokens_BL: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-        """Logits; raises ValueError where L exceeds ``config.seq``. ``segment_ids [B, L]`` as in ``parts.Block``."""
+        """Logits; raises ValueError if L exceeds ``config.seq``. ``segment_ids [B, L]`` as in ``parts.Block``."""
         config, L = self.config, tokens_BL.shape[1]
         if L > config.seq:
             raise ValueError(f"tokens are {L} long; seq, the longest this model takes, is {config.seq}")
@@ -164,7 +164,7 @@ class Decoder(nnx.Module):
 
     @classmethod
     def from_canonical(cls, config: Config, params: Params) -> Decoder:
-        """The model that holds canonical parameters; copies nothing."""
+        """A model holding canonical parameters, without copying them."""
         state = {**params, **params["embed"], "blocks": dict(enumerate(params["blocks"]))}
         del state["embed"]
         state.pop("tail", None)

@@ -1,10 +1,10 @@
-"""Attention inside documents by a kernel that takes a mask of scores, without a mask of a whole row in memory.
+"""Attention within documents by a fused kernel with a bias, without a full L × L mask in memory.
 
-cuDNN's flash attention is told of documents by a bias for every pair of positions: of a row L long, L × L of them.
-(Its packed layout takes their boundaries instead, but jax.nn.dot_product_attention does not offer it, it is there from
-Hopper on, and what it keeps for the backward is as many times larger as a row may have documents.) So queries go
-through the kernel in blocks, one after the other, each with the keys up to the end of its run of blocks and a bias of
-its own. The backward computes a block again instead of keeping anything of it.
+cuDNN's flash attention learns about documents through a bias per pair of positions: L × L for a row of length L. (Its
+packed layout takes document boundaries instead, but jax.nn.dot_product_attention does not expose it, it needs Hopper or
+later, and its residuals grow by a factor of the maximum number of documents per row.) So queries go through the kernel
+in blocks, one after the other, each with the keys up to the end of its run of blocks and its own bias. The backward
+recomputes each block and keeps no residuals of it.
 
 Shapes, all per device: B batch, L length, Q queries of a block, M keys, H heads, G heads of keys and values, K width.
 """
@@ -19,16 +19,16 @@ import jax.numpy as jnp
 from jax import lax
 
 F32 = jnp.float32
-_QUERIES = 512  # most queries of a block
-_RUNS = 4  # of blocks with the same keys; of the products, which are of L² / 2, (1 + 1 / runs) times as many are made
-_MULTIPLE = 8  # cuDNN takes a bias of even lengths; whole vectors are faster
+_QUERIES = 512  # largest number of queries in a block
+_RUNS = 4  # of blocks that share their keys; computes (1 + 1 / runs) times the L² / 2 products needed
+_MULTIPLE = 8  # cuDNN needs even bias lengths; full vectors are faster
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attend_in_documents(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array, implementation: str) -> jax.Array:
     """Causal attention of ``q [B, L, H, K]`` to ``k`` and ``v [B, L, G, K]`` where ``ids [B, L]`` agree.
 
-    ``implementation`` is that of :func:`jax.nn.dot_product_attention`. Any L will do.
+    ``implementation`` is that of :func:`jax.nn.dot_product_attention`. Any L works.
     """
     return _forward(q, k, v, ids, implementation)[0]
 
@@ -69,13 +69,13 @@ attend_in_documents.defvjp(_forward, _backward)
 
 
 def _blocks(length: int) -> tuple[int, int]:
-    """Queries of a block, and how many blocks hold ``length`` of them."""
+    """The block size in queries, and how many blocks cover ``length``."""
     count = -(-length // _QUERIES)
     return -(-length // (count * _MULTIPLE)) * _MULTIPLE, count
 
 
 def _runs(size: int, count: int) -> Iterator[tuple[jax.Array, int]]:
-    """The blocks that are given the same keys, and how many keys: no query sees more."""
+    """Runs of blocks that share their keys, and the number of keys: enough for every query in the run."""
     runs = min(_RUNS, count)
     for n in range(runs):
         start, stop = count * n // runs, count * (n + 1) // runs
@@ -83,12 +83,12 @@ def _runs(size: int, count: int) -> Iterator[tuple[jax.Array, int]]:
 
 
 def _padded(x: jax.Array, length: int) -> jax.Array:
-    """Zeros behind the end. No real query sees them, and what they see is not looked at."""
+    """Pad the end with zeros. No real query sees the padding, and the outputs of padded queries are ignored."""
     return jnp.pad(x, [(0, length - n if axis == 1 else 0) for axis, n in enumerate(x.shape)])
 
 
 def _of_block(wide: list[jax.Array], n: jax.Array, size: int, keys: int) -> tuple[jax.Array, ...]:
-    """The queries of block ``n``, its keys and values, and who sees whom ``[B, 1, Q, M]``."""
+    """The queries of block ``n``, its keys and values, and the mask ``[B, 1, Q, M]``."""
     q, k, v, ids = wide
     first = n * size
     own = lax.dynamic_slice_in_dim(ids, first, size, axis=1)

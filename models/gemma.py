@@ -1,5 +1,8 @@
-"""Gemma 2 (arXiv 2408.00118): soft caps on attention and logits, layers that look only so far back between layers that
-see everything, norms before and after each branch, a gated GELU, a tied table whose embedding is scaled."""
+"""Gemma 2 (arXiv 2408.00118).
+
+Soft caps on attention scores and logits, sliding-window layers alternating with global ones, norms before and after
+each branch, a gated GELU, and tied tables with a scaled embedding.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +24,18 @@ from vocabpp_jax.vocab import Loss
 
 @dataclass(frozen=True, kw_only=True)
 class GemmaConfig(RotaryConfig):
-    """What a Gemma 2 is made of."""
+    """Configuration of a Gemma 2."""
 
     tie_embeddings: bool = True
     norm_epsilon: float = 1e-6
     query_scalar: int = 256
-    """Scores are divided by its square root; not always the width of a head."""
+    """Scores are divided by its square root; not always the head width."""
     attention_cap: float | None = 50.0
-    """Attention scores are squashed into plus and minus this; None leaves them as they are."""
+    """Soft cap on attention scores: they are squashed to ± this value; None for no cap."""
     logit_cap: float | None = 30.0
-    """So are the logits."""
+    """Soft cap on the logits."""
     window: int | None = 4096
-    """Tokens that a query of a local layer sees, itself included; None is all. Even layers, from 0, are local."""
+    """Tokens that a query of a sliding-window layer sees, itself included; None is all. These are layers 0, 2, ..."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,7 +50,7 @@ class GemmaConfig(RotaryConfig):
 
     @property
     def fits_cudnn(self) -> bool:
-        return False  # its kernels have no soft cap
+        return False  # cuDNN's kernels have no soft cap
 
     @property
     def embed_scale(self) -> float:
@@ -66,7 +69,7 @@ class GemmaConfig(RotaryConfig):
 
     @property
     def kept_width(self) -> int:
-        return super().kept_width + 2 * self.hidden  # what the norms behind the branches take
+        return super().kept_width + 2 * self.hidden  # inputs of the norms after the branches
 
 
 def _norm(config: GemmaConfig) -> functools.partial:
@@ -74,13 +77,13 @@ def _norm(config: GemmaConfig) -> functools.partial:
 
 
 def attend(config: GemmaConfig, q: jax.Array, k: jax.Array, v: jax.Array, aux_inputs: AuxInputs) -> jax.Array:
-    """Causal attention with capped scores, no further back than ``aux_inputs["window"]``."""
+    """Causal attention with capped scores, limited to the last ``aux_inputs["window"]`` tokens."""
     seen = attention_mask(q.shape[1], aux_inputs, aux_inputs["window"])
     return blocked_attention(q, k, v, seen, scale=config.query_scalar**-0.5, cap=config.attention_cap)
 
 
 class Block(parts.Block):
-    """One layer: each branch normed before and after. ``aux_inputs["window"]`` says how far back attention sees."""
+    """One layer, each branch normalized before and after. Attention sees the last ``aux_inputs["window"]`` tokens."""
 
     def __init__(self, config: GemmaConfig, axis: str | None, rngs: nnx.Rngs):
         norm = _norm(config)

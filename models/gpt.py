@@ -1,7 +1,7 @@
 """GPT-2, which is also the paper's GPT: LayerNorm, learned positions, a GELU, biases everywhere.
 
-Shapes, all per device: B batch, L length, D model width, H heads, K head width (D = H K). What a backward keeps is
-cut as :mod:`.parts` says; here the MLP has no gate, and its pre-activation is kept.
+Shapes, all per device: B batch, L length, D model width, H heads, K head width (D = H K). Residuals are chosen as
+:mod:`.parts` describes; here the MLP has no gate, and its pre-activation is kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NORM_EPSILON = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig(Config):
-    """What a GPT is made of."""
+    """Configuration of a GPT."""
 
     mlp_ratio: int = 4
     """Width of the MLP in units of ``hidden``."""
@@ -46,9 +46,11 @@ class GPTConfig(Config):
 
 
 class Attention(nnx.Module):
-    """The attention branch of a block: ``(x [B, L, D], aux_inputs) -> [B, L, D]``, norm included, residual add not.
+    """The attention branch of a block: ``(x [B, L, D], aux_inputs) -> [B, L, D]``, with the norm, without the residual
+    add.
 
-    The columns of ``qkv`` are ordered by head, then q, k and v, so that any run of heads is a run of columns.
+    The columns of ``qkv`` are ordered by head, then q, k and v, so that any range of heads is a contiguous range of
+    columns.
     """
 
     def __init__(self, config: GPTConfig, axis: str | None, rngs: nnx.Rngs):
@@ -68,14 +70,14 @@ class Attention(nnx.Module):
 def _norm_qkv(
     width: int, axis: str | None, norm: LayerNorm, qkv: nnx.Linear, x_BLD: jax.Array
 ) -> tuple[jax.Array, ...]:
-    # Split in here, so that q, k and v are kept once, in the form in which attention takes them.
+    # Split in here, so that q, k and v are kept once, in the layout that attention takes.
     B, L, _ = x_BLD.shape
     qkv_BLH3K = qkv(enter(norm(x_BLD), axis)).reshape(B, L, -1, 3, width)
     return tuple(qkv_BLH3K[:, :, :, i] for i in range(3))
 
 
 class MLP(nnx.Module):
-    """The MLP branch of a block: ``x [B, L, D] -> [B, L, D]``, norm included, residual add not."""
+    """The MLP branch of a block: ``x [B, L, D] -> [B, L, D]``, with the norm, without the residual add."""
 
     def __init__(self, config: GPTConfig, axis: str | None, rngs: nnx.Rngs):
         D, inner = config.hidden, config.mlp_ratio * config.hidden
@@ -109,7 +111,7 @@ _PUBLISHED = {  # arXiv 2411.05288, tables 1 and 2; each was also run with seq 4
 _GPT2 = dict(seq=1024, vocab_size=50257, tie_embeddings=True)
 
 SIZES = {
-    "gpt-tiny": GPTConfig(layers=4, heads=4, hidden=64, seq=64, vocab_size=256),  # bytes, seconds on a laptop
+    "gpt-tiny": GPTConfig(layers=4, heads=4, hidden=64, seq=64, vocab_size=256),  # byte tokens; seconds on a laptop
     "gpt-micro": GPTConfig(layers=4, heads=4, hidden=128, seq=128, vocab_size=4096),  # minutes on two CPU cores
     "gpt-mini": GPTConfig(layers=8, heads=4, hidden=256, seq=256, vocab_size=8192),
     "gpt-small": GPTConfig(**_GPT2, layers=12, heads=12, hidden=768),  # GPT-2
@@ -118,4 +120,4 @@ SIZES = {
     "gpt2-xl": GPTConfig(**_GPT2, layers=48, heads=25, hidden=1600),
     **{name: GPTConfig(**dims, seq=2048, vocab_size=32_000, dtype="bfloat16") for name, dims in _PUBLISHED.items()},
 }
-"""The published ones have the smallest published sequence length and vocabulary."""
+"""The paper's models have its smallest sequence length and vocabulary."""

@@ -1,4 +1,4 @@
-"""What a ``config.json`` says, as our configurations, and back."""
+"""Convert ``config.json`` to our configurations and back."""
 
 from __future__ import annotations
 
@@ -41,8 +41,11 @@ def _rotary(json: Fields, tied: bool = False) -> Json:
 
 
 def _rope(json: Fields) -> tuple[float, RopeScaling | None]:
-    """Before version 5, rope_theta stood beside ``rope_scaling``; since, both are in ``rope_parameters``, which yields
-    to a ``rope_scaling`` that is there too."""
+    """Rotary scaling, from either of its two places.
+
+    Before version 5, rope_theta stood next to ``rope_scaling``; since then both are in ``rope_parameters``, but a
+    ``rope_scaling`` that is also present takes precedence.
+    """
     json.only(partial_rotary_factor=1.0)
     rope = json.fields("rope_scaling") or json.fields("rope_parameters") or Fields({}, json.where)
     rope.only(partial_rotary_factor=1.0)
@@ -114,7 +117,7 @@ def gemma(json: Fields) -> GemmaConfig:
 
 
 def _cap(json: Fields, name: str, absent: float) -> float | None:
-    """A soft cap; null and 0 say that there is none, absence that it is as in the published models."""
+    """A soft cap: null and 0 mean none; absent means the published models' value."""
     return float(json.number(name, 0)) or None if json.has(name) else absent
 
 

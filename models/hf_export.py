@@ -1,4 +1,4 @@
-"""Weights to a Hugging Face folder. What training does not change is taken from the folder that it started from."""
+"""Export weights to a Hugging Face folder, copying what training does not change from the folder it started from."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from vocabpp_jax.pipeline.weight_streaming import Path, canonical_leaves, leaves
 
 DTYPES = {"float32": np.float32, "bfloat16": jnp.bfloat16, "float16": np.float16}
 SHARD_BYTES = 5_000_000_000
-_UNFINISHED = ".export-unfinished"  # in a folder that is ours to clear
+_UNFINISHED = ".export-unfinished"  # marks a folder that we may clear
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
 _ABOUT = ("generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 @dataclass(frozen=True)
 class Source:
-    """What an export keeps of the folder that training started from, read once. Made by :func:`read_source`."""
+    """What an export keeps of the folder that training started from. Created by :func:`read_source`."""
 
     values: dict[str, Any]
     """Its ``config.json``."""
     files: Mapping[str, bytes]
-    """Its tokenizer, ``generation_config.json`` and licence, by name."""
+    """Its tokenizer, ``generation_config.json`` and license, by name."""
 
 
 def read_source(folder: str | File) -> Source:
@@ -49,7 +49,7 @@ def read_source(folder: str | File) -> Source:
 
 
 def tokenizer_files(tokenizer: str | File) -> dict[str, bytes]:
-    """A tokenizer's file, as ``tokenizer.json``, and the files beside it that belong to it.
+    """A tokenizer file, as ``tokenizer.json``, and the files next to it that belong to it.
 
     Raises:
         ValueError: one of them cannot be read.
@@ -68,8 +68,8 @@ def check_save(
     dtype: str = "float32",
     source: Source | str | File | None = None,
 ) -> None:
-    """Raises what :func:`save` would, before there is anything to save, and clears what an earlier export left
-    unfinished. One process calls it."""
+    """Raise what :func:`save` would, before there is anything to save, and clear an earlier unfinished export. Call it
+    in one process only."""
     plan = _Plan.of(folder, config, pipe, dtype, source)
     plan.claim()
     free = shutil.disk_usage(plan.partial).free
@@ -93,20 +93,21 @@ def save(
     tokenizer: Mapping[str, bytes] | None = None,
     values: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a folder that ``transformers`` reads, streamed; several files and an index where one would be too large.
-    A tail, which it does not read, goes to a file of its own, by canonical names.
+    """Write a folder that ``transformers`` can read, streaming; several files and an index if one would be too large. A
+    tail, which transformers does not read, goes to a separate file under canonical names.
 
     Args:
-        folder: a new one. It appears under its name once it is complete.
-        params: a pipeline's parameters with ``pipe``, canonical ones without. Every process calls; the first writes.
+        folder: a new folder. It appears under its name once complete.
+        params: a pipeline's parameters with ``pipe``, canonical ones without. Every process calls this; the first
+            writes.
         dtype: of the weights in the file: float32, bfloat16 or float16.
-        source: the folder that training started from. Its ``config.json`` is kept in all that training did not change,
-            and its other files are copied.
-        tokenizer: files of another tokenizer than the source's, by name (:func:`tokenizer_files`).
+        source: the folder that training started from. Its ``config.json`` is kept except for what training changed, and
+            its other files are copied.
+        tokenizer: files by name, of a tokenizer other than the source's (:func:`tokenizer_files`).
         values: further fields of ``config.json``, for example ``eos_token_id``.
 
     Raises:
-        ValueError: a folder that exists, an unknown dtype, an architecture that has no counterpart, or one that cannot
+        ValueError: a folder that exists, an unknown dtype, an architecture without a counterpart, or one that cannot
             express the model's soft cap.
         OSError: something cannot be written.
     """
@@ -120,7 +121,7 @@ def save(
             (name := architecture.tensor(p), _cast(name, _theirs(architecture, config, p, w), kind)) for p, w in weights
         )
         write(plan.partial, named, plan.sizes, shard_bytes, writes=writes)
-        # What is left is the tail's.
+        # The rest belongs to the tail.
         tail = {(name := canonical_name(p)): _cast(name, np.asarray(w), kind) for p, w in weights}
         if tail and writes:
             save_tensors(tail, plan.partial / TAIL)
@@ -136,7 +137,7 @@ def save(
 
 @dataclass(frozen=True)
 class _Plan:
-    """An export that can be: what is written, and where."""
+    """A valid export: what to write, and where."""
 
     folder: File
     architecture: Architecture
@@ -146,12 +147,12 @@ class _Plan:
 
     @classmethod
     def of(cls, folder, config, pipe, dtype, source) -> _Plan:
-        """Raises ValueError where there is no such export."""
+        """Raises ValueError if the export is not possible."""
         folder, architecture = File(folder), architecture_of(config)
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
         if folder.exists() or folder.is_symlink():
-            raise ValueError(f"export is {str(folder)!r}, which exists; give a folder that does not")
+            raise ValueError(f"export is {str(folder)!r}, which already exists; give a new folder")
         if source is not None and not isinstance(source, Source):
             source = read_source(source)
         cap = config.loss.soft_cap if pipe is None else pipe.model.loss.soft_cap
@@ -163,19 +164,19 @@ class _Plan:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes of every tensor, in the order in which they come."""
+        """Bytes of every tensor, in the order of writing."""
         itemsize, shapes = np.dtype(DTYPES[self.dtype]).itemsize, leaves(build(self.config).param_shapes())
         return {self.architecture.tensor(path): math.prod(shape.shape) * itemsize for path, shape in shapes}
 
     def claim(self) -> None:
-        """Make the folder for what is unfinished, in place of one that an earlier export left."""
+        """Create the folder for the unfinished export, replacing one left by an earlier export."""
         if (self.partial / _UNFINISHED).is_file():
             self.release()
         try:
             self.partial.mkdir(parents=True)
             (self.partial / _UNFINISHED).touch()
         except FileExistsError:
-            raise ValueError(f"{self.partial} exists, and no export has left it; remove it") from None
+            raise ValueError(f"{self.partial} exists and was not left by an export; remove it") from None
         except OSError as problem:
             raise ValueError(f"export is {str(self.folder)!r}, which cannot be written ({problem.strerror})") from None
 
@@ -183,7 +184,7 @@ class _Plan:
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def write_rest(self, tokenizer: Mapping[str, bytes] | None, values: Mapping[str, Any]) -> None:
-        """config.json and the files that come with the weights."""
+        """Write config.json and the files that accompany the weights."""
         files = dict(self.source.files) if self.source else {}
         if tokenizer is not None:
             files = {name: raw for name, raw in files.items() if not _matches(name, _TOKENIZER)} | dict(tokenizer)
@@ -192,23 +193,23 @@ class _Plan:
         (self.partial / "config.json").write_text(json.dumps(self.values() | dict(values), indent=2) + "\n")
 
     def values(self) -> dict[str, Any]:
-        """The fields of config.json: the source's, but for those whose meaning has changed."""
+        """The fields of config.json: the source's, except where the meaning has changed."""
         ours = _values(self.architecture, self.config)
         if self.source is None:
-            # Left out, transformers would take the tokens of the published models.
+            # If these were left out, transformers would assume the published models' tokens.
             found = ours | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
         else:
             before = config_of(self.source.values)
             was = _values(*before)
-            if self.config.positions is None:  # what is trained on need not be all that the model can take
+            if self.config.positions is None:  # the training length may be less than what the model supports
                 ours["max_position_embeddings"] = max(self.config.seq, before[1].seq)
             found = self.source.values | {name: value for name, value in ours.items() if value != was.get(name)}
-            if ours.get("rope_scaling"):  # one form for readers from version 5 on, one for those before
+            if ours.get("rope_scaling"):  # one form for transformers 5 and later, one for earlier versions
                 found |= {name: ours[name] for name in ("rope_parameters", "rope_scaling", "rope_theta")}
         return found | {"dtype": self.dtype, "torch_dtype": self.dtype}
 
     def finish(self) -> None:
-        """Give the folder its name. Where something has taken it meanwhile, the weights stay beside it."""
+        """Rename the folder to its final name; if that has been taken meanwhile, the weights stay where they are."""
         (self.partial / _UNFINISHED).unlink()
         try:
             if self.folder.exists():
@@ -220,7 +221,7 @@ class _Plan:
 
 
 def _with_cap(config: Config, cap: float | None, architecture: Architecture) -> Config:
-    """The configuration that says which soft cap the model has."""
+    """The configuration with the model's soft cap."""
     if cap == config.loss.soft_cap:
         return config
     if "logit_cap" in {field.name for field in fields(config)}:
@@ -255,7 +256,7 @@ def _bytes(file: File) -> bytes:
 
 
 def _cast(name: str, weight: np.ndarray, kind: np.dtype) -> np.ndarray:
-    """Raises ValueError where a weight is too large for the dtype of the file."""
+    """Raises ValueError if a weight overflows the dtype of the file."""
     with np.errstate(over="ignore"):
         cast = weight.astype(kind)
     if kind == np.float16 and np.isinf(cast).sum() > np.isinf(weight).sum():
@@ -266,7 +267,7 @@ def _cast(name: str, weight: np.ndarray, kind: np.dtype) -> np.ndarray:
 
 
 def _theirs(architecture: Architecture, config: Config, path: Path, weight: Any) -> np.ndarray:
-    """One of our leaves as they store it."""
+    """One of our leaves in the layout they store."""
     weight = np.asarray(weight)
     if architecture.reordered(path):
         return by_kind(weight, config.heads)

@@ -1,6 +1,6 @@
-"""A ``config.json`` field by field, as people write them: null is as if absent, ``16.0`` is an integer.
+"""Reads a ``config.json`` field by field, leniently: null means absent, ``16.0`` is an integer.
 
-What is of another type, or not a JSON object at all, is refused in a sentence that names the field.
+A field of another type, or a file that is not a JSON object, is rejected in a sentence that names it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Fields:
         self.values, self.where = values, where
 
     def has(self, name: str) -> bool:
-        """Whether the field is there, be it null."""
+        """Whether the field is present, even if null."""
         return name in self.values
 
     def integer(self, name: str, default: Any = _REQUIRED) -> int:
@@ -63,7 +63,7 @@ class Fields:
         return value
 
     def flag(self, name: str, default: Any = _REQUIRED) -> bool:
-        """True or false; 0 and 1 are read as such."""
+        """True or false; 0 and 1 are accepted."""
         value = self._get(name, default)
         if not (isinstance(value, bool) or value is default or value in (0, 1)):
             self._refuse(name, value, "true or false")
@@ -77,14 +77,14 @@ class Fields:
         return value
 
     def fields(self, name: str) -> Fields | None:
-        """An object within; None where there is none, or an empty one."""
+        """A nested object; None if missing or empty."""
         value = self._get(name, None)
         if value is not None and not isinstance(value, dict):
             self._refuse(name, value, "an object")
         return Fields(value, f"{name} in {self.where}") if value else None
 
     def only(self, **supported: Any) -> None:
-        """Refuses a setting that our models do not have; one that is absent or null is as supported."""
+        """Reject a setting that our models do not support; absent or null counts as supported."""
         for name, value in supported.items():
             allowed = value if isinstance(value, tuple) else (value,)
             if self._get(name, None) is not None and self.values[name] not in allowed:
@@ -107,5 +107,5 @@ class Fields:
 def _is_number(value: Any) -> bool:
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an integer beyond the floats
+    except OverflowError:  # an integer beyond the float range
         return False

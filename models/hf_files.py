@@ -1,4 +1,4 @@
-"""Safetensors files of a checkpoint: one, or several with an index. Everything is checked before a tensor is read."""
+"""A checkpoint's safetensors files: one, or several with an index. Everything is checked before a tensor is read."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from vocabpp_jax.models.hf_fields import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TAIL = "mtp.safetensors"
-"""The file of what predicts further tokens than the next."""
+"""The file for the multi-token-prediction tail."""
 DTYPES = ("F32", "F16", "BF16")
 
 
 class Entry(NamedTuple):
-    """Where a tensor is, of which shape and dtype."""
+    """Where a tensor is stored, its shape and its dtype."""
 
     file: File
     shape: tuple[int, ...]
@@ -34,8 +34,8 @@ class Tensors:
     """The tensors of a folder, or of one file in it, read slice by slice.
 
     Raises:
-        ValueError: no such files, a header that is none, a file that ends too soon, a tensor that the index promises
-            and its file lacks.
+        ValueError: no such files, an invalid header, a truncated file, or a tensor that the index lists and its file
+            lacks.
     """
 
     def __init__(self, folder: File, only: str | None = None):
@@ -49,10 +49,10 @@ class Tensors:
                 self.entries[name] = Entry(file, tuple(header[name]["shape"]), header[name]["dtype"])
 
     def check(self, where: File, wanted: dict[str, tuple[int, ...]]) -> None:
-        """Raises ValueError where a tensor is missing, of another shape, or of a dtype that no weights have."""
+        """Raises ValueError if a tensor is missing, has another shape, or has a dtype that weights never have."""
         for name, shape in wanted.items():
             if (entry := self.entries.get(name)) is None:
-                raise ValueError(f"{where} has no tensor {name!r}, which is to be of shape {list(shape)}")
+                raise ValueError(f"{where} has no tensor {name!r}, which should have shape {list(shape)}")
             if entry.dtype not in DTYPES:
                 raise ValueError(
                     f"tensor {name!r} in {entry.file.name} is {entry.dtype}; it must be one of {', '.join(DTYPES)}"
@@ -63,7 +63,7 @@ class Tensors:
                 )
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A part of a tensor in float32; reads no more than it."""
+        """Part of a tensor in float32; reads only that part."""
         file = self.entries[name].file
         if file not in self._open:
             self._open[file] = safe_open(file, "numpy")
@@ -88,7 +88,7 @@ def _files(folder: File) -> list[tuple[File, set[str]]]:
 
 
 def _header(file: File) -> dict[str, dict]:
-    """A file's header, once the file is known to be as long as it says."""
+    """A file's header, after checking that the file is as long as it says."""
     size = file.stat().st_size
     with file.open("rb") as f:
         start = f.read(8)
@@ -128,14 +128,14 @@ def _describes_a_tensor(entry: Any) -> bool:
 def write(
     folder: File, tensors: Iterable[tuple[str, np.ndarray]], sizes: dict[str, int], at_most: int, *, writes: bool
 ) -> None:
-    """Writes tensors as they come, in files of at most so many bytes each (a larger tensor has one for itself).
+    """Write tensors as they arrive, in files of at most ``at_most`` bytes each (a larger tensor gets its own file).
 
     Raises:
         OSError: a file cannot be written.
 
     Args:
-        sizes: bytes of every tensor, in the order in which they come: it decides which file a tensor is in.
-        writes: False on processes that only take part in making the tensors.
+        sizes: bytes of every tensor, in order of arrival: this decides which file a tensor is in.
+        writes: False in processes that only take part in computing the tensors.
     """
     files: list[dict[str, None]] = [{}]
     filled = 0
@@ -159,12 +159,12 @@ def write(
 
 
 def canonical_name(path: tuple) -> str:
-    """What a parameter that no architecture names is called in a file: ``tail.0.project.kernel``."""
+    """The file's name for a parameter that no architecture names: ``tail.0.project.kernel``."""
     return ".".join(map(str, path))
 
 
 def save_tensors(tensors: dict[str, np.ndarray], file: File) -> None:
-    """Writes one file. Raises OSError where it cannot be."""
+    """Write one file. Raises OSError if it cannot be written."""
     try:
         save_file({k: np.ascontiguousarray(t) for k, t in tensors.items()}, file, metadata={"format": "pt"})
     except SafetensorError as problem:  # for example a full disk

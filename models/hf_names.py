@@ -1,7 +1,7 @@
-"""How Hugging Face calls what our models are made of: ``config.json`` and the names of tensors, both ways.
+"""Hugging Face's names for our models: ``config.json`` and tensor names, in both directions.
 
-An :class:`Architecture` is a table from the paths of the canonical tree to their names. Their linear layers are
-``[out, in]`` and ours ``[in, out]``, GPT-2's excepted, which are like ours but order q, k and v before heads.
+An :class:`Architecture` is a table from paths of the canonical tree to their names. Their linear layers are ``[out,
+in]`` and ours ``[in, out]``, except GPT-2's, which are laid out like ours but order q, k and v before heads.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Architecture:
     """One of their model classes.
 
     Attributes:
-        name, model_type: what ``config.json`` calls it.
-        prefix: of every name but the head's; files of the model without its head leave it out.
-        outer, inner: names by canonical path, joined by dots; ``inner`` within a layer, behind ``layers.N.``.
+        name, model_type: its names in ``config.json``.
+        prefix: of every name except the head's; files saved without the head omit it.
+        outer, inner: names by canonical path, joined by dots; ``inner`` within a layer, after ``layers.N.``.
         layers: the prefix of a layer's number.
         config, json: ``config.json`` to a configuration and back.
         transposed: whether linear layers are ``[out, in]``.
@@ -54,11 +54,11 @@ class Architecture:
         return name if path == ("head",) else self.prefix + name
 
     def is_transposed(self, path: Path) -> bool:
-        """Whether a leaf's axes are theirs in reverse."""
+        """Whether a leaf's axes are in reverse order in their files."""
         return self.transposed and path[-1] == "kernel"
 
     def reordered(self, path: Path) -> bool:
-        """Whether a leaf's columns are theirs in another order."""
+        """Whether a leaf's columns are in another order in their files."""
         return "qkv" in path
 
 
@@ -146,7 +146,7 @@ ARCHITECTURES = {
 
 
 def architecture_of(config: Config) -> Architecture:
-    """Their architecture of a configuration of ours."""
+    """Their architecture for one of our configurations."""
     match config:
         case QwenConfig():
             return ARCHITECTURES[f"Qwen{config.generation}ForCausalLM"]
@@ -163,7 +163,7 @@ def config_of(values: Json, where: str = "config.json") -> tuple[Architecture, C
     """The architecture and the configuration that a ``config.json`` describes.
 
     Raises:
-        ValueError: an architecture or a setting that is not supported, a field that is missing or of another type.
+        ValueError: an unsupported architecture or setting, or a field that is missing or of another type.
     """
     named = values.get("architectures") or [_BY_TYPE.get(str(values.get("model_type")))]
     name = named[0] if isinstance(named, list) else named

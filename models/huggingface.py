@@ -1,4 +1,4 @@
-"""Weights from Hugging Face folders and back: ``config.json`` and safetensors, streamed, names exactly theirs."""
+"""Load and save Hugging Face folders: ``config.json`` and safetensors, streamed, with exactly their names."""
 
 from __future__ import annotations
 
@@ -32,33 +32,34 @@ __all__ = [
     "tokenizer_files",
 ]
 
-_BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")  # no parameters: older versions stored them
+# buffers, not parameters: older versions stored them
+_BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
 
 
 def load_config(folder: str | File) -> Config:
     """The configuration in a folder's ``config.json``.
 
     Raises:
-        ValueError: no such file, an architecture or a setting that is not supported, a field that is missing.
+        ValueError: no such file, an unsupported architecture or setting, or a missing field.
     """
     return config_of(*_config_json(folder))[1]
 
 
 def load(folder: str | File, pipe: Pipeline) -> Params:
-    """A folder's weights as a pipeline's parameters, float32, each device's part read on its own.
+    """A folder's weights as a pipeline's float32 parameters; only each device's part is read.
 
-    The pipeline's model is that of :func:`load_config`, or differs from it in what has no weights (``seq`` where
-    positions are rotary, ``dtype``, ``residuals``).
+    The pipeline's model is that of :func:`load_config`, or differs only in what has no weights (``seq`` with rotary
+    positions, ``dtype``, ``residuals``).
 
     Raises:
-        ValueError: what :func:`load_config` refuses; a tensor that is missing, of another shape, or that nothing here
-            takes; a truncated file. All of it is found before the first weight is read.
+        ValueError: what :func:`load_config` rejects; a tensor that is missing, of another shape, or unused here; a
+            truncated file. All of it is detected before the first weight is read.
     """
     return assemble(pipe, check(folder, pipe))
 
 
 def check(folder: str | File, pipe: Pipeline) -> Callable[[Path, Index], np.ndarray]:
-    """Raises what :func:`load` would, without reading a weight; returns what reads them."""
+    """Raise what :func:`load` would, without reading a weight; returns the reader."""
     architecture, config = config_of(*_config_json(folder))
     shapes = pipe.model.param_shapes()
     tail = shapes.pop("tail", None)
@@ -70,7 +71,7 @@ def check(folder: str | File, pipe: Pipeline) -> Callable[[Path, Index], np.ndar
 
 
 def load_canonical(folder: str | File) -> tuple[Config, Params]:
-    """A folder's configuration and weights as canonical parameters in this host's memory. Raises as :func:`load`."""
+    """A folder's configuration and its weights as canonical parameters in host memory. Raises as :func:`load`."""
     architecture, config = config_of(*_config_json(folder))
     shapes = build(config).param_shapes()
     read = _reader(File(folder), architecture, config, shapes)
@@ -87,11 +88,11 @@ def _config_json(folder: str | File) -> tuple[dict[str, Any], str]:
 
 
 def _tail_reader(folder: File, shapes: Params) -> Callable[[Path, Index], np.ndarray]:
-    """``(path, index) -> array`` for what predicts further tokens, once all of it is known to be there."""
+    """``(path, index) -> array`` for the multi-token-prediction tail, after checking that all of it is there."""
     if not (folder / TAIL).is_file():
         raise ValueError(
-            f"mtp_depth is {len(shapes['tail'])} and {folder} has no {TAIL}, which is where an export leaves what "
-            "predicts further tokens: set mtp_depth to 0"
+            f"mtp_depth is {len(shapes['tail'])} and {folder} has no {TAIL}, which is where an export stores the "
+            "multi-token-prediction weights: set mtp_depth to 0"
         )
     tensors, wanted = Tensors(folder, TAIL), {canonical_name(path): shape.shape for path, shape in leaves(shapes)}
     tensors.check(folder / TAIL, wanted)
@@ -103,7 +104,7 @@ def _tail_reader(folder: File, shapes: Params) -> Callable[[Path, Index], np.nda
 def _reader(
     folder: File, architecture: Architecture, config: Config, shapes: Params
 ) -> Callable[[Path, Index], np.ndarray]:
-    """``(path, index) -> array`` for the canonical leaves of ``shapes``, once all of them are known to be there."""
+    """``(path, index) -> array`` for the canonical leaves of ``shapes``, after checking that all are there."""
     tensors = Tensors(folder)
     entries = tensors.entries
     bare = not any(name.startswith(architecture.prefix) for name in entries)

@@ -15,7 +15,7 @@ from vocabpp_jax.models.parts import Block, GatedMLP, RotaryAttention
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig(RotaryConfig):
-    """What a Llama is made of."""
+    """Configuration of a Llama."""
 
     rope_theta: float = 500_000.0
 
@@ -50,4 +50,4 @@ SIZES = {
     ),
     "llama-3-70b": LlamaConfig(**_LLAMA, layers=80, hidden=8192, heads=64, inner=28_672),
 }  # fmt: skip
-"""Sequences are as long as the first training's; longer ones are a matter of ``seq``."""
+"""``seq`` is the length of the original training; set it for longer sequences."""

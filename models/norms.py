@@ -1,4 +1,4 @@
-"""Normalization of the last axis, computed in float32 whatever the dtype of its input, with a backward of its own.
+"""Normalization over the last axis, computed in float32 for any input dtype, with a custom backward.
 
 Shapes, all per device: D width of a row; leading axes are free.
 """
@@ -18,7 +18,7 @@ F32 = jnp.float32
 
 
 class RMSNorm(nnx.Module):
-    """``x / rms(x) · (offset + scale)``; ``axis`` where each device of it uses ``scale [D]`` in its own way."""
+    """``x / rms(x) · (offset + scale)``; pass ``axis`` if each device along it uses ``scale [D]`` differently."""
 
     def __init__(self, width: int, epsilon: float, *, offset: float = 0.0):
         self.epsilon, self.offset = epsilon, offset
@@ -41,17 +41,17 @@ class LayerNorm(nnx.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _scaled(x: jax.Array, scale: jax.Array, bias: jax.Array | None, epsilon: float) -> jax.Array:
-    """A norm, in the dtype of ``x``: a bias belongs to one that takes the mean away first.
+    """A norm, in the dtype of ``x``; with a bias, the mean is subtracted first.
 
-    The backward starts from ``x`` again. What autodiff makes of the same lines keeps three arrays like ``x``, and takes
-    two to three times as long on CPUs.
+    The backward starts from ``x`` again. Autodiff of the same lines would keep three arrays the size of ``x``, and
+    takes two to three times as long on CPUs.
     """
     y = _normalized(x, epsilon, centred=bias is not None)[0] * scale.astype(F32)
     return (y if bias is None else y + bias.astype(F32)).astype(x.dtype)
 
 
 def _normalized(x: jax.Array, epsilon: float, *, centred: bool) -> tuple[jax.Array, jax.Array]:
-    """The rows with mean square 1 in float32, and what they were multiplied by, ``[..., 1]``."""
+    """The rows scaled to mean square 1 in float32, and the factors, ``[..., 1]``."""
     wide = x.astype(F32)
     if centred:
         wide = wide - jnp.mean(wide, -1, keepdims=True)  # E[x²] - E[x]² would cancel

@@ -1,10 +1,10 @@
-"""The parts that architectures share, as Flax modules; each architecture's own file says how they are put together.
+"""Flax modules that architectures share; each architecture's own file combines them.
 
 Shapes, all per device: B batch, L length, D model width, H heads, G heads of keys and values, K head width.
 
-A block is cut into small functions so that what its backward keeps is a choice (``Config.residuals``). Under
-``selective`` each holds matrix products of one input, so that a backward can be cut into an input-gradient half and a
-weight-gradient half without repeating any::
+A block is cut into small functions so that its residuals are a choice (``Config.residuals``). Under ``selective``, each
+function holds the matrix products of a single input, so that the backward can be split into an input-gradient half and
+a weight-gradient half without repeating any::
 
     q, k, v = norm + linear (x), rotated      kept: x, q, k, v         (the normed x is recomputed)
     a       = attention (q, k, v)             kept: a, and what the attention kernel keeps for itself
@@ -12,8 +12,8 @@ weight-gradient half without repeating any::
     g, u    = norm + linear (x)               kept: g, u               (the normed x is recomputed)
     x       = x + down linear (act(g) · u)                             (the activation is recomputed)
 
-With ``axis``, a module computes with one device's share of the heads and of the MLP's width. Shapes are taken from
-the weights, so one module serves both.
+With ``axis``, a module computes one device's share of the heads and of the MLP's width. Shapes are read from the
+weights, so one module serves both cases.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from vocabpp_jax.pipeline.tensor import enter, leave
 
 
 def recomputed(function: Callable) -> Callable:
-    """A function whose inputs are kept for the backward, and nothing that it computes."""
+    """A function that keeps only its inputs for the backward."""
     # prevent_cse=False: forward and backward run as separate passes, so there is nothing for CSE to merge, and the
     # barriers that would prevent it also prevent fusion.
     return jax.checkpoint(function, prevent_cse=False)
 
 
 def recompute_if_selective(config: Config, function: Callable) -> Callable:
-    """A function that ``selective`` recomputes, its matrix product excepted."""
+    """Under ``selective``, recompute the function in the backward, except for its matrix product."""
     return recomputed(function) if config.residuals == "selective" else function
 
 
@@ -50,18 +50,18 @@ def linear(width_in: int, width_out: int, std: float, rngs: nnx.Rngs, *, bias: b
 
 
 def row_linear(layer: nnx.Linear, x: jax.Array, axis: str | None) -> jax.Array:
-    """A linear layer whose rows are split over ``axis``: its parts are summed, its bias is added once."""
+    """A linear layer whose rows are sharded over ``axis``: partial products are summed, the bias is added once."""
     y = leave(x @ layer.kernel[...], axis)
     return y if layer.bias is None else y + layer.bias[...]
 
 
 def merged_heads_linear(axis: str | None, out: nnx.Linear, a_BLHK: jax.Array) -> jax.Array:
-    """The output projection. Reshaped in here, or the attention output would be kept twice."""
+    """The output projection. The reshape is in here, or the attention output would be kept twice."""
     return row_linear(out, a_BLHK.reshape(*a_BLHK.shape[:2], -1), axis)
 
 
 class RotaryAttention(nnx.Module):
-    """The attention branch of a block: ``(x [B, L, D], aux_inputs) -> [B, L, D]``, norm included, residual add not."""
+    """The attention branch of a block: ``(x [B, L, D], aux_inputs) -> [B, L, D]``, with norm, without residual add."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class RotaryAttention(nnx.Module):
         project = functools.partial(_norm_qkv, config.head_size, self.axis, rotate=None if self.head_norms else rotate)
         q, k, v = recompute_if_selective(config, project)(self.norm, (self.q, self.k, self.v), x_BLD)
         if self.head_norms:
-            # In a function of its own: recomputed with the projection, it would repeat two matrix products.
+            # A separate function: recomputing it along with the projection would repeat two matrix products.
             normed = recompute_if_selective(config, lambda norm, x_BLHK: rotate(norm(x_BLHK, self.axis)))
             q, k = normed(self.q_norm, q), normed(self.k_norm, k)
         a_BLHK = self.attend(config, q, k, v, aux_inputs)
@@ -113,7 +113,7 @@ def _norm_qkv(
 
 
 class GatedMLP(nnx.Module):
-    """The MLP branch of a block: ``x [B, L, D] -> [B, L, D]``, norm included, residual add not."""
+    """The MLP branch of a block: ``x [B, L, D] -> [B, L, D]``, with the norm, without the residual add."""
 
     def __init__(self, config: RotaryConfig, axis: str | None, rngs: nnx.Rngs, *, norm: Callable, activation: Callable):
         self.config, self.axis, self.activation = config, axis, activation
@@ -140,16 +140,16 @@ class GatedMLP(nnx.Module):
 class Block(nnx.Module):
     """One pre-norm layer: ``(x [B, L, D], aux_inputs) -> [B, L, D]``.
 
-    ``side["segment_ids"]`` ``[B, L]``, where present, numbers the documents packed into a row; attention stays inside
-    a document. No weight is cast in here: parameters and ``x`` share one dtype, which is the result's. A cast would be
-    kept for the backward, once per layer and microbatch.
+    ``aux_inputs["segment_ids"]`` ``[B, L]``, if present, numbers the documents packed into a row; attention stays
+    within a document. No weight is cast here: parameters and ``x`` share one dtype, which is also the result's. A cast
+    copy would be kept for the backward, once per layer and microbatch.
     """
 
     def __init__(self, config: Config, attention: nnx.Module, mlp: nnx.Module):
         self.config, self.attention, self.mlp = config, attention, mlp
 
     def layer(self, x_BLD: jax.Array, aux_inputs: AuxInputs) -> jax.Array:
-        """The layer itself, whatever is recomputed of it."""
+        """The layer itself, regardless of recomputation."""
         x_BLD = x_BLD + self.attention(x_BLD, aux_inputs)
         return x_BLD + self.mlp(x_BLD)
 

@@ -1,5 +1,5 @@
-"""Qwen: Llama's layer with biases on q, k and v (Qwen 2 and 2.5, arXiv 2412.15115) or norms of every head's q and k
-(Qwen 3, arXiv 2505.09388)."""
+"""Qwen: Llama's layer with biases on q, k and v (Qwen 2 and 2.5, arXiv 2412.15115) or per-head norms of q and k (Qwen
+3, arXiv 2505.09388)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from vocabpp_jax.models.parts import Block, GatedMLP, RotaryAttention
 
 @dataclass(frozen=True, kw_only=True)
 class QwenConfig(RotaryConfig):
-    """What a Qwen is made of."""
+    """Configuration of a Qwen."""
 
     generation: int = 3
-    """2 (which 2.5 shares) or 3."""
+    """2 (which also covers 2.5) or 3."""
     rope_theta: float = 1_000_000.0
     norm_epsilon: float = 1e-6
 
@@ -37,7 +37,7 @@ class QwenConfig(RotaryConfig):
 
     @property
     def kept_width(self) -> int:
-        # Normed heads are kept as attention takes them, and as they came from the projection.
+        # Normalized heads are kept twice: as attention takes them, and as they came from the projection.
         normed = (self.heads + self.kv_heads) * self.head_size if self.generation == 3 else 0
         return super().kept_width + normed
 

@@ -1,7 +1,7 @@
-"""The loss of a model on one device, written as plainly as possible: what every pipeline is held against.
+"""The single-device loss of a model, written as plainly as possible: every pipeline is compared with it.
 
-It shares nothing with the sharded vocabulary layers. Shapes: m microbatches, B sequences in each, L length,
-D model width, V vocabulary.
+It shares nothing with the sharded vocabulary layers. Shapes: m microbatches, B sequences in each, L length, D model
+width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ def reference_loss(
     aux_inputs: AuxInputs | None = None,
     dtype: str | None = None,
 ) -> jax.Array:
-    """Mean of ``model.loss`` in nats over the valid tokens of the global batch, a float32 scalar; 0 where none is.
-    With a tail, the weighted mean of its depths' losses beside it: each a sum over the depth's own valid tokens,
-    divided by the number of those of the main loss.
+    """Mean of ``model.loss`` in nats over the valid tokens of the global batch, a float32 scalar; 0 if there are none.
 
-    ``tokens`` and ``labels`` are ``[m, B, L]``, labels already shifted; ``mask`` of the same shape is true (nonzero)
-    where a label counts, everywhere if None, and its labels may be anything elsewhere; a label of -100 never counts.
-    ``aux_inputs`` arrays are
-    ``[m, B, ...]``. ``params`` are canonical and computed with as they are, or cast to ``dtype`` first; logits and
-    loss are float32 either way.
+    With a tail, the weighted mean of its depths' losses is added: each depth's loss is a sum over its own valid tokens,
+    divided by the number of valid tokens of the main loss.
+
+    ``tokens`` and ``labels`` are ``[m, B, L]``, labels already shifted. ``mask``, of the same shape, is nonzero where a
+    label counts (everywhere if None); labels elsewhere may be anything, and a label of -100 never counts.
+    ``aux_inputs`` arrays are ``[m, B, ...]``. ``params`` are canonical, used as they are or cast to ``dtype`` first;
+    logits and loss are float32 either way.
     """
     sums, counts, scalar = reference_sums(model, params, tokens, labels, mask, aux_inputs, dtype)
     weights = jnp.array([1.0, *[model.tail.weight / model.depths] * model.depths] if model.tail else [1.0])
@@ -49,8 +49,8 @@ def reference_sums(
     aux_inputs: AuxInputs | None = None,
     dtype: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The sums of the main loss and of every depth's, and how many labels each counts: two arrays ``[1 + depths]``; and
-    the blocks' scalars, the mean over microbatches."""
+    """Sums of the main loss and of each depth's, and the label counts: two arrays ``[1 + depths]``; and the blocks'
+    scalars, averaged over microbatches."""
     if dtype is not None:
         params = jax.tree.map(lambda array: array.astype(dtype), params)
     valid = labels != IGNORED_LABEL
@@ -77,15 +77,15 @@ def reference_sums(
 
 
 def reference_logits(model: Model, params: Params, tokens_BL: jax.Array, aux_inputs: AuxInputs) -> jax.Array:
-    """Float32 logits ``[B, L, V]`` of one microbatch, capped where the loss says so, computed in the dtype of
-    ``params`` up to the last norm."""
+    """Float32 logits ``[B, L, V]`` of one microbatch, capped if the loss says so, computed in the dtype of ``params``
+    up to the last norm."""
     return _logits(replace(model, tail=None), params, tokens_BL, aux_inputs)[0][0]
 
 
 def _logits(
     model: Model, params: Params, tokens_BL: jax.Array, aux_inputs: AuxInputs
 ) -> tuple[list[jax.Array], jax.Array]:
-    """The logits of the next token, and of the one after it for every depth of the tail; the blocks' scalars, added."""
+    """The logits of the next token, and of one further token per depth of the tail; the sum of the blocks' scalars."""
     with exact_products(params["embed"]["tokens"].dtype):
         embedded_BLD = params["embed"]["tokens"][tokens_BL] * model.embed_scale
         if model.positions is not None:
@@ -114,12 +114,12 @@ def _capped(model: Model, x_BLD: jax.Array, head_VD: jax.Array) -> jax.Array:
 
 
 def _ahead(array: jax.Array, k: int) -> jax.Array:
-    """What ``array [B, L, ...]`` has k places further on, zeros beyond the end."""
+    """``array [B, L, ...]`` shifted k places to the left, filled with zeros."""
     return jnp.concatenate([array[:, k:], jnp.zeros_like(array[:, :k])], axis=1)
 
 
 def _token_losses(model: Model, logits_BLV: jax.Array, labels_BL: jax.Array) -> jax.Array:
-    """Smoothed cross entropy and z-loss of every token ``[B, L]``."""
+    """Smoothed cross-entropy and z-loss of every token ``[B, L]``."""
     loss = model.loss
     log_p_BLV = jax.nn.log_softmax(logits_BLV)
     nll_BL = -jnp.take_along_axis(log_p_BLV, labels_BL[..., None], axis=-1)[..., 0]

@@ -1,7 +1,7 @@
-"""Named sizes of every architecture, and what a size costs in parameters and FLOPs, counted from its own matrices.
+"""Named sizes of every architecture, and their parameter and FLOP counts, from their own matrices.
 
-Symbols: ``b`` microbatch size, ``s`` sequence length, ``h`` hidden size, ``V`` vocabulary, ``L`` layers. FLOPs are of
-one microbatch, forward and backward, nothing recomputed, attention counted in full though causal.
+Symbols: ``b`` microbatch size, ``s`` sequence length, ``h`` hidden size, ``V`` vocabulary, ``L`` layers. FLOPs are per
+microbatch, forward and backward, without recomputation, with causal attention counted in full.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ SIZES: dict[str, Config] = gpt.SIZES | llama.SIZES | qwen.SIZES | gemma.SIZES
 
 
 def named(name: str, **overrides: Any) -> Config:
-    """The configuration of a named size, whatever the case of its letters, with some fields replaced.
+    """The configuration of a named size, ignoring case, with some fields replaced.
 
     Raises:
-        ValueError: an unknown name, a field that the architecture does not have, a value that makes no model.
+        ValueError: an unknown name, a field that the architecture does not have, or an invalid value.
     """
     name = as_spelt(name, SIZES)
     if name not in SIZES:
@@ -55,12 +55,12 @@ def layer_parameters(config: Config) -> int:
 
 
 def layer_matrices(config: Config) -> int:
-    """Parameters of one layer that are in matrices: what its FLOPs follow. GPT: 12h² at an MLP ratio of 4."""
+    """Parameters of one layer that are in matrices, which determine its FLOPs. GPT: 12h² at an MLP ratio of 4."""
     return _count([shape for shape in _layer_shapes(config) if len(shape) == 2])
 
 
 def vocabulary_parameters(config: Config) -> int:
-    """Parameters of one vocabulary table, hV. A model has two, or one where they are tied."""
+    """Parameters of one vocabulary table, hV. A model has two, or one if tied."""
     return config.vocab_size * config.hidden
 
 
@@ -73,12 +73,12 @@ def parameters(config: Config) -> int:
 
 
 def attended(config: Config) -> float:
-    """Elements of keys that a token's query is multiplied with in a layer, the mean over layers. GPT: hs."""
+    """Key elements that a token's query is multiplied with in a layer, averaged over layers. GPT: hs."""
     return config.heads * config.head_width * sum(map(config.span, range(config.layers))) / config.layers
 
 
 def layer_flops(config: Config, batch: int = 1) -> float:
-    """FLOPs of one layer, the mean where layers differ. GPT: bsh(72h + 12s) at an MLP ratio of 4."""
+    """FLOPs of one layer, averaged over layers. GPT: bsh(72h + 12s) at an MLP ratio of 4."""
     return batch * config.seq * (6 * layer_matrices(config) + 12 * attended(config))
 
 
@@ -93,12 +93,12 @@ def embedding_flops(config: Config, batch: int = 1) -> int:
 
 
 def model_flops(config: Config, batch: int = 1) -> float:
-    """FLOPs of the model as MFU counts them: layers and head, the embedding left out."""
+    """FLOPs of the model as counted for MFU: layers and head, without the embedding."""
     return config.layers * layer_flops(config, batch) + head_flops(config, batch)
 
 
 def cost_sizes(config: Config, microbatch_size: int = 1, mtp_depth: int = 0) -> Sizes:
-    """The dimensions that the cost model of :mod:`vocabpp_jax.schedules.simulation.cost` plans with."""
+    """The dimensions for the cost model of :mod:`vocabpp_jax.schedules.simulation.cost`."""
     return Sizes(
         layers=config.layers,
         hidden=config.hidden,

@@ -1,11 +1,10 @@
 """Multi-token prediction: what follows the last layer, for each further token (DeepSeek-V3, arXiv 2412.19437).
 
-Depth k turns the stream of the depth before it, and the embedding of the token k places ahead, into a stream of its
-own::
+Depth k maps the previous depth's stream, and the embedding of the token k places ahead, to its own stream::
 
     h_k[i] = block_k(proj_k([norm(h_{k-1}[i]); norm(embedded[i + k])]))        h_0: the last layer's output
 
-The model's final norm and head then predict token i + k + 1 from it. ``block_k`` is a layer like all others.
+The model's final norm and head then predict token i + k + 1 from it. ``block_k`` is an ordinary layer.
 
 Shapes: B batch, L length, D model width.
 """
@@ -28,7 +27,7 @@ from vocabpp_jax.pipeline.tensor import enter
 
 
 class Depth(nnx.Module):
-    """One depth: ``(h [B, L, D], embedded [B, L, D], aux_inputs) -> h [B, L, D]``, its embeddings shifted already."""
+    """One depth: ``(h [B, L, D], embedded [B, L, D], aux_inputs) -> h [B, L, D]``; embeddings are already shifted."""
 
     def __init__(self, config: Config, axis: str | None, rngs: nnx.Rngs):
         self.config, self.axis = config, axis
@@ -50,7 +49,7 @@ class Depth(nnx.Module):
         return recompute_if_selective(self.config, project)(norms, self.project, h_BLD, embedded_BLD)
 
     def depth(self, h_BLD: jax.Array, embedded_BLD: jax.Array, aux_inputs: AuxInputs) -> jax.Array:
-        """The depth itself, whatever is recomputed of it."""
+        """The depth itself, regardless of recomputation."""
         return self.block(self.joined(h_BLD, embedded_BLD), aux_inputs)
 
     def __call__(self, h_BLD: jax.Array, embedded_BLD: jax.Array, aux_inputs: AuxInputs | None = None) -> jax.Array:
@@ -61,8 +60,7 @@ class Depth(nnx.Module):
 
 @dataclass(frozen=True)
 class PureDepth:
-    """:class:`Depth` as a function of its parameters, ``(params, h, embedded, aux_inputs) -> h``; with ``axis``, one
-    device's part of it."""
+    """:class:`Depth` as a pure function, ``(params, h, embedded, aux_inputs) -> h``; with ``axis``, a device's part."""
 
     config: Config
     axis: str | None = None
@@ -76,5 +74,5 @@ class PureDepth:
         return nnx.merge(self._graphdef, params)(h_BLD, embedded_BLD, aux_inputs)
 
     def on(self, platform: str) -> PureDepth:
-        """The depth with the attention that the devices of a platform have."""
+        """The depth with the attention implementation for a platform."""
         return replace(self, config=replace(self.config, attention=attention_implementation(self.config, platform)))

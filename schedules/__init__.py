@@ -1,4 +1,4 @@
-"""Pipeline schedules as data, and their lowering to one program. Pure Python; knows no jax."""
+"""Pipeline schedules as data, and their lowering to one program. Pure Python, without jax."""
 
 from .blocks import Block
 from .build import METHODS, SCHEDULES, build, evaluation, methods_of

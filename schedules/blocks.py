@@ -1,7 +1,7 @@
 """Building blocks: the passes of microbatch 0, which every later microbatch repeats one interval later.
 
 A block is all that a schedule's author has to write. Starts are in slots; see :mod:`vocabpp_jax.schedules.schedule`.
-Unit slots need not be equal times: a slot in which a device has nothing to do takes no time.
+Slots need not take equal time: a slot in which a device has nothing to do takes none.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Block:
         interval: slots between one microbatch and the next.
         placement: the device of every stage.
         F, B: start slot of each stage's forward and backward.
-        W: start slot of each stage's weight gradient, or () where B computes it too.
+        W: start slot of each stage's weight gradient, or () if B computes it too.
         backward_slots: slots that a B takes; a forward takes 1, and a B that computes both gradients usually 2.
-        group, group_interval: where microbatches come in groups, how many, and the slots from one group to the next.
-        pass_slots: slots in which every device comes to the end of a pass, where they are finer than passes.
+        group, group_interval: for microbatches that come in groups, the group size and the slots between groups.
+        pass_slots: slots in which every device reaches the end of a pass, if slots are finer than passes.
     """
 
     interval: int
@@ -55,7 +55,7 @@ class Block:
 
     @property
     def p(self) -> int:
-        """Devices."""
+        """Number of devices."""
         return max(self.placement) + 1
 
     @property
@@ -87,7 +87,7 @@ class Block:
 def gpipe(p: int, m: int) -> Block:
     """GPipe (Huang et al. 2019): all m forwards, then all m backwards; m microbatches in flight.
 
-    No interval holds an F and a B, so one slot serves either, and the two phases become two scans.
+    No interval holds both an F and a B, so one slot serves for either, and the two phases become two scans.
     """
     turn = 2 * (p - 1) + m
     return Block(1, tuple(range(p)), F=tuple(range(p)), B=tuple(turn - d for d in range(p)))
@@ -101,9 +101,9 @@ def one_f_one_b(p: int) -> Block:
 
 
 def lockstep_1f1b(p: int) -> Block:
-    """1F1B with all devices in the same kind of pass at once, so that none waits where each waits for the others.
+    """1F1B with all devices in the same kind of pass at once, so that no device waits when all wait for each other.
 
-    An output moves on a whole interval later: 2(p - d) - 1 microbatches in flight.
+    An output moves on one whole interval later: 2(p - d) - 1 microbatches in flight.
     """
     return interleaved_one_f_one_b(p, 1)
 
@@ -111,7 +111,7 @@ def lockstep_1f1b(p: int) -> Block:
 def interlaced(p: int) -> Block:
     """1F1B for synchronous vocabulary passes (Lin et al. 2024): every device is between passes when the last F ends.
 
-    That costs a slot of waiting on every second hop, and floor(3p/2) microbatches in flight on the first device.
+    This costs an idle slot on every second hop, and floor(3p/2) microbatches in flight on the first device.
     """
     end = 3 * ((p - 1) // 2) + 2 * ((p - 1) % 2)
     hops = [p - 1 - d for d in range(p)]
@@ -125,11 +125,11 @@ def interlaced(p: int) -> Block:
 
 
 def interleaved_one_f_one_b(p: int, chunks: int) -> Block:
-    """Interleaved 1F1B (Narayanan et al. 2021): device d holds stages d, p + d, 2p + d, ...; p, m unrestricted.
+    """Interleaved 1F1B (Narayanan et al. 2021): device d holds stages d, p + d, 2p + d, ...; any p and m.
 
-    Microbatches go in groups of p through one chunk after the other, one forward and one backward a round of three
-    slots; a last group that is not full leaves its rounds empty. All devices run forwards in the same slot, so an
-    output moves on a round later: (chunks + 1) p - 1 stages in flight on the first device, as published.
+    Microbatches go through one chunk after the other in groups of p, one forward and one backward per round of three
+    slots; an incomplete last group leaves its rounds empty. All devices run forwards in the same slot, so an output
+    moves on one round later: (chunks + 1) p - 1 stages in flight on the first device, as published.
     """
     turn = 3 * (p * chunks - 1) + 1
     stages = range(p * chunks)
@@ -145,13 +145,13 @@ def interleaved_one_f_one_b(p: int, chunks: int) -> Block:
 
 
 def zb_h1(p: int) -> Block:
-    """ZB-H1 (Qi et al. 2023): 1F1B with B and W apart, W delayed until every device holds p microbatches."""
+    """ZB-H1 (Qi et al. 2023): 1F1B with separate B and W, with W delayed until every device holds p microbatches."""
     B = tuple(p + 2 * (p - 1 - d) for d in range(p))
     return Block(3, tuple(range(p)), F=tuple(range(p)), B=B, W=tuple(b + 1 + 3 * d for d, b in enumerate(B)))
 
 
 def zb_h2(p: int) -> Block:
-    """ZB-H2 (Qi et al. 2023): 2(p - d) - 1 forwards before the first B, 2p - 1 microbatches held by every device."""
+    """ZB-H2 (Qi et al. 2023): 2(p - d) - 1 forwards before the first B; every device holds 2p - 1 microbatches."""
     B = tuple(3 * (2 * p - 2 - d) + 1 for d in range(p))
     return Block(
         3, tuple(range(p)), F=tuple(3 * d for d in range(p)), B=B, W=tuple(b + 1 + 6 * d for d, b in enumerate(B))
@@ -173,14 +173,14 @@ def v_half(p: int) -> Block:
 
 
 def v_zb(p: int) -> Block:
-    """V-ZB (Qi et al. 2024): device d holds stages d and 2p - 1 - d; 2p half-stages in flight, no bubble inside."""
+    """V-ZB (Qi et al. 2024): device d holds stages d and 2p - 1 - d; 2p half-stages in flight, no steady bubble."""
     return _v_shape(
         p, lambda i: 4 * i, lambda i: 6 * p - 5 - 2 * i, lambda i: 6 * p - 4 + 4 * i, lambda i: 12 * p - 9 - 2 * i
     )
 
 
 def _v_shape(p: int, F0, F1, B1, B0) -> Block:
-    """Starts of a V-shape's passes as functions of the device, F=B=W=1 slot."""
+    """Starts of a V-shape's passes as functions of the device, with F=B=W=1 slot."""
     down, up = range(p), range(p - 1, -1, -1)
     F = tuple(F0(d) for d in down) + tuple(F1(d) for d in up)
     B = tuple(B0(d) for d in down) + tuple(B1(d) for d in up)
@@ -189,7 +189,7 @@ def _v_shape(p: int, F0, F1, B1, B0) -> Block:
 
 
 def _first_free(K: int, placement: Sequence[int], F: Sequence[int], B: Sequence[int]) -> tuple[int, ...]:
-    """W in the first slot after its B that its device leaves free in every interval, oldest B first."""
+    """Start of each W: the first slot after its B that is free on its device in every interval, oldest B first."""
     taken = [
         {x % K for starts in (F, B) for x, on in zip(starts, placement, strict=True) if on == d}
         for d in range(max(placement) + 1)
@@ -203,7 +203,7 @@ def _first_free(K: int, placement: Sequence[int], F: Sequence[int], B: Sequence[
 
 
 def forward_only(placement: Sequence[int]) -> Block:
-    """Evaluation: one forward of every stage an interval, nothing kept."""
+    """Evaluation: one forward of every stage per interval; nothing is kept."""
     chunks = len(placement) // (max(placement) + 1)
     taken: dict[int, set[int]] = {}
     F: list[int] = []

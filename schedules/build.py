@@ -1,4 +1,4 @@
-"""From a name to a schedule: the building block, the vocabulary passes, the repetition."""
+"""From a name to a schedule: building block, vocabulary passes, repetition."""
 
 from __future__ import annotations
 
@@ -55,22 +55,22 @@ def build(
         method: one of :func:`methods_of` the schedule.
         p: devices.
         m: microbatches.
-        chunks: stages a device, for interleaved-1f1b; 2 where not given.
-        layer_counts: layers of every stage, which method redis needs (see :mod:`.layers`) and the others may have.
-        durations: how long passes and transfers take, for which :mod:`.fit` finds the best order; without them, the
-            building block is repeated as it is.
+        chunks: stages per device, for interleaved-1f1b; 2 by default.
+        layer_counts: layers of every stage; required for method redis (see :mod:`.layers`), optional for the others.
+        durations: pass and transfer times, for which :mod:`.fit` finds the best order; without them, the building block
+            is repeated as it is.
         rules: what waits for what, with durations.
         reordered: without durations, whether warm-up and cool-down may differ from the steady state where that saves
-            time with F, B and W of the same length; see :mod:`.reorder`.
-        inserted: intervals between the last stage's F and its B, for the vocabulary passes; as published where not
-            given. Fewer hold fewer microbatches in flight: vocab-1 can do with 1 in schedules with W passes, v-half
-            with none.
-        overlap: whether collectives of the vocabulary layers may be under way beside passes. Without, as suits CPUs,
-            all steps of an interval follow each other, and 1f1b keeps its devices in step; then it holds
-            2(p - d) - 1 microbatches in flight on device d, and durations change nothing.
+            time when F, B and W take equally long; see :mod:`.reorder`.
+        inserted: intervals between the last stage's F and its B, for the vocabulary passes; by default as published.
+            With fewer, fewer microbatches are in flight: vocab-1 can do with 1 in schedules with W passes, v-half with
+            none.
+        overlap: whether collectives of the vocabulary layers may overlap with passes. If not, as suits CPUs, all steps
+            of an interval run one after the other, and 1f1b keeps its devices in lockstep; it then holds 2(p - d) - 1
+            microbatches in flight on device d, and durations change nothing.
 
     Raises:
-        ValueError: an unknown name, or a combination that makes no sense, with those that do.
+        ValueError: an unknown name, or an invalid combination; the message names valid ones.
     """
     schedule, method = as_spelt(schedule, SCHEDULES), as_spelt(method, METHODS)
     _refuse_nonsense(schedule, method, p, m, chunks, layer_counts)
@@ -91,7 +91,7 @@ def build(
 
 
 def _block(schedule: str, method: str, p: int, m: int, chunks: int | None, waits: bool) -> Block:
-    """The block, in the variant whose devices wait for a collective at the same time where all of them do."""
+    """The block; if all devices wait for each collective, the variant in which they wait at the same time."""
     if schedule == "1f1b" and waits:
         return blocks.lockstep_1f1b(p)
     return blocks.interlaced(p) if method == "interlaced" else _BLOCKS[schedule](p, m, chunks or 2)
@@ -109,16 +109,16 @@ def _refuse_nonsense(schedule, method, p, m, chunks, layer_counts) -> None:
         fixed = 2 if schedule.startswith("v-") else 1
         if chunks != fixed:
             raise ValueError(
-                f"chunks is {chunks}; {schedule} has {fixed} a device, and interleaved-1f1b has any number"
+                f"chunks is {chunks}; {schedule} has {fixed} per device, and interleaved-1f1b has any number"
             )
     if chunks is not None and chunks < 2 and schedule == "interleaved-1f1b":
-        raise ValueError(f"chunks is {chunks}; interleaved-1f1b has 2 or more a device, and 1f1b has 1")
+        raise ValueError(f"chunks is {chunks}; interleaved-1f1b has 2 or more per device, and 1f1b has 1")
     if layer_counts is not None and any(n < 0 for n in layer_counts):
         raise ValueError(f"layer_counts is {tuple(layer_counts)}; a stage has 0 layers or more")
 
 
 def evaluation(schedule: Schedule) -> Schedule:
-    """Forward passes only, on the same stages and vocabulary shards: what computes a loss and keeps no activations."""
+    """Forward passes only, on the same stages and vocabulary shards: computes a loss and keeps no activations."""
     method = "vocab-2" if schedule.method in SHARDED else "baseline"
     forward = repeat(blocks.forward_only(schedule.placement), method, schedule.m, f"{schedule.name} evaluation")
     return replace(forward, layer_counts=schedule.layer_counts, depths=schedule.depths)

@@ -1,4 +1,4 @@
-"""Refuses a schedule that could not run, with the pass and the device in the message."""
+"""Rejects schedules that could not run; messages name the pass and the device."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class ScheduleError(ValueError):
 
 
 def check(schedule: Schedule, in_flight: int | Sequence[int] | None = None) -> None:
-    """Checks all passes and all steps of the vocabulary layers.
+    """Check all passes and all steps of the vocabulary layers.
 
     Args:
-        in_flight: the most activations of a stage that a device may hold, one number or one a device.
+        in_flight: the most activations of a stage that a device may hold, one number or one per device.
 
     Raises:
-        ScheduleError: a pass or step is missing, doubled or on the wrong device; one comes before what it depends on;
-            two overlap on a device; devices would come to collectives in different orders; the bound is broken.
+        ScheduleError: a pass or step is missing, duplicated or on the wrong device; one comes before what it depends
+            on; two overlap on a device; devices would reach collectives in different orders; or the bound is exceeded.
     """
     start, last = _pass_times(schedule)
     _check_overlaps(schedule)
@@ -43,7 +43,7 @@ Times = dict[str, np.ndarray]  # by kind, [stages, m]
 
 
 def _pass_times(schedule: Schedule) -> tuple[Times, Times]:
-    """First and last slots of every pass; refuses passes that are missing, doubled, misplaced or unknown."""
+    """First and last slots of every pass; rejects passes that are missing, duplicated, misplaced or unknown."""
     shape = (schedule.stages, schedule.m)
     kinds = KINDS[: 1 + schedule.trains + (schedule.trains and schedule.splits_backward)]
     start, last, count = ({k: np.zeros(shape, int) for k in KINDS} for _ in range(3))
@@ -74,13 +74,13 @@ def _check_overlaps(schedule: Schedule) -> None:
         for before, x in zip(passes[:-1], passes[1:], strict=True):
             if x.start <= before.last:
                 raise ScheduleError(
-                    f"device {d}: {x} starts in slot {x.start}, listed behind {before}, which ends in slot "
+                    f"device {d}: {x} starts in slot {x.start}, listed after {before}, which ends in slot "
                     f"{before.last}; a device runs one pass at a time, listed in order"
                 )
 
 
 def _check_order(schedule: Schedule, start: Times, last: Times) -> None:
-    """Every pass after the one whose output it takes."""
+    """Check that every pass comes after the one whose output it reads."""
 
     def after(kind: str, stages: slice, needed: str, of: slice) -> None:
         early = start[kind][stages] <= last[needed][of]
@@ -138,7 +138,7 @@ def _expected(schedule: Schedule) -> tuple[str, ...]:
 
 
 def _check_steps(schedule: Schedule) -> None:
-    """Every step is there once, and on the devices that it concerns."""
+    """Check that every step is there once, on the devices that take part in it."""
     found = Counter(_name(step) for step in schedule.vocabulary.steps)
     expected = _expected(schedule)
     for name in sorted(found.keys() | set(expected)):
@@ -170,7 +170,7 @@ def _check_steps(schedule: Schedule) -> None:
             )
         if schedule.sharded and any(b <= a for a, b in zip(shifts[:-1], shifts[1:], strict=True)):
             raise ScheduleError(
-                f"shifts of {_name(step)} are {shifts}; all devices take microbatches in one order, 0 to m - 1"
+                f"shifts of {_name(step)} are {shifts}; all devices process microbatches in the order 0 to m - 1"
             )
 
 
@@ -179,7 +179,8 @@ def _shifts(schedule: Schedule, step: Step) -> tuple[int, ...]:
 
 
 def _check_collectives(schedule: Schedule) -> None:
-    """Collectives are at one place on every device, or devices reach them in different orders and wait forever."""
+    """Check that collectives are at the same place on every device; otherwise devices reach them in different orders
+    and wait forever."""
     for step in schedule.vocabulary.steps:
         for d, at in enumerate(step.at):
             if step.op != "run" and at != step.at[0]:
@@ -207,12 +208,15 @@ class _Places:
         return (self.slots(name, device) * (AFTER + 1) + step.place) * self.n + order
 
     def of_passes(self, last: np.ndarray, rank: int) -> np.ndarray:
-        """The place of passes, or of what happens behind them."""
+        """The place of passes, or of what follows them."""
         return (last * (AFTER + 1) + rank) * self.n
 
 
 def _dependencies(schedule: Schedule) -> Iterator[tuple[str, str, bool]]:
-    """Step, the step before it, and whether it is the next microbatch's: what overwrites what the earlier one reads."""
+    """Triples: a step, the step it depends on, and whether it belongs to the next microbatch.
+
+    In that case, it overwrites what the earlier one reads.
+    """
     for name in ("embed_sum", "hidden_broadcast", "max", "stats", "grad_sum", "embed_grad_broadcast"):
         yield f"done {name}", f"start {name}", False
         yield f"start {name}", f"done {name}", True
@@ -252,12 +256,13 @@ def _check_steps_order(schedule: Schedule) -> None:
                 i = n + next_microbatch
                 raise ScheduleError(
                     f"device {d}: {name} of microbatch {i} in slot {places.slots(name, d)[i]} comes before "
-                    f"{earlier} of {n} in slot {places.slots(earlier, d)[n]}, which has to be over"
+                    f"{earlier} of {n} in slot {places.slots(earlier, d)[n]}, which must have ended"
                 )
 
 
 def _check_steps_against_passes(schedule: Schedule, last: Times) -> None:
-    """The input layer before the first F, the output layer between the last F and B, IB behind the first stage's B."""
+    """Check that the input layer comes before the first F, the output layer between the last F and B, and IB after the
+    first stage's B."""
     places = _Places(schedule)
     first, final = schedule.placement[0], schedule.placement[-1]
 
@@ -268,7 +273,7 @@ def _check_steps_against_passes(schedule: Schedule, last: Times) -> None:
             raise ScheduleError(
                 f"device {device}: {step} of microbatch {i} in slot {places.slots(step, device)[i]} comes "
                 f"{'after' if step_first else 'before'} {stage % schedule.stages}{kind}{i}, which ends in slot "
-                f"{last[kind][stage, i]} and {'needs it' if step_first else 'makes its input'}"
+                f"{last[kind][stage, i]} and {'needs it' if step_first else 'produces its input'}"
             )
 
     compare("done embed_sum" if schedule.sharded else "IF", first, "F", 0, True)

@@ -1,4 +1,4 @@
-"""Schedules fitted in processes of their own, several at a time."""
+"""Fits schedules in separate processes, several at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WORKER = "import pickle, sys; sys.stdout.buffer.write(pickle.dumps(pickle.load(
 
 
 class Fit(NamedTuple):
-    """What to build, as :func:`vocabpp_jax.schedules.build` takes it."""
+    """The arguments of :func:`vocabpp_jax.schedules.build`."""
 
     arguments: dict[str, Any]
     durations: Times
@@ -31,7 +31,7 @@ class Fit(NamedTuple):
 
 
 class Fitter:
-    """Fits each once, ``at_once`` of them under way, those that are asked for first begun first."""
+    """Fits each schedule once, at most ``at_once`` at a time, in the order they are requested."""
 
     def __init__(self, at_once: int | None = None):
         self.at_once = at_once or min(4, os.cpu_count() or 1)
@@ -42,12 +42,12 @@ class Fitter:
         return key in self._begun
 
     def begin(self, key: Hashable, fit: Fit) -> None:
-        """Fit something that has not been begun."""
+        """Start a fit that has not been started."""
         if key not in self._begun:
             self._begun[key] = self._pool.submit(_in_a_process, fit)
 
     def result(self, key: Hashable) -> Program:
-        """What was begun under this key, when it is there."""
+        """Wait for the fit started under this key and return its result."""
         return self._begun[key].result()
 
 

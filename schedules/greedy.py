@@ -1,8 +1,8 @@
 """List scheduling: every pass of a block as early as its inputs and the block's own memory allow.
 
-Works in unit slots of real time: in every slot each device runs the first pass, by a fixed order of kinds, that is
-ready and that its memory has room for. Bounds are those of the repeated block: for every stage the microbatches between
-F and B, and F and W; for every device the cells of each ring. The broadcast of the last stage's output opens an
+Works in unit slots of real time: in every slot, each device runs the first pass, in a fixed order of kinds, that is
+ready and fits into memory. The memory bounds are those of the repeated block: for every stage the microbatches between
+F and B, and between F and W; for every device the cells of each ring. The broadcast of the last stage's output opens an
 interval as soon as the last F is done.
 """
 
@@ -17,12 +17,12 @@ import numpy as np
 from .blocks import Block
 
 F, B, W = 0, 1, 2
-SHORTEST = 2  # slots of an interval with a hidden_broadcast: one hides the broadcast, one the reduction of the softmax
+SHORTEST = 2  # slots of an interval with a hidden_broadcast: one hides the broadcast, one the softmax reduction
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What the repeated block holds: by stage, and in the fullest device of each ring."""
+    """What the repeated block holds: per stage, and per ring on the fullest device."""
 
     block: Block
 
@@ -57,11 +57,11 @@ class Greedy:
     """One run of the list scheduler.
 
     Attributes:
-        block: with room for the vocabulary passes, F, B and W of one slot each.
+        block: with room for the vocabulary passes; F, B and W take one slot each.
         m: microbatches.
-        released: slots from a microbatch's hidden_broadcast to the end of its grad_sum; None where nothing is sharded.
+        released: slots from a microbatch's hidden_broadcast to the end of its grad_sum; None if nothing is sharded.
         opened: after the run, the first slot of every interval.
-        broadcast: after the run, for every microbatch the interval that its hidden_broadcast opens.
+        broadcast: after the run, the interval that each microbatch's hidden_broadcast opens.
         slots: after the run, the slots it took.
     """
 
@@ -80,9 +80,9 @@ class Greedy:
         self.released_B = 0
 
     def run(self, ranks: Sequence[int], bounds: Bounds, limit: int) -> dict[int, np.ndarray] | None:
-        """Start slots ``[stages, m]`` by kind, or None where the order comes to a standstill, or past the limit.
+        """Start slots ``[stages, m]`` by kind, or None if the order deadlocks or exceeds the limit.
 
-        ``ranks`` says of every (kind, chunk), in order, how late it goes when others are ready too.
+        ``ranks`` gives the priority of every (kind, chunk), in order, when several are ready: lower goes first.
         """
         taken: list[np.ndarray] = []
         passes = np.concatenate([kind * len(self.device) + self.stage_of for kind in (F, B, W)])  # [kinds x chunks, p]
@@ -107,7 +107,7 @@ class Greedy:
         return dict(zip((F, B, W), starts, strict=True))
 
     def _open_interval(self) -> None:
-        """Begins an interval where a broadcast can start, where the last one is full, or to reach the last barrier."""
+        """Begin an interval if a broadcast can start, if the last one is full, or to reach the last barrier."""
         if self.released is None:
             return
         t, age = self.slots, self.slots - self.opened[-1]
@@ -139,7 +139,7 @@ class Greedy:
         return ready
 
     def _room(self, frees: int, cells: int) -> np.ndarray:
-        """For which stages a ring has room, when an early chunk leaves some for the later ones, which give it back."""
+        """Stages for which a ring has room, where an early chunk leaves some for later ones, which free it again."""
         held = (self.done[F] - self.done[frees])[self.stage_of]
         empty = held == 0
         reserved = np.cumsum(empty[::-1], axis=0)[::-1] - empty

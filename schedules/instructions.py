@@ -1,8 +1,8 @@
-"""The table of instructions: every pass and collective that a program can be made of, a row each.
+"""The instruction table: one row for each pass and collective that a program can contain.
 
-Lowering reads from it what each leaves in which ring buffer and what it finds there, the simulator whose duration it
-has, pictures and files what it is called, and the executor what it must know how to run. To add an instruction is to
-add a row here and a function in ``vocabpp_jax/vocab/instructions/``.
+From it, lowering reads which rings an instruction writes and reads, the simulator its duration, pictures and file
+formats its name, and the executor what it must be able to run. To add an instruction, add a row here and a function in
+``vocabpp_jax/vocab/instructions/``.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Condition = Callable[["Schedule"], bool]
 class Value(NamedTuple):
     """What a ring holds: the output of a stage's F ("forward") or B ("backward").
 
-    The stage is ``offset`` from the instruction's own, or from the ``anchor``, the first or the last, where that is
-    given; then only this stage's passes take part, and of instructions that belong to no stage, its device's.
+    The stage is ``offset`` from the instruction's own, or from the ``anchor`` (the first or last stage) if given. With
+    an anchor, only passes of that stage take part, and of instructions without a stage only those on its device.
     """
 
     direction: Direction
@@ -31,7 +31,7 @@ class Value(NamedTuple):
 
 
 class Access(NamedTuple):
-    """That an instruction writes or reads a cell of a ring, in schedules where ``when`` holds."""
+    """An instruction's write to or read from a ring cell, in schedules where ``when`` holds."""
 
     ring: str
     value: Value
@@ -45,15 +45,15 @@ class Kind:
     """One row.
 
     Attributes:
-        name: how schedules, durations and messages spell it.
-        title: what pictures say it is, behind its label.
+        name: its name in schedules, durations and messages.
+        title: its description in pictures, after its label.
         color: in pictures, "#rrggbb".
-        runs: "per stage" (once for each stage of a device), "per device" (what runs on every shard, or on one device),
-            or "together" for a collective.
-        accesses: what it writes and reads.
-        sends: where its output goes: to the next stage (1), to the one before (-1), nowhere (0).
-        duration: what it takes if nothing is said.
-        spelling: in CSV files, where torch would misread the name.
+        runs: "per stage" (once for each stage of a device), "per device" (on every shard, or on one device), or
+            "together" for a collective.
+        accesses: the rings it writes and reads.
+        sends: where its output goes: to the next stage (1), to the previous one (-1), nowhere (0).
+        duration: the default.
+        spelling: its name in CSV files, where torch would misread the usual one.
     """
 
     name: str
@@ -67,12 +67,12 @@ class Kind:
 
     @property
     def makes(self) -> Direction:
-        """What its output is, of a pass that sends."""
+        """The kind of its output, for a pass that sends."""
         return "forward" if self.sends > 0 else "backward"
 
     @property
     def legend(self) -> str:
-        """What pictures call it."""
+        """Its legend in pictures."""
         return self.title if self.runs == "together" else f"{self.name} {self.title}"
 
     def rings(self, schedule: Schedule) -> tuple[str, ...]:
@@ -130,24 +130,28 @@ def _reads(ring: str, value: Value, when: Condition = _always, op: str = "run") 
 
 _OUTPUT, _GRADIENT = Value("forward"), Value("backward")
 _EMBEDDED = Value("forward", -1, "first")  # what the first stage's F reads
-_EMBEDDED_GRADIENT = Value("backward", 0, "first")  # what the first stage's B makes
-_HIDDEN = Value("forward", 0, "last")  # what the last stage's F makes
+_EMBEDDED_GRADIENT = Value("backward", 0, "first")  # what the first stage's B produces
+_HIDDEN = Value("forward", 0, "last")  # what the last stage's F produces
 _HIDDEN_GRADIENT = Value("backward", 1, "last")  # what the last stage's B reads
 _TAIL, _TAIL_GRADIENT = Value("forward", 0, "last"), Value("backward", 0, "last")  # of the last stage's passes
-_RECORD = _OUTPUT  # of a microbatch, on every device
+_RECORD = _OUTPUT  # per microbatch, on every device
 
 _RECORDED = tuple(_reads("P", _RECORD, op=op) for op in ("start", "done"))
 
 _TAIL_RINGS = ("ahead", "behind", "streams", "returned", "tail_residual", "tail_kept", "tail_carried")
 RINGS = ("inbox", "outbox", "residual", "kept", "carried", "X", "P", *_TAIL_RINGS)
-"""The ring buffers: ``inbox``, what arrives before its slot, streams and their gradients; ``outbox``, what F and B
-leave for a transfer of the next interval; ``residual``, what F leaves for B, ``kept``, what it leaves for W too, and
-``carried``, what B leaves for W; ``X``, the last stage's output, on every device; ``P``, what S leaves for the
-reductions and T. Where further tokens than the next are predicted, on the last stage's device: ``ahead``, the sums of
-embeddings until its F, and ``behind``, their gradients from its B to the broadcast; ``streams``, what its F leaves for
-the output layer, and ``returned``, the gradients of that; ``tail_*`` as what F, B and W leave for each other."""
+"""The ring buffers.
 
-# Colours that stay apart for colour-blind readers and in grey: compute cold, vocabulary warm.
+``inbox``: what arrives ahead of its slot, streams and their gradients; ``outbox``: what F and B leave for a transfer of
+the next interval; ``residual``: what F leaves for B; ``kept``: what F also leaves for W; ``carried``: what B leaves for
+W; ``X``: the last stage's output, on every device; ``P``: what S leaves for the reductions and T.
+
+With multi-token prediction, on the last stage's device: ``ahead``: the sums of embeddings until its F; ``behind``:
+their gradients from its B to the broadcast; ``streams``: what its F leaves for the output layer; ``returned``: the
+gradients of ``streams``; ``tail_*``: like what F, B and W leave for each other.
+"""
+
+# Colors that remain distinct for color-blind readers and in grayscale: compute is cold, vocabulary warm.
 _ROWS = (
     Kind(
         "F",
@@ -271,7 +275,7 @@ _ROWS = (
     ),
 )
 KINDS = {kind.name: kind for kind in _ROWS}
-"""The rows by name, in the order of legends."""
+"""The rows by name, in legend order."""
 STAGE_PASSES = tuple(kind.name for kind in _ROWS if kind.runs == "per stage")
 DEVICE_PASSES = tuple(kind.name for kind in _ROWS if kind.runs == "per device")
 COLLECTIVES = tuple(kind.name for kind in _ROWS if kind.runs == "together")

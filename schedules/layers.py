@@ -1,7 +1,7 @@
-"""How many transformer layers each stage gets, for method redis: the LM head weighs as much as several layers.
+"""Transformer layers per stage for method redis, where the LM head counts as several layers.
 
-In forward FLOPs of one of a GPT's layers, ``bsh (24h + 4s)``, the head's ``2bshV`` are ``rho = 6V / (72h + 12s)``
-layers. The embedding costs next to nothing.
+Relative to a GPT layer's forward FLOPs ``bsh (24h + 4s)``, the head's ``2bshV`` are ``rho = 6V / (72h + 12s)`` layers.
+The embedding costs next to nothing.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ def head_in_layers(hidden: int, seq_length: int, vocab_size: int) -> float:
 
 
 def even_split(layers: int, stages: int, depths: int = 0) -> tuple[int, ...]:
-    """The same number for every stage, extra ones on the latest stages.
+    """The same number for every stage; the last stages get the extra ones.
 
-    Each depth of a tail, which the last stage has (see :attr:`.Schedule.depths`), counts as one of its layers.
+    Each depth of a tail, which is on the last stage (see :attr:`.Schedule.depths`), counts as one of its layers.
     """
     if stages < 1 or layers < 0:
         raise ValueError(f"layers is {layers} and stages {stages}; give 0 layers or more and 1 stage or more")
@@ -34,7 +34,7 @@ def published_split(layers: int, stages: int, rho: float) -> tuple[int, ...]:
 
 
 def optimal_split(layers: int, stages: int, rho: float) -> tuple[int, ...]:
-    """The split whose slowest stage has the fewest FLOPs; of those, the one that is most even."""
+    """The split whose slowest stage has the fewest FLOPs; among those, the most even one."""
 
     def cost(split: tuple[int, ...]) -> tuple[float, float]:
         loads = [*split[:-1], split[-1] + rho]

@@ -1,7 +1,7 @@
-"""A schedule from free-form orders: for every device the passes it runs, one after the other.
+"""A schedule from free-form orders: for every device, the passes it runs, one after the other.
 
-The grammar is that of torch's pipelines: stage, kind, microbatch, as in ``0F0 1F0 1B0 0B0``. Where W passes follow,
-torch writes I for the backward that makes the input gradient alone, and B for one that makes both. Every pass starts as
+The grammar is that of torch's pipelines: stage, kind, microbatch, as in ``0F0 1F0 1B0 0B0``. With W passes, torch
+writes I for a backward that computes only the input gradient, and B for one that computes both. Every pass starts as
 soon as the device is free and its input is there.
 """
 
@@ -27,13 +27,13 @@ def from_orders(
     layer_counts: Sequence[int] | None = None,
     name: str = "custom",
 ) -> Schedule:
-    """The schedule of the given orders, embedding on the first stage's device and head on the last's.
+    """The schedule of the given orders, with the embedding on the first stage's device and the head on the last's.
 
     Args:
-        orders: one string a device, passes with spaces between them.
+        orders: one string per device, passes separated by spaces.
         placement: the device of every stage.
-        interval: slots of the program's scan step; those of one microbatch on a device where not given.
-        backward_slots: slots of a B; 1 where there are W passes, else 2, where not given.
+        interval: slots of the program's scan step; by default those of one microbatch on a device.
+        backward_slots: slots of a B; by default 1 with W passes, else 2.
 
     Raises:
         ValueError: a word that is not a pass, or a method that shards the vocabulary, which needs a building block.
@@ -41,7 +41,7 @@ def from_orders(
     """
     if method in SHARDED or method not in METHODS:
         raise ValueError(
-            f"method is {method!r}; free-form orders take baseline or redis, building blocks take all methods"
+            f"method is {method!r}; free-form orders support baseline and redis, building blocks all methods"
         )
     words = [[_parsed(word, d, placement) for word in order.split()] for d, order in enumerate(orders)]
     words = [_with_own_backward(order) for order in words]
@@ -89,7 +89,7 @@ def _parsed(word: str, device: int, placement: Sequence[int]) -> tuple[str, int,
 
 
 def _with_own_backward(order: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
-    """Torch's I is our B; where weight gradients are passes of their own, its B is our B and W."""
+    """Convert to our kinds: torch's I is our B; with separate weight gradients, its B is our B and W."""
     split = {(stage, i) for kind, stage, i in order if kind in "IW"}
     if not split:
         return order
@@ -104,7 +104,7 @@ def _with_own_backward(order: list[tuple[str, int, int]]) -> list[tuple[str, int
 def _as_soon_as_possible(
     orders: list[list[tuple[str, int, int]]], slots: dict[str, int], stages: int
 ) -> tuple[tuple[Pass, ...], ...]:
-    """Start slots, device by device as far as inputs are known, until nothing moves."""
+    """Start slots, advancing device by device as far as inputs are known, until nothing moves."""
     ends: dict[tuple[str, int, int], int] = {}
     done: list[list[Pass]] = [[] for _ in orders]
     moved = True

@@ -22,7 +22,7 @@ def repeat(
     block, vocabulary = insert(block, method, m, inserted, overlap)
     if inserted is not None and vocabulary.inserted_intervals != inserted:
         raise ValueError(
-            f"inserted is {inserted}; {method} on this block takes {vocabulary.inserted_intervals} intervals or more"
+            f"inserted is {inserted}; {method} on this block needs {vocabulary.inserted_intervals} intervals or more"
         )
     shifts = np.array([block.shift(i) for i in range(m)])
     starts = {kind: np.array(getattr(block, kind))[:, None] + shifts for kind in "FBW" if getattr(block, kind)}

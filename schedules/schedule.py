@@ -1,9 +1,9 @@
-"""What a schedule is: plain data on a grid of unit slots.
+"""The schedule: plain data on a grid of unit slots.
 
-Symbols, as in the paper: ``p`` devices of the pipeline, ``d`` one of them, ``m`` microbatches, ``i`` one of them.
-Passes: ``F`` forward, ``B`` backward (the input gradient only, where a ``W`` pass follows), ``W`` weight gradient.
-A *stage* is a consecutive run of layers; device ``placement[stage]`` holds it. Time is counted in slots: a pass takes
-a whole number of them, and what it produces can be used from the slot after its last one.
+Symbols, as in the paper: ``p`` pipeline devices, ``d`` one of them, ``m`` microbatches, ``i`` one of them. Passes:
+``F`` forward, ``B`` backward (only the input gradient if a ``W`` pass follows), ``W`` weight gradient. A *stage* is a
+consecutive run of layers; device ``placement[stage]`` holds it. Time is counted in slots: a pass takes a whole number
+of them, and its result can be used from the slot after its last one.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Pass(NamedTuple):
         return f"{self.stage}{self.kind}{self.microbatch}"
 
 
-# Where in its slot an event is. What a collective brings lands before the slot's transfers leave: one thing is
-# under way between two devices at a time.
+# Where in its slot an event is. A collective's result lands before the slot's transfers leave: only one thing is in
+# flight between two devices at a time.
 DEFERRED, BEFORE, PASSES, LANDINGS, TRANSFERS, AFTER = range(6)
 
 
@@ -45,10 +45,10 @@ DEFERRED, BEFORE, PASSES, LANDINGS, TRANSFERS, AFTER = range(6)
 class Step:
     """One step of the vocabulary layers for microbatch 0; microbatch i has it :attr:`Vocabulary.shifts` ``[i]`` later.
 
-    ``run`` steps are passes (S, T, IF, ...), one slot position a device, or None on a device that has no part in it.
-    ``start`` and ``done`` are the two ends of a collective, at the same place on every device. A step stands in its
-    slot at a ``place``: before the passes that end there, between them and the slot's transfers, or behind both. It may
-    have ``shifts`` of its own, as the input layer's steps have where warm-up and cool-down are reordered.
+    ``run`` steps are passes (S, T, IF, ...), with one slot position per device, or None on a device that takes no part.
+    ``start`` and ``done`` are the two ends of a collective, at the same place on every device. The ``place`` of a step
+    in its slot is before the passes that end there, between them and the slot's transfers, or after both. It may have
+    its own ``shifts``, as the input layer's steps do when warm-up and cool-down are reordered.
     """
 
     op: Op
@@ -63,10 +63,10 @@ class Vocabulary:
     """How the embedding and the LM head are computed: by which method, and when.
 
     Attributes:
-        method: its name; nothing but messages depends on it.
-        steps: ordered: where two share a place of a slot, the earlier in the tuple goes first.
+        method: its name; used only in messages.
+        steps: ordered: if two share a place in a slot, the earlier in the tuple goes first.
         shifts: slots from microbatch 0's steps to each microbatch's, multiples of the schedule's interval.
-        inserted_intervals: how many more there are between the last stage's F and B than the block itself has.
+        inserted_intervals: intervals between the last stage's F and B in addition to the block's own.
     """
 
     method: str
@@ -77,16 +77,17 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Order:
-    """The program order inside a slot, which the schedule itself leaves open.
+    """The program order within a slot, which the schedule itself leaves open.
 
     Attributes:
-        passes: some slots of the interval, each with the order of its passes, a kind and a chunk such as ("B", 1);
-            those that are not named follow, in alphabetical order.
-        transfers: a transfer leaves "behind passes", each behind the one that made it, or "behind slots", all of a
+        passes: for some slots of the interval, the order of their passes, each a kind and a chunk such as ("B", 1);
+            passes that are not named follow, in alphabetical order.
+        transfers: transfers leave "behind passes", each after the pass that produced it, or "behind slots", all of a
             slot together, which takes fewer instructions.
-        deferred: whose transfers leave at the beginning of the next interval instead, each a slot, a kind and a chunk.
-        ends_apart: whether warm-up, up to the first stage's first B, and cool-down, from after its last F, are scans of
-            their own, whose transfers land where they are needed there; otherwise as few scans as cost least.
+        deferred: passes whose transfers leave at the beginning of the next interval instead, each a slot, a kind and a
+            chunk.
+        ends_apart: whether warm-up (up to the first stage's first B) and cool-down (from after its last F) are separate
+            scans, whose transfers land where they are needed there; otherwise the scans that cost least.
     """
 
     passes: tuple[tuple[int, tuple[tuple[str, int], ...]], ...] = ()
@@ -117,15 +118,15 @@ class Schedule:
     """Every pass of one training (or evaluation) iteration, and when the vocabulary layers run between them.
 
     Attributes:
-        name: for people; nothing depends on it.
+        name: for display only.
         p, m: devices and microbatches.
         interval: slots after which the pattern repeats in the steady state (K).
         placement: the device of every stage, in depth order.
         passes: for every device, its passes in order of start.
         vocabulary: when the sharded (or unsharded) vocabulary layers run.
-        layer_counts: layers a stage, or None for an even split.
-        order: the program order inside slots.
-        depths: tokens beyond the next that the last stage's passes predict too.
+        layer_counts: layers per stage, or None for an even split.
+        order: the program order within slots.
+        depths: tokens beyond the next that the last stage's passes also predict.
     """
 
     name: str
@@ -165,31 +166,34 @@ class Schedule:
 
     @property
     def stages(self) -> int:
-        """The number of stages, all devices together."""
+        """The number of stages over all devices."""
         return len(self.placement)
 
     @property
     def chunks(self) -> int:
-        """Stages a device."""
+        """Stages per device."""
         return self.stages // self.p
 
     def chunks_of(self, stages: np.ndarray) -> np.ndarray:
-        """Which of their devices' chunks stages are; 0 for -1, which is no stage."""
+        """The chunk index of each stage on its device; 0 for -1, which is no stage."""
         return np.array((*self._chunks, 0))[stages]
 
     def chunk(self, stage: int) -> int:
-        """Which of its device's chunks a stage is."""
+        """The chunk index of a stage on its device."""
         return self._chunks[stage]
 
     @property
     def sharded(self) -> bool:
-        """Whether all devices share the vocabulary layers."""
+        """Whether the vocabulary layers are sharded over all devices."""
         return any(step.op == "start" for step in self.vocabulary.steps)
 
     @property
     def opens(self) -> int:
-        """A slot that opens an interval: where the broadcast of the last stage's output starts before passes, so that
-        the end of a scan step does not cut it; else slot 0."""
+        """A slot that opens an interval.
+
+        It is the slot where the broadcast of the last stage's output starts before passes, so that no scan step
+        boundary cuts it; else slot 0.
+        """
         starts = (
             s.at[0] for s in self.vocabulary.steps if (s.op, s.name, s.place) == ("start", "hidden_broadcast", BEFORE)
         )
@@ -207,7 +211,7 @@ class Schedule:
 
     @cached_property
     def stage_of(self) -> np.ndarray:
-        """The stage that is each chunk of each device, ``[chunks, p]``."""
+        """The stage for each chunk of each device, ``[chunks, p]``."""
         stages = np.zeros((self.chunks, self.p), int)
         for stage, device in enumerate(self.placement):
             stages[self.chunk(stage), device] = stage
@@ -215,7 +219,7 @@ class Schedule:
 
     @property
     def splits_backward(self) -> bool:
-        """Whether weight gradients are passes of their own."""
+        """Whether weight gradients are separate passes."""
         return any(x.kind == "W" for x in self.passes[0])
 
     @property

@@ -1,14 +1,14 @@
-"""When the passes of a building block run in the steady state, for passes that take as long as they do.
+"""When the passes of a building block run in the steady state, given their durations.
 
-A block says in which order every device runs its passes, over and over. Given durations, the times at which they start
-in the steady state are a solution of difference constraints: a pass starts when the one before it on its device has
-ended, and when what it needs has arrived, ``i`` intervals later for microbatch ``i``. Of the many solutions the best
-one leaves every transfer as much time as possible, because in one program for all devices a transfer's two ends wait
-for each other. :func:`steady` finds the shortest interval, then the longest transfers that do not make it longer, and
-spreads the passes as if transfers took that long.
+A block fixes the cyclic order in which every device runs its passes. Given durations, start times in the steady state
+are a solution of difference constraints: a pass starts after the previous one on its device has ended and its input has
+arrived, ``i`` intervals later for microbatch ``i``. Among the many solutions, the best leaves every transfer as much
+time as possible, because in one program for all devices the two ends of a transfer wait for each other. :func:`steady`
+finds the shortest interval, then the longest transfers that do not lengthen it, and spaces the passes as if transfers
+took that long.
 
 :func:`refined` puts the block on a grid of slots that follows these times. All of its other properties stay: the order
-of passes on every device, and so the microbatches in flight.
+of passes on every device, and hence the microbatches in flight.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from .blocks import Block
 
 KINDS = ("F", "B", "W")
-_ROUNDS = 24  # of bisection: the interval and the spread are exact to one part in ten million
+_ROUNDS = 24  # bisection steps: the interval and the spread are exact to one part in ten million
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Steady:
     """The steady state of a block.
 
     Attributes:
-        block: whose.
+        block: the block.
         interval: time from one microbatch to the next.
-        spread: time that every transfer has beyond what it takes.
+        spread: time available to every transfer beyond its duration.
         start, end: of microbatch 0's passes, by kind, ``[stages]``.
     """
 
@@ -44,12 +44,12 @@ class Steady:
 
 
 def steady(block: Block, durations: Mapping[str, np.ndarray], transfer: float = 0.0) -> Steady:
-    """The steady state with the shortest interval, in which transfers have the most time.
+    """The steady state with the shortest interval and, given that, the most time for transfers.
 
     Args:
-        block: its passes of unit slots.
-        durations: of F, B and, where there are any, W, ``[stages]``.
-        transfer: time of a transfer between neighbours.
+        block: with passes of one slot each.
+        durations: of F, B and, if present, W, ``[stages]``.
+        transfer: time of a transfer between neighbors.
     """
     constraints = _Constraints(block, durations)
     load = np.zeros(block.p)
@@ -64,7 +64,7 @@ def steady(block: Block, durations: Mapping[str, np.ndarray], transfer: float = 
 
 
 def _least(solve, low: float, high: float) -> float:
-    """The least number, from ``low`` to ``high``, for which there is a solution; there is one for ``high``."""
+    """The least number from ``low`` to ``high`` that has a solution; ``high`` has one."""
     if solve(low) is not None:
         return low
     for _ in range(_ROUNDS):
@@ -74,7 +74,7 @@ def _least(solve, low: float, high: float) -> float:
 
 
 class _Constraints:
-    """``start[to] >= start[at] + takes - later * interval``, the transfers among them lengthened as asked for."""
+    """``start[to] >= start[at] + takes - later * interval``, with the requested extra time for transfers."""
 
     def __init__(self, block: Block, durations: Mapping[str, np.ndarray]):
         self.block = block
@@ -107,7 +107,7 @@ class _Constraints:
                 yield self.index[source], self.index[kind, stage], 0, placement[source[1]] != placement[stage]
 
     def solve(self, interval: float, transfer: float) -> np.ndarray | None:
-        """The earliest start times, by node, or None where there are none: longest paths by relaxation."""
+        """The earliest start times by node, or None if there are none: longest paths by relaxation."""
         weight = self.takes + transfer * self.moves - interval * self.later
         times, tiny = np.zeros(len(self.nodes)), 1e-9 * interval
         for _ in range(len(self.nodes) + 1):
@@ -125,14 +125,14 @@ class _Constraints:
 
 @dataclass(frozen=True)
 class Refined:
-    """A block on a finer grid, and at which part of its slot every pass ends."""
+    """A block on a finer grid, and the fraction of its slot at which every pass ends."""
 
     block: Block
     fraction: Mapping[str, np.ndarray]
 
     @cached_property
     def passes(self) -> dict[int, tuple[tuple[str, int], ...]]:
-        """For every slot of the block's interval the kinds and chunks of its passes, by the time at which they end."""
+        """For every slot of the block's interval, the kinds and chunks of its passes, by end time."""
         ends: dict[int, dict[tuple[str, int], list[float]]] = {}
         chunks = _chunks(self.block.placement)
         for kind, fractions in self.fraction.items():
@@ -149,9 +149,9 @@ def _chunks(placement: tuple[int, ...]) -> list[int]:
 
 
 def refined(found: Steady, K: int, rounding: float) -> Refined | None:
-    """The block on a grid of ``K`` slots an interval, every pass in the slot in which it ends.
+    """The block on a grid of ``K`` slots per interval, every pass in the slot in which it ends.
 
-    The slot of the last stage's F ends with it, for a ``rounding`` near 1; at 0.5, half a slot later. None where two
+    With ``rounding`` near 1, the slot of the last stage's F ends with it; with 0.5, half a slot later. None if two
     passes of a device would share a slot.
     """
     block = found.block

@@ -1,16 +1,17 @@
-"""Vocabulary passes by one rule for any building block.
+"""Inserts vocabulary passes into any building block, by a single rule.
 
 Between the last stage's F and its B the output layer needs time: one interval for each barrier beyond the broadcast.
 :func:`insert` delays every B and W by that many intervals, then places the steps of the vocabulary layers, whose names
 are in :mod:`.instructions`.
 
 An interval of the lowered program opens at the slot in which the broadcast of the last stage's output starts. A
-collective starts before a slot's passes and lands behind them or behind those of a later slot of the same interval: a
-scan step does not cut it, and in as many slots as the longest pass takes every device has a pass to hide it with. S
-is in one slot on all devices, and so is T. A device that is in the middle of a pass there runs them before it.
+collective starts before a slot's passes and lands after them, or after those of a later slot of the same interval: no
+scan step boundary cuts it, and within as many slots as the longest pass takes, every device has a pass to hide it
+behind. S is in the same slot on all devices, and so is T. A device that is in the middle of a pass in that slot runs
+them before it.
 
-Where collectives cannot run beside passes, as on CPUs, each would make all devices wait for the slowest at another
-place. There all steps follow the last F, one after the other, with nothing in between.
+Where collectives cannot overlap with passes, as on CPUs, each would make all devices wait for the slowest at a
+different place. There, all steps follow the last F, one after the other, with nothing in between.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ def insert(
 ) -> tuple[Block, Vocabulary]:
     """The block with room for a method's vocabulary passes, and when those run for ``m`` microbatches.
 
-    ``inserted`` intervals stand between the last stage's F and its B, or more where the passes need them; where not
-    given, as many as published. Each is one more microbatch in flight. Without ``overlap`` there are none.
+    ``inserted`` is the number of intervals between the last stage's F and its B, raised if the passes need more; by
+    default as published. Each is one more microbatch in flight. Without ``overlap`` there are none.
 
     Raises:
-        ValueError: an unknown method, or intervals for a method that has no barriers, or without overlap.
+        ValueError: an unknown method, or intervals for a method without barriers, or without overlap.
     """
     if method not in BARRIERS:
         raise ValueError(f"method is {method!r}; the methods are {', '.join(METHODS)}")
@@ -71,13 +72,13 @@ def _everywhere(block: Block, op: Op, name: str, slot: int, place: int = AFTER) 
 
 
 def _ends(block: Block, name: str, first: int, slots: int) -> tuple[Step, Step]:
-    """A collective from before the passes of slot ``first``, over ``slots`` of them or to the end of the interval."""
+    """A collective from before the passes of slot ``first``, over ``slots`` slots or to the end of the interval."""
     last = min(first + slots - 1, _closes(block, first))
     return _everywhere(block, "start", name, first, BEFORE), _everywhere(block, "done", name, last, LANDINGS)
 
 
 def _closes(block: Block, slot: int) -> int:
-    """The last slot of the program's interval that a slot is in."""
+    """The last slot of the program's interval that contains a slot."""
     return slot + block.interval - 1 - (slot - (block.F[-1] + 1)) % block.interval
 
 
@@ -85,9 +86,9 @@ def _closes(block: Block, slot: int) -> int:
 
 
 def _output_steps(block: Block, method: str) -> list[Step]:
-    """The broadcast, S, T and their reductions, as soon as inputs allow; in this order where they share a place."""
+    """The broadcast, S, T and their reductions, as soon as inputs allow; in this order if they share a place."""
     K, end, w = block.interval, block.F[-1], block.longest
-    after_S = end + w + 1  # the slot before whose passes S runs; the reduction of its row sums takes this slot
+    after_S = end + w + 1  # S runs before this slot's passes; the reduction of its row sums takes this slot
     after_T = after_S + 1
 
     def run(name: str, slot: int) -> Step:
@@ -107,8 +108,8 @@ def _output_steps(block: Block, method: str) -> list[Step]:
         softmax, dones = [run("S", after_S), stats], [broadcast_done, stats_done]
     if not block.B:
         return [broadcast, *softmax, *dones]
-    # T of an older microbatch before S of a newer one, so that one result of S is held at a time. Algorithm 2 sums
-    # what S made, so that T hides the sum; Algorithm 1 sums what T makes.
+    # T of an older microbatch before S of a newer one, so that only one result of S is held at a time. Algorithm 2 sums
+    # what S produced, so that T hides the sum; Algorithm 1 sums what T produces.
     total, total_done = _ends(block, "grad_sum", after_T, 1 if method == "vocab-2" else w)
     T = run("T", after_T)
     first = [total, broadcast, T] if method == "vocab-2" else [broadcast, T, total]
@@ -116,7 +117,7 @@ def _output_steps(block: Block, method: str) -> list[Step]:
 
 
 def _needed(block: Block, output: list[Step]) -> int:
-    """The intervals without which the last stage's B would come before its input gradient."""
+    """The intervals without which the last stage's B would precede its input gradient."""
     done = next(s.at[0] for s in output if (s.op, s.name) == ("done", "grad_sum"))
     last_of_B = block.B[-1] + block.backward_slots - 1
     return max(0, -(-(done + 1 - last_of_B) // block.interval))
@@ -140,7 +141,7 @@ def _latest_grad_sum(block: Block, output: list[Step]) -> list[Step]:
 
 
 def _input_steps(block: Block) -> list[Step]:
-    """IF before the first stage's F, IB behind its B, each with a sum of up to three slots inside one interval."""
+    """IF before the first stage's F, IB after its B, each with a sum of up to three slots within one interval."""
     opens = block.F[-1] + 1
     slots = min(block.interval, 3 * block.pass_slots)
     start = block.F[0] - 1 - input_delay(block.interval, block.F[0] - 1 - opens, -1, slots)
@@ -162,10 +163,10 @@ def sum_slots(interval: int) -> int:
 
 
 def input_delay(interval: int, slot: int, way: int, slots: int | None = None) -> int:
-    """How many slots to wait from ``slot``, backward or forward, for a window that no interval's end cuts.
+    """How many slots to wait from ``slot``, backward or forward, for a window that no interval boundary cuts.
 
     ``slot``, counted from an interval's opening, would be its last if ``way`` is -1, its first if 1. The slot that
-    opens the interval is avoided where that costs no more than two slots.
+    opens the interval is avoided if that costs at most two slots.
     """
     slots = sum_slots(interval) if slots is None else slots
 
@@ -179,7 +180,7 @@ def input_delay(interval: int, slot: int, way: int, slots: int | None = None) ->
 def unsharded(
     placement: Sequence[int], first_F: Sequence[int], last_F: Sequence[int], first_B: Sequence[int] = ()
 ) -> tuple[Step, ...]:
-    """IF, H and IB on the devices of the first and the last stage, with those stages' passes.
+    """IF, H and IB on the devices of the first and last stage, with those stages' passes.
 
     Takes, for every microbatch, the slots in which the first stage's F, the last stage's F and the first stage's B end.
     """
@@ -204,12 +205,12 @@ _IN_A_ROW = {
 
 
 def _synchronous(block: Block, method: str) -> Iterator[Step]:
-    """All steps behind the last F, with every device waiting for each collective: interlaced (Lin et al. 2024)."""
+    """All steps after the last F, with every device waiting for each collective: interlaced (Lin et al. 2024)."""
     K, end = block.interval, block.F[-1]
     before = block.F[0] - 1 - (block.F[0] - 1 - end) % K
     yield from _stand(block, before, ("run IF", "start embed_sum", "done embed_sum"))
     if block.B:
-        # Before S: where one collective makes devices wait for each other, the next costs no more waiting.
+        # Before S: where one collective makes devices wait for each other, the next adds no wait.
         ready = block.B[0] + block.backward_slots - 1
         yield from _stand(
             block, ready + (end - ready) % K, ("start embed_grad_broadcast", "done embed_grad_broadcast", "run IB")
@@ -222,7 +223,7 @@ def _synchronous(block: Block, method: str) -> Iterator[Step]:
 
 
 def _stand(block: Block, slot: int, steps: Iterable[str]) -> Iterator[Step]:
-    """Steps one after the other behind a slot's passes."""
+    """Steps one after the other, after a slot's passes."""
     for step in steps:
         op, name = step.split()
         yield _everywhere(block, op, name, slot)

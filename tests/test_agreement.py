@@ -124,7 +124,7 @@ def test_a_checkpoint_that_one_process_cannot_read_is_read_by_none(tmp_path):
     assert first == second
     assert "process 1 of 2" in first["not shared"] and "give a folder that all hosts share" in first["not shared"]
     assert "lr is 1 in process 0 and 2 in process 1" in first["changed in one"]
-    assert "4 is of a run in which lr was 1 and is 2" in first["changed in both"]
+    assert "4 is from a run in which lr was 1 and is 2" in first["changed in both"]
     assert first["refused"] == f"Agreed: process 1 of 2: {tmp_path}/shared cannot be read (Permission denied)"
     assert first["nothing was moved"] == [2, 3, 4]
     assert first["damaged for one"] == [3, [2, 3], 1] and first["no record"] == [2, [2], 2]

@@ -201,7 +201,7 @@ def test_a_damaged_checkpoint_is_named_kept_aside_and_the_one_before_it_taken(sp
     spoilt, said = contents(folder / "2"), []
     loaded = load(folder, trained[0], say=said.append)
     assert int(loaded.state.step) == 1 and loaded.rows == 6
-    assert len(said) == 1 and f"{folder / '2'} is damaged" in said[0] and "goes on from step 1" in said[0]
+    assert len(said) == 1 and f"{folder / '2'} is damaged" in said[0] and "resumes from step 1" in said[0]
     assert contents(folder / "damaged-2") == spoilt and checkpoints.steps_in(folder) == [1]
 
 
@@ -300,9 +300,9 @@ def test_the_random_key_keeps_its_kind(trained, tmp_path):
 @pytest.mark.parametrize(
     "make, sentence",
     [
-        (lambda step: (step / "default").mkdir(parents=True), "7 is no checkpoint of this program"),
-        (lambda step: write_record(step, {"hello": 1}), "7 is no checkpoint of this program"),
-        (lambda step: write_record(step, [1]), "7 is no checkpoint of this program"),
+        (lambda step: (step / "default").mkdir(parents=True), "7 is not a checkpoint of this program"),
+        (lambda step: write_record(step, {"hello": 1}), "7 is not a checkpoint of this program"),
+        (lambda step: write_record(step, [1]), "7 is not a checkpoint of this program"),
         (lambda step: write_record(step, None, version=2), "7 has version 2; this program reads version 1"),
     ],
 )
@@ -323,7 +323,7 @@ def write_record(step, record, **changes):
 
 
 def test_a_changed_configuration_is_refused_unless_accepted(trained, folder):
-    with pytest.raises(ValueError, match="in which lr was 0.01 and is 0.1, warmup was None and is 3; give what was"):
+    with pytest.raises(ValueError, match="lr was 0.01 and is 0.1, warmup was None and is 3; give the old values"):
         load(folder, trained[0], {"lr": 0.1, "warmup": 3})
     assert int(load(folder, trained[0], {"lr": 0.1}, accept_changes=True).state.step) == 2
 

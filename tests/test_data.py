@@ -111,7 +111,7 @@ def test_bad_data_is_named(tmp_path, name, content, sentence):
 
 
 def test_a_missing_file_and_an_empty_folder_are_named(tmp_path):
-    with pytest.raises(ValueError, match="nothing.txt', no file or folder"):
+    with pytest.raises(ValueError, match="nothing.txt', which is not a file or folder"):
         data.open_corpus(str(tmp_path / "nothing.txt"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty', which holds no text"):
@@ -350,7 +350,7 @@ def test_parquet_without_text_or_cut_off_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"a\.parquet has no column 'text' of strings; its columns are words"):
         data.open_corpus(path)
     raw = (tmp_path / "a.parquet").read_bytes()
-    with pytest.raises(ValueError, match=r"b\.parquet is damaged or no parquet file"):
+    with pytest.raises(ValueError, match=r"b\.parquet is damaged or not a parquet file"):
         data.open_corpus(write(tmp_path / "b.parquet", raw[:-5]))
 
 

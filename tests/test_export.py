@@ -130,7 +130,7 @@ def test_what_cannot_be_written_is_refused_before_training_and_leaves_nothing(tm
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file/out', which cannot be written"):
         huggingface.check_save(tmp_path / "file" / "out", CONFIGS["llama"])
-    with pytest.raises(ValueError, match="file', which exists"):
+    with pytest.raises(ValueError, match="file', which already exists"):
         huggingface.check_save(tmp_path / "file", CONFIGS["llama"])
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=5))
     with pytest.raises(ValueError, match=r"takes .* GB; its disk has 5e-09 GB free"):
@@ -153,7 +153,7 @@ def test_the_remains_of_ones_own_export_are_cleared_and_others_are_not(tmp_path)
     assert not (tmp_path / "out.partial").exists()
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine").touch()
-    with pytest.raises(ValueError, match=r"out\.partial exists, and no export has left it; remove it"):
+    with pytest.raises(ValueError, match=r"out\.partial exists and was not left by an export; remove it"):
         huggingface.save(out, config, params)
     assert (tmp_path / "out.partial" / "mine").exists()
 
@@ -188,7 +188,7 @@ def test_weights_are_not_lost_where_something_takes_the_name_meanwhile(tmp_path,
     with pytest.raises(OSError, match=r"File exists; the weights are complete in .*out\.partial"):
         huggingface.save(out, CONFIGS["llama"], params)
     assert_same_bits(huggingface.load_canonical(tmp_path / "out.partial")[1], params)
-    with pytest.raises(ValueError, match="no export has left it"):  # nor is it cleared by the next
+    with pytest.raises(ValueError, match="was not left by an export"):  # nor is it cleared by the next
         out.rmdir()
         huggingface.check_save(out, CONFIGS["llama"])
 

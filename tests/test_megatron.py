@@ -138,10 +138,10 @@ def spoil(header=None, size=None, at=None):
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        (spoil(size=10), "is no index of a Megatron dataset"),
-        (lambda raw: b"\x00" * len(raw), "is no index of a Megatron dataset"),
+        (spoil(size=10), "is not the index of a Megatron dataset"),
+        (lambda raw: b"\x00" * len(raw), "is not the index of a Megatron dataset"),
         (spoil(header=(MAGIC, 2, 8, 60, 61)), "has version 2; version 1 can be read"),
-        (spoil(header=(MAGIC, 1, 6, 60, 61)), "tokens of type code 6; those of whole numbers are 1, 2, 3, 4, 5, 8"),
+        (spoil(header=(MAGIC, 1, 6, 60, 61)), "tokens of type code 6; the integer types are 1, 2, 3, 4, 5, 8"),
         (spoil(header=(MAGIC, 1, 8, 2**60, 61)), "was cut off"),
         (spoil(size=-8), "was cut off"),
         (spoil(at=HEADER.size + 4), "its offsets are not those that its lengths add up to"),

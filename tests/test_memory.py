@@ -65,7 +65,7 @@ def test_without_the_gpu_packages_one_sentence_names_the_extra(capsys):
     [
         (["--gpu", "tpu"], "gpu is 'tpu'"),
         (["--plot", "memory.doc"], "plot is memory.doc"),
-        (["--plot", "memory.png", "--program", "init"], "plot is of the step, and program is init"),
+        (["--plot", "memory.png", "--program", "init"], "plot belongs to the step, and program is init"),
         (["--program", "fit"], "--program"),
         (["--schedule", "v-half", "--method", "redis"], "method is 'redis'"),
         (["--model", "5B"], "5B"),

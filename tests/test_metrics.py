@@ -91,7 +91,7 @@ def test_a_run_that_goes_on_takes_back_the_steps_it_does_again(tmp_path):
 def test_a_line_that_is_no_record_is_named_and_nothing_is_lost(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1}}\n{line}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is no record of a run"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is not a record of a run"):
         JsonLines(path, after=1)
     assert path.read_text() == f'{{"step": 1}}\n{line}\n'
 

@@ -67,7 +67,7 @@ def test_v_half_can_shard_the_vocabulary_at_its_own_memory():
 
 
 @pytest.mark.parametrize("options, words", [
-    (dict(schedule="1f1b", method="vocab-1", inserted=1), "inserted is 1; vocab-1 on this block takes 2"),
+    (dict(schedule="1f1b", method="vocab-1", inserted=1), "inserted is 1; vocab-1 on this block needs 2"),
     (dict(schedule="zb-h1", method="baseline", inserted=0), "inserted is 0 with method 'baseline'"),
     (dict(schedule="zb-h1", method="vocab-2", inserted=-1), "inserted is -1"),
     (dict(schedule="zb-h1", method="vocab-2", inserted=1, overlap=False), "inserted is 1 without overlap"),

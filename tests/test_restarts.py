@@ -40,7 +40,7 @@ def test_whatever_decides_the_numbers_is_refused_by_name_or_accepted(text, monke
             "--document-masks": "document_masks was False and is True",
         }.items():
             status, said = sentence(capsys, *run, *changed.split())
-            assert status == 2 and f"3 is of a run in which {expected}; give what was" in said
+            assert status == 2 and f"3 is from a run in which {expected}; give the old values" in said
     script.main([*run, "--data-parallel", "2", "--microbatch-size", "1"])  # the same tokens a step
     changed = ["--z-loss", "1e-4", "--steps", "4", "--accept-changes"]
     script.main([*run, *changed])
@@ -65,7 +65,7 @@ def test_a_checkpoint_that_is_damaged_is_made_again_by_training(text, capsys):  
 def test_a_signal_without_a_folder_for_checkpoints_is_no_reason_to_start_again(text, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(script.Termination, "requested", lambda self, step: "SIGTERM" if step == 2 else None)
     status, said = sentence(capsys, *f"{SMALL} --data {text} --steps 5 --output out --eval-batches 1".split())
-    assert status == 1 and "SIGTERM at step 2; there is no checkpoint to go on from" in said
+    assert status == 1 and "SIGTERM at step 2; there is no checkpoint to resume from" in said
 
 
 @pytest.mark.parametrize(

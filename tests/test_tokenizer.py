@@ -59,7 +59,7 @@ def test_stored_dropout_does_not_make_tokens_random(tmp_path, corpus):
 def test_an_unknown_end_of_text_is_named_by_the_tokenizers_configuration_or_an_option(tmp_path, corpus):
     path = tmp_path / "tokenizer.json"
     shutil.copy(CASES / "ds.json", path)
-    with pytest.raises(ValueError, match=r"tokenizer\.json: there is no token for the end of a text.*end_of_text"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: there is no end-of-text token.*end_of_text"):
         data.load_tokens(corpus, vocab_size=300, tokenizer=str(path))
     named = data.load_tokens(corpus, vocab_size=300, tokenizer=str(path), end_of_text=DEEPSEEK_END)
     for token in (DEEPSEEK_END, {"__type": "AddedToken", "content": DEEPSEEK_END}):
@@ -89,7 +89,7 @@ def test_a_damaged_tokenizer_configuration_is_named(tmp_path, content):
 
 
 def test_an_end_of_text_that_is_no_token_is_refused(corpus):
-    with pytest.raises(ValueError, match="end_of_text is '<end>', which is no token of the tokenizer"):
+    with pytest.raises(ValueError, match="end_of_text is '<end>', which is not a token of the tokenizer"):
         data.load_tokens(corpus, vocab_size=300, tokenizer=str(CASES / "ds.json"), end_of_text="<end>")
     with pytest.raises(ValueError, match="end_of_text is '<end>' without a tokenizer"):
         data.load_tokens(corpus, vocab_size=300, end_of_text="<end>")

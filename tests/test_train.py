@@ -135,7 +135,7 @@ def test_without_data_parallel_all_devices_are_used(monkeypatch):
         ("--schedule 2f2b", "schedule is '2f2b'; the schedules are"),
         ("--method vocab-3", "method is 'vocab-3'"),
         ("--pretrained", "pretrained is set and model is 'gpt-micro'"),
-        ("--export .", "export is '.', which exists"),
+        ("--export .", "export is '.', which already exists"),
         ("--model ./none", "none has no config.json"),
         ("--model 5B", "'5B'; it must be one of gpt-tiny"),
         ("--dtype float16", "dtype is 'float16'; it must be one of float32, bfloat16"),
@@ -150,7 +150,7 @@ def test_without_data_parallel_all_devices_are_used(monkeypatch):
         ("--vocab-size 200", "vocab_size is 200; byte-level BPE needs at least 257"),
         ("--seq 100000", "too few for"),
         ("--microbatch-size 100000", "too few for one batch of 300000 sequences of 16"),
-        ("--data nowhere.txt", "data is 'nowhere.txt', no file or folder"),
+        ("--data nowhere.txt", "data is 'nowhere.txt', which is not a file or folder"),
         ("--data empty.txt", "data is 'empty.txt', which holds no text"),
         ("--data binary.txt", "binary.txt is not text"),
         ("--data bad.jsonl", "bad.jsonl:2 has no field 'text'"),
@@ -217,7 +217,7 @@ def test_a_run_that_died_goes_on_bit_for_bit_and_on_another_layout_to_rounding(t
     shutil.copytree("checkpoints", "elsewhere")
     capsys.readouterr()
     script.main([*run, "--output", "out"])
-    assert "going on from step 3 of checkpoints" in capsys.readouterr().out
+    assert "resuming from step 3 of checkpoints" in capsys.readouterr().out
     assert trained(records("out")) == trained(records("straight"))
     straight, again = (checkpoints.read_record(folder, 8) for folder in ("others", "checkpoints"))
     assert straight["arrays"] == again["arrays"] and straight["rows"] == again["rows"] == 8 * 6
@@ -246,7 +246,7 @@ def test_steps_that_are_not_finite_end_the_run_after_a_limit(text, tmp_path, mon
         script.main(options.split())
     said = capsys.readouterr().err
     assert stop.value.code == 1 and said.startswith("error: 3 steps had a loss or gradient that is not finite")
-    assert "the same command goes on from step 3, in checkpoints" in said
+    assert "the same command resumes from step 3, in checkpoints" in said
     found = records("out")
     assert [record["skipped_steps"] for record in found] == [0, 0, 0, 1, 2, 3] and found[-1]["loss"] is None
     assert found[3]["learning_rate"] == found[5]["learning_rate"]  # the optimizer stands still
@@ -264,7 +264,7 @@ def test_sigterm_saves_and_leaves(text, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         script.main(f"{SMALL} --data {text} --steps 20 --output out {CHECKPOINTS}".split())
     assert stop.value.code == faults.SAVED == 75
-    assert "SIGTERM at step 4: the same command goes on from step 4" in capsys.readouterr().out
+    assert "SIGTERM at step 4: the same command resumes from step 4" in capsys.readouterr().out
     assert len(records("out")) == 4 and checkpoints.steps_in("checkpoints") == [3, 4]
 
 
@@ -277,8 +277,8 @@ def test_what_changed_since_the_checkpoint_is_refused_and_nothing_is_touched(tex
     Path("file").touch()
     before = {path: path.read_bytes() for path in Path("checkpoints").rglob("*") if path.is_file()}
     for changed, sentence in {
-        "--lr 0.1 --seed 3": "in which lr was 0.003 and is 0.1, seed was 0 and is 3; give what was",
-        "--lr 0.1 --output new": "checkpoints/3 is of a run in which lr was 0.003 and is 0.1",
+        "--lr 0.1 --seed 3": "in which lr was 0.003 and is 0.1, seed was 0 and is 3; give the old values",
+        "--lr 0.1 --output new": "checkpoints/3 is from a run in which lr was 0.003 and is 0.1",
         "--layers 4 --output new": "in which layers was 2 and is 4",
         "--checkpoint-dir other --output checkpoints": "which holds a run with checkpoint_dir 'checkpoints'",
         "--output config": "whose config.json cannot be read",
@@ -377,7 +377,7 @@ def test_when_a_process_dies_the_other_stops_with_a_sentence_in_bounded_time(tex
         said = both[0].communicate(timeout=60)
         assert both[0].returncode not in (0, None) and time.monotonic() - died < 30
         assert "process 0 of 2: another process is gone" in said[1] or "process 0 of 2: ended before" in said[1]
-        assert "go on from" in said[1] or "goes on from step" in said[1]
+        assert "resume from" in said[1] or "resumes from step" in said[1]
     finally:
         for process in both:
             process.kill()

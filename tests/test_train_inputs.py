@@ -98,10 +98,10 @@ def test_a_model_from_scratch_is_exported_with_the_tokenizer_that_was_trained():
     [
         ("--export after --soft-cap 30", "soft_cap is 30.0, which the config.json of a GPT2LMHeadModel cannot say"),
         ("--export text.txt/after", "export is 'text.txt/after', which cannot be written"),
-        ("--export text.txt", "export is 'text.txt', which exists"),
+        ("--export text.txt", "export is 'text.txt', which already exists"),
         ("--end-of-text x", "end_of_text is 'x' without a tokenizer"),
-        (f"--tokenizer {CASES}/ds.json", "there is no token for the end of a text"),
-        (f"--tokenizer {CASES}/trunc.json --end-of-text xyz", "end_of_text is 'xyz', which is no token"),
+        (f"--tokenizer {CASES}/ds.json", "there is no end-of-text token"),
+        (f"--tokenizer {CASES}/trunc.json --end-of-text xyz", "end_of_text is 'xyz', which is not a token"),
         (f"--data {CASES}/dup.jsonl", "its 50 documents are one text of 14 bytes"),
         (f"--data {CASES}/ones --document-masks", "the train split has no label that counts"),
         ("--mtp-depth 1 --mtp-weight 0", "mtp_weight is 0.0; it must be above 0 and finite"),
@@ -151,7 +151,7 @@ def test_a_full_disk_under_the_export_is_a_sentence_and_the_checkpoint_stays(cap
     said = capsys.readouterr().err
     assert stop.value.code == 1 and said.count("\n") == 1
     assert said.startswith("error: the weights cannot be exported to after: No space left on device")
-    assert Path("kept/1").is_dir() and "goes on from step 1, in" in said
+    assert Path("kept/1").is_dir() and "resumes from step 1, in" in said
 
 
 def run(arguments, **environment):

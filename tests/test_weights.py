@@ -212,7 +212,7 @@ def test_an_index_that_names_what_is_not_there_is_refused(tmp_path):
 
 
 def test_nothing_is_overwritten_and_nothing_half_written_is_left_under_the_name(folder, monkeypatch):
-    with pytest.raises(ValueError, match="exists; give a folder that does not"):
+    with pytest.raises(ValueError, match="exists; give a new folder"):
         huggingface.save(folder, CONFIGS["llama"], weights(CONFIGS["llama"]))
     other = folder.with_name("other")
     broken = weights(CONFIGS["llama"])

@@ -1,1 +1,1 @@
-"""The options that the experiments share, and how a script reads its own."""
+"""Options shared by the experiments, and command-line parsing."""

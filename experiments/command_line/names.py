@@ -1,4 +1,4 @@
-"""Names on the command line in any case: ``--model 4b`` is ``4B``, ``--schedule V-Half`` is ``v-half``."""
+"""Case-insensitive names on the command line: ``--model 4b`` is ``4B``, ``--schedule V-Half`` is ``v-half``."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _NAMES: dict[str, Iterable[str]] = {
     "residuals": models.Config.CHOICES["residuals"],
     "data": ("stdlib",),
 }
-"""What options of any text take by name. Other values of theirs, such as a path, stay as they are."""
+"""Names accepted by free-text options. Other values of these options, such as paths, are left unchanged."""
 
 
 def with_names(options: type, arguments: Sequence[str]) -> list[str]:
-    """The arguments with every name as it is spelt: those above, and the values of options with a fixed choice
+    """The arguments with names in their canonical case: those above, and values of options with fixed choices
     (``Literal``). A flag without a value is on."""
     flags: dict[str, Iterable[str]] = {}
-    positional: list[list[str]] = []  # those with a choice come before those without
+    positional: list[list[str]] = []  # positionals with choices come before those without
     for name, choices, by_place in _options(options):
         if by_place and choices:
             positional.append(choices)
@@ -52,7 +52,7 @@ def with_names(options: type, arguments: Sequence[str]) -> list[str]:
 
 
 def _options(options: type) -> Iterator[tuple[str, list[str], bool]]:
-    """Of every field: its option, its choices, and whether it is given by its place."""
+    """For every field: its option, its choices, and whether it is positional."""
     for name, hint in get_type_hints(options, include_extras=True).items():
         if dataclasses.is_dataclass(hint):
             yield from _options(hint)

@@ -1,4 +1,4 @@
-"""From a command line to a dataclass of options, and what a command says when it cannot go on."""
+"""Parses command lines into dataclasses, and reports errors."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ OptionalBucketPath = Annotated[str | None, tyro.conf.arg(metavar="STR", help_beh
 
 
 def parse(options: type[Options], description: str, arguments: Sequence[str] | None = None) -> Options:
-    """Read the command line into a dataclass; what it cannot mean ends the process as :func:`fail` does.
+    """Parse the command line into a dataclass; invalid input ends the process as :func:`fail` does.
 
-    ``~`` at the beginning of a path is expanded, also where a shell would not. Only options that are a
-    :data:`BucketPath` can name a bucket.
+    ``~`` at the beginning of a path is expanded even where a shell would not. Only :data:`BucketPath` options may name
+    a bucket.
     """
     hosts.quiet_plugins()
     said = io.StringIO()
@@ -54,7 +54,7 @@ def parse(options: type[Options], description: str, arguments: Sequence[str] | N
 
 
 def _with_paths(options: Options) -> Options:
-    """The options with every path as it is meant."""
+    """The options with every path expanded."""
     hints, changed = get_type_hints(type(options), include_extras=True), {}
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
@@ -69,7 +69,7 @@ def _with_paths(options: Options) -> Options:
 
 
 def _checkpoints(value: str) -> str:
-    from vocabpp_jax.checkpoints import folder_path  # takes seconds to import, which most scripts need not wait for
+    from vocabpp_jax.checkpoints import folder_path  # takes seconds to import, and most scripts do not need it
 
     return os.fspath(folder_path(value))
 
@@ -84,7 +84,8 @@ def _local(name: str, value: str) -> str:
 
 
 def write_json(path: str | None, value: Any, indent: int = 1) -> None:
-    """What ``--json`` asks for: a file, - for standard output, or nothing. A file that cannot be is a sentence."""
+    """Write JSON for ``--json``: to a file, to standard output if -, or not at all. Fails with a sentence if the file
+    cannot be written."""
     if path == "-":
         print(json.dumps(value, indent=indent))
     elif path:
@@ -92,7 +93,7 @@ def write_json(path: str | None, value: Any, indent: int = 1) -> None:
 
 
 def write_text(option: str, path: str, text: str) -> None:
-    """A file that an option names, or one sentence on why it cannot be."""
+    """Write a file named by an option, or fail with a sentence if it cannot be written."""
     try:
         Path(path).write_text(text)
     except OSError as problem:
@@ -100,7 +101,7 @@ def write_text(option: str, path: str, text: str) -> None:
 
 
 def or_fail(prepare: Callable[[], Result]) -> Result:
-    """Call it; a ValueError, which is how everything here says that its input is wrong, ends the process."""
+    """Call ``prepare``; a ValueError, which is how invalid input is reported here, ends the process."""
     try:
         return prepare()
     except ValueError as problem:
@@ -108,7 +109,7 @@ def or_fail(prepare: Callable[[], Result]) -> Result:
 
 
 def fail(sentence: str, status: int = 2) -> NoReturn:
-    """Say what is wrong and what would do, on one line, and exit: with status 2 where the input is wrong."""
+    """Print what is wrong and what would do on one line, and exit; status 2 is for invalid input."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(sentence.split()))
     print(f"error: {line if len(line) <= 1500 else line[:1500] + '...'}", file=sys.stderr)
     raise SystemExit(status)

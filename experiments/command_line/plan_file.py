@@ -1,4 +1,4 @@
-"""A plan as a file: what plan.py writes and train.py runs."""
+"""Plan files: plan.py writes them and train.py runs them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _FORMAT = {"format": "vocabpp_jax plan", "version": 1}
 
 
 def to_text(model: ModelOptions, pipeline: PipelineOptions, expected: dict[str, Any]) -> str:
-    """The file: options of the model and of the pipeline that are not the default, and what is expected of them."""
+    """The file's text: non-default model and pipeline options, and the expected performance."""
     parts = {"model": _given(model), "pipeline": _given(pipeline)}
     return json.dumps(_FORMAT | parts | {"expected": expected}, indent=1) + "\n"
 
 
 def read(path: str) -> tuple[ModelOptions, PipelineOptions]:
-    """The options in a file. Raises ValueError for what plan.py did not write."""
+    """The options in a file. Raises ValueError if plan.py did not write it."""
     try:
         found = json.loads(Path(path).read_text())
         if {name: found[name] for name in _FORMAT} != _FORMAT:
@@ -34,7 +34,7 @@ def merged(path: str | None, model: ModelOptions, pipeline: PipelineOptions) -> 
     """The options of a run: those of the plan, if there is one.
 
     Raises:
-        ValueError: the file is not a plan, or an option that is given beside it says something else.
+        ValueError: the file is not a plan, or an option given alongside contradicts it.
     """
     if path is None:
         return model, pipeline
@@ -47,7 +47,7 @@ def merged(path: str | None, model: ModelOptions, pipeline: PipelineOptions) -> 
 
 
 def _given(options: ModelOptions | PipelineOptions) -> dict[str, Any]:
-    """What is not as it is by default."""
+    """The options that differ from their defaults."""
     default = type(options)()
     values = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
     return {name: value for name, value in values.items() if value != getattr(default, name)}

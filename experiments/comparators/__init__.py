@@ -1,6 +1,6 @@
-"""What a user would run instead of a pipeline with a sharded vocabulary: other programs for the same step.
+"""Alternatives to a pipeline with a sharded vocabulary: other programs for the same step.
 
-All are a :class:`Contender`, so that one loop times them and one test holds them against one device.
+Each is a :class:`Contender`, so one loop can time them and one test can compare them with a single device.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .data_parallel import DataParallel, FullySharded, Separate
 from .spmd_pipeline import SPMDPipeline
 
 EVEN_SHARE = "even-share"
-"""The one that is the ideal: every device alone with the whole model and its share of the microbatches."""
+"""The name of the ideal: every device has the whole model and computes its share of the microbatches alone."""
 COMPARATORS: dict[str, Callable[[Model, Mesh, int, str], Contender]] = {
     EVEN_SHARE: Separate,
     "data-parallel": DataParallel,

@@ -1,4 +1,4 @@
-"""What every program that is timed has in common: parameters and a batch in, loss and gradients out.
+"""The common interface of all timed programs: parameters and a batch in, loss and gradients out.
 
 Shapes: m microbatches, B sequences in each, L length, D model width, V vocabulary, N = B·L tokens.
 """
@@ -34,7 +34,7 @@ class Contender(Protocol):
         """The PartitionSpec of every parameter."""
 
     def value_and_grad(self, params: Params, batch: Batch) -> tuple[jax.Array, Params]:
-        """The mean loss, and float32 gradients laid out as the parameters are."""
+        """The mean loss, and float32 gradients in the layout of the parameters."""
 
     def unpack(self, packed: Params) -> Params:
         """Parameters or gradients as the canonical tree."""
@@ -69,7 +69,7 @@ class Ours:
 
 @dataclass(frozen=True)
 class OnPipe:
-    """The fields of a comparator, which uses the mesh's axis ``pipe`` for whatever it does."""
+    """The fields of a comparator, all of which use only the mesh axis ``pipe``."""
 
     model: Model
     mesh: Mesh
@@ -82,7 +82,7 @@ class OnPipe:
 
     @property
     def p(self) -> int:
-        """Devices."""
+        """Number of devices."""
         return self.mesh.shape[PIPE]
 
     def cast(self, params: Params) -> Params:
@@ -97,11 +97,11 @@ def embedded(model: Model, params: Params, tokens: jax.Array) -> jax.Array:
 
 
 def head_loss(model: Model, params: Params, x: jax.Array, labels: jax.Array) -> jax.Array:
-    """The sum of the cross entropies of ``x [B, L, D]`` behind the last block, float32."""
+    """The summed cross-entropy of ``x [B, L, D]`` from the last block, float32."""
     table = params["embed"]["tokens"] if model.tied else params["head"]
     x = model.final(params["final"], x).reshape(-1, model.width)
     logits = jnp.einsum("ND,VD->NV", x, table, preferred_element_type=jnp.float32)
-    # By a mask and not by indices, whose transpose is a scatter into zeros of this size.
+    # By a mask and not by indexing, whose transpose is a scatter into zeros of this size.
     hot = labels.reshape(-1, 1) == jax.lax.broadcasted_iota(jnp.int32, (1, logits.shape[1]), 1)
     return jnp.sum(jax.nn.logsumexp(logits, axis=1) - jnp.sum(jnp.where(hot, logits, 0), axis=1))
 
@@ -116,9 +116,9 @@ def accumulated(
 ) -> tuple[jax.Array, Params]:
     """A plain gradient-accumulation step: microbatches one after the other, autodiff through blocks and head.
 
-    The embedding's gradient is added to the rows that were looked up: autodiff would make a table of zeros for it.
-    ``whole`` makes whole parameters of what is sharded. Returns the loss and the float32 gradients, over ``tokens``
-    tokens.
+    The embedding gradient is added to the rows that were looked up: autodiff would create a table of zeros for it.
+    ``whole`` turns sharded parameters into whole ones. Returns the loss and the float32 gradients, both divided by
+    ``tokens``.
     """
 
     def loss(params: Params, x: jax.Array, labels: jax.Array) -> jax.Array:
@@ -138,7 +138,7 @@ def accumulated(
 
 
 def _looked_up(model: Model, total: Params, tokens: jax.Array, dx: jax.Array) -> Params:
-    """The gradient of the embedding with that of a stream ``dx [B, L, D]`` that came from it added."""
+    """The embedding gradient plus that of a stream ``dx [B, L, D]`` that was looked up in it."""
     dx = dx.astype(jnp.float32)
     added = {"tokens": total["tokens"].at[tokens].add(dx * model.embed_scale)}
     if model.positions is not None:

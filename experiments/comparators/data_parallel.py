@@ -16,8 +16,11 @@ from .contender import Batch, OnPipe, accumulated
 
 @dataclass(frozen=True)
 class Separate(OnPipe):
-    """Every device computes its share of the microbatches on its own, without communication: the same work divided
-    evenly, no waiting. Its time is the ideal. It returns one loss and one gradient a device, whose sums are right."""
+    """Every device computes its share of the microbatches alone, without communication or waiting: the same work
+    divided evenly.
+
+    Its time is the ideal. It returns one loss and one gradient per device; their sums are the correct values.
+    """
 
     batch_spec = PartitionSpec(PIPE)
 
@@ -46,7 +49,7 @@ class Separate(OnPipe):
         return PartitionSpec(PIPE)
 
     def reduced(self, out: tuple[jax.Array, Params]) -> tuple[jax.Array, Params]:
-        """What a device hands out."""
+        """What a device returns."""
         return jax.tree.map(lambda x: x[None], out)
 
     def unpack(self, packed: Params) -> Params:
@@ -55,7 +58,7 @@ class Separate(OnPipe):
 
 @dataclass(frozen=True)
 class DataParallel(Separate):
-    """Copies of the model whose gradients are summed once a step."""
+    """Copies of the model whose gradients are summed once per step."""
 
     @property
     def out_spec(self) -> PartitionSpec:
@@ -70,8 +73,8 @@ class DataParallel(Separate):
 
 @dataclass(frozen=True)
 class FullySharded(OnPipe):
-    """Fully sharded data parallelism: every parameter and its gradient split over the devices, gathered where it is
-    used, in every microbatch."""
+    """Fully sharded data parallelism: parameters and gradients are sharded over the devices, and parameters are
+    gathered where they are used, in every microbatch."""
 
     batch_spec = PartitionSpec(PIPE)
 
@@ -89,12 +92,12 @@ class FullySharded(OnPipe):
         return jax.tree.map(split, self.model.param_shapes())
 
     def value_and_grad(self, params: Params, batch: Batch) -> tuple[jax.Array, Params]:
-        # As many sequences a microbatch as there are devices, so that each has one microbatch's worth.
+        # As many sequences per microbatch as there are devices, so that each gets one microbatch's worth.
         batch = jax.tree.map(self._one_a_device, batch)
         return accumulated(self.model, params, batch, batch["tokens"].size, self.compute_dtype, self._gathered)
 
     def _gathered(self, params: Params) -> Params:
-        """Whole parameters, whose gradients are split as the parameters are."""
+        """Whole parameters, whose gradients are sharded like the parameters."""
         return jax.tree.map(lambda w, spec: _gathered(w, self.mesh, spec), params, self.specs())
 
     def _one_a_device(self, x: jax.Array) -> jax.Array:

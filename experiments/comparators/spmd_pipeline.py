@@ -1,7 +1,7 @@
 """A pipeline by autodiff, as SPMD frameworks such as MaxText build it.
 
-All devices run the same layers on a stream that moves on by one stage an iteration, in m + p - 1 iterations, whether
-or not a microbatch has come; differentiating the loop gives the backward, behind all forwards. Embedding and head are
+All devices run the same layers on a stream that moves on by one stage per iteration, for m + p - 1 iterations, whether
+or not a microbatch has arrived; differentiating the loop gives the backward, after all forwards. Embedding and head are
 hoisted out of the loop: every device holds both, embeds, and computes the loss of its share of the microbatches.
 """
 
@@ -22,7 +22,7 @@ from .contender import Batch, OnPipe, embedded, head_loss
 
 @dataclass(frozen=True)
 class SPMDPipeline(OnPipe):
-    """The pipeline over ``pipe`` with the head outside, its batch sharded over ``pipe``."""
+    """The pipeline over ``pipe`` with the head outside; the batch is sharded over ``pipe``."""
 
     batch_spec = PartitionSpec()
 
@@ -33,11 +33,11 @@ class SPMDPipeline(OnPipe):
 
     @property
     def per_stage(self) -> int:
-        """Layers a stage."""
+        """Layers per stage."""
         return self.model.layers // self.p
 
     def pack(self, canonical: Params) -> Params:
-        """The j-th layers of all stages stacked, ``[p, ...]``."""
+        """The j-th layers of all stages, stacked: ``[p, ...]``."""
         blocks = canonical["blocks"]
         stacked = tuple(
             jax.tree.map(lambda *ws: jnp.stack(ws), *(blocks[d * self.per_stage + j] for d in range(self.p)))
@@ -69,7 +69,7 @@ class SPMDPipeline(OnPipe):
         count = batch["tokens"].size
         params = self.cast(params)
         blocks = jax.tree.map(lambda w: w[0], params.pop("blocks"))
-        # Each device's own from here on, so that their gradients are summed over the devices once, not in every loop.
+        # Device-local from here on, so that their gradients are summed over the devices once, not in every iteration.
         params = jax.tree.map(lambda w: lax.pcast(w, (PIPE,), to="varying"), params)
         stage, p = lax.axis_index(PIPE), self.p
 
@@ -81,7 +81,7 @@ class SPMDPipeline(OnPipe):
 
         _, B, L = batch["tokens"].shape
         nothing = lax.pcast(jnp.zeros((B, L, self.model.width), self.compute_dtype), (PIPE,), to="varying")
-        # All at once, so that the embedding's gradient is made once and not in every iteration.
+        # All at once, so that the embedding gradient is computed once and not in every iteration.
         fed = jax.vmap(lambda tokens: embedded(self.model, params, tokens))(batch["tokens"])
         _, streams = lax.scan(move, nothing, jnp.pad(fed, ((0, p - 1), (0, 0), (0, 0), (0, 0))))
         last = jnp.where(stage == p - 1, streams[p - 1 :], 0)

@@ -1,4 +1,4 @@
-"""A case is a process that is given some input: run apart, its output and its end held against what is promised."""
+"""A case is a process that gets some input; its output and exit status are checked against the promise."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from pathlib import Path
 Action = Callable[[], None]
 """What a case does; runs in its folder. Raises SystemExit as a command does."""
 PROGRESS = ("reading ", "note: ", "left out: ", "step ")
-"""How lines on standard output begin that are no answer but say how it goes."""
+"""Prefixes of progress lines on standard output, which are not part of the answer."""
 _OUT, _ERR = ".stdout", ".stderr"
-_MEMORY = 2**33  # address space of a case: an allocation that no machine has fails, and others need not wait
+_MEMORY = 2**33  # address-space limit of a case: absurdly large allocations fail, and the other cases need not wait
 _CRASHED = 70
 
 
 @dataclass
 class Case:
-    """One input, and once it has run, what came of it."""
+    """One input and, once it has run, its outcome."""
 
     name: str
     folder: Path
     action: Action
     report: bool = False
-    """The command prints a report, and ends with status 1 where it says that something is damaged."""
+    """The command prints a report, and exits with status 1 if it reports damage."""
     started: float = 0.0
     seconds: float = 0.0
     wrong: str = ""
-    """What was not as promised."""
+    """How it broke the promise."""
     accepted: bool = False
     said: str = ""
-    """What it wrote to standard error."""
+    """Its standard error."""
     _process: int = field(default=0, repr=False)
 
     def start(self) -> None:
-        """Run it in a process of its own."""
+        """Run it in its own process."""
         self.started = time.monotonic()
         self._process = os.fork()
         if not self._process:
@@ -49,7 +49,7 @@ class Case:
             os.chdir(self.folder)
             for number, name in ((1, _OUT), (2, _ERR)):
                 os.dup2(os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            # As a new process has them, whatever the streams of this one are.
+            # Give it the streams of a fresh process, whatever this process has.
             sys.stdout = open(1, "w", closefd=False, encoding="utf-8")
             sys.stderr = open(2, "w", closefd=False, encoding="utf-8", errors="backslashreplace")
             resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
@@ -57,7 +57,7 @@ class Case:
             os._exit(_status(self.action))
 
     def ended(self, limit_s: float) -> bool:
-        """Whether it has; ends it where it takes longer than the limit."""
+        """Whether it has ended; kills it if it exceeds the limit."""
         process, status = os.waitpid(self._process, os.WNOHANG)
         self.seconds = time.monotonic() - self.started
         if not process and self.seconds < limit_s:
@@ -89,7 +89,7 @@ class Case:
 
 
 def _status(action: Action) -> int:
-    """Run it; the status with which a command would end."""
+    """Run the action; returns the status with which a command would exit."""
     try:
         action()
         code = 0
@@ -104,7 +104,7 @@ def _status(action: Action) -> int:
 
 
 def run_all(cases: Iterator[Case], jobs: int, limit_s: float) -> Iterator[Case]:
-    """Run the cases, so many at once; each as it ends. The folders of those that were right are removed."""
+    """Run the cases, ``jobs`` at a time; yields each as it ends. Folders of passing cases are removed."""
     running: list[Case] = []
     try:
         while True:

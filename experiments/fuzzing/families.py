@@ -1,4 +1,4 @@
-"""The kinds of input, and for each how a case of it is made: ``(random, inputs, folder) -> action``."""
+"""The kinds of input, and a case generator for each: ``(random, inputs, folder) -> action``."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ RECORDS = b'{"text": "alpha beta"}\n{"text": "gamma"}\n' * 40
 
 
 def trains(arguments: list[str]) -> Action:
-    """The main job up to the point where it would compile."""
+    """The training command up to the point where it would compile."""
 
     def action() -> None:
         train.run_training = lambda run: None
@@ -60,7 +60,7 @@ def trains(arguments: list[str]) -> Action:
 
 
 def warm() -> None:
-    """Do once what every case would do again: read the options' descriptions, trace the small model."""
+    """Do once what every case would repeat: read the options' descriptions, trace the small model."""
     for options in (train.TrainOptions, simulate.SimulateOptions, checkpoint.CheckpointOptions):
         with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
             parse(options, "", [])
@@ -68,7 +68,7 @@ def warm() -> None:
 
 
 def data(random: Random, inputs: Inputs, folder: Path) -> Action:
-    """A file or a folder of them, under any name."""
+    """A data file or a folder of them, under any name."""
     source = folder / "data"
     many = random.random() < 0.4
     for name in random.sample(_FILES, random.choice((0, 1, 2, 4)) if many else 1):
@@ -94,7 +94,7 @@ def _document(random: Random, inputs: Inputs, suffix: str) -> bytes:
 
 
 def _parquet() -> bytes:
-    import pyarrow  # an extra
+    import pyarrow  # optional dependency
     from pyarrow import parquet
 
     file = io.BytesIO()
@@ -118,7 +118,7 @@ def megatron(random: Random, inputs: Inputs, folder: Path) -> Action:
 
 
 def tokenizers(random: Random, inputs: Inputs, folder: Path) -> Action:
-    """A tokenizer.json and the configuration beside it."""
+    """A tokenizer.json and the configuration next to it."""
     model = inputs.model("gpt2")
     like = json.loads((model / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_bytes(text_of_json(random, like))
@@ -129,7 +129,7 @@ def tokenizers(random: Random, inputs: Inputs, folder: Path) -> Action:
 
 
 def configurations(random: Random, inputs: Inputs, folder: Path) -> Action:
-    """A config.json, of which the architecture alone is taken."""
+    """A config.json; only the architecture is read from it."""
     like = json.loads((inputs.model(random.choice(inputs.models)) / "config.json").read_text())
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_bytes(text_of_json(random, like))
@@ -164,7 +164,7 @@ def _change_safetensors(random: Random, file: Path) -> None:
 
 
 def checkpoints(random: Random, inputs: Inputs, folder: Path) -> Action:
-    """A folder of checkpoints with a file changed, missing or added; listed, verified, exported or gone on from."""
+    """A checkpoint folder with a file changed, missing or added; listed, verified, exported or resumed from."""
     shutil.copytree(inputs.checkpoints, folder / "kept")
     files = sorted(path for path in (folder / "kept").rglob("*") if path.is_file())
     records = [path for path in files if path.name == "metadata" and path.parent.name == "run"]
@@ -196,7 +196,7 @@ def _reported(*arguments: str) -> Action:
 
 
 def files_of_numbers(random: Random, inputs: Inputs, folder: Path) -> Action:
-    """Schedules as CSV and JSON, measured pass times, a GPU's table."""
+    """Schedules as CSV and JSON, measured pass times, a GPU file."""
     kind = random.randrange(4)
     if kind < 2:
         name = ("times.csv", "gpu.toml")[kind]
@@ -226,13 +226,13 @@ def _renumbered(random: Random, raw: bytes) -> bytes:
 
 
 def _quietly(action: Action) -> None:
-    """Without the report, which is what is asked for."""
+    """Without the report, which would be a valid answer."""
     with contextlib.redirect_stdout(io.StringIO()):
         action()
 
 
 def command_lines(random: Random, inputs: Inputs, folder: Path) -> Action:
-    """Options with values that they do not expect."""
+    """Options with unexpected values."""
     if random.random() < 0.2:
         return _parses(random, inputs)
     command = random.choice(("train", "train", "simulate", "checkpoint"))
@@ -260,7 +260,7 @@ def command_lines(random: Random, inputs: Inputs, folder: Path) -> Action:
 
 
 def _parses(random: Random, inputs: Inputs) -> Action:
-    """The options of a command that has no input but them, and takes long."""
+    """The options of a slow command that has no other input; they are only parsed."""
     options = random.choice(_OTHERS)
     fields = _fields(options)
     arguments = []

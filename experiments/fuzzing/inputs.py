@@ -1,4 +1,4 @@
-"""Small inputs of every kind that are right, for the fuzzer to change."""
+"""Small valid inputs of every kind, for the fuzzer to mutate."""
 
 from __future__ import annotations
 

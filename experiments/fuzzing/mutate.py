@@ -1,4 +1,4 @@
-"""Random input that is nearly right: bytes and JSON with a few changes, and values that options do not expect."""
+"""Random input that is almost valid: bytes and JSON with a few changes, and unexpected option values."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def value_of(random: Random, depth: int = 0) -> Any:
 
 
 def json_of(random: Random, like: Any) -> Any:
-    """``like`` with a few values replaced, removed or added, anywhere within."""
+    """``like`` with a few values replaced, removed or added at any depth."""
     if random.random() < 0.03:
         return value_of(random)
     root = [json.loads(json.dumps(like))]
@@ -101,7 +101,7 @@ def text_of_json(random: Random, like: Any) -> bytes:
 
 
 def word_of(random: Random, *good: str) -> str:
-    """A value for an option: often one that is good, else anything that a shell can pass."""
+    """A value for an option: often a good one, else anything that a shell can pass."""
     if good and random.random() < 0.6:
         return random.choice(good)
     odd = [s.replace("\ud800", "\udcff") for s in STRINGS] + [str(n) for n in NUMBERS] + ["nan", "inf", "1e3", "0x10"]

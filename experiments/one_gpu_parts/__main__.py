@@ -1,4 +1,4 @@
-"""One part in a process of its own: ``python -m one_gpu_parts PART SIZE OUTPUT SECONDS``."""
+"""One part in its own process: ``python -m one_gpu_parts PART SIZE OUTPUT SECONDS``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def main() -> None:
     results = Results(Path(output) / f"{name}.json", time.monotonic() + float(limit))
     results.go_on()
     results.note(size=size)
-    if name not in ("stages", "torch"):  # they leave the device to processes of their own, or to PyTorch
+    if name not in ("stages", "torch"):  # these leave the device to their own subprocesses, or to PyTorch
         results.note(environment=environment())
     PARTS[name](SIZES[size], results)
 

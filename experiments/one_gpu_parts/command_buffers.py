@@ -6,7 +6,7 @@ from typing import Any
 
 _KINDS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
 SETTINGS: dict[str, str | None] = {"default": None, "none": "", "loops": f"{_KINDS},WHILE,CONDITIONAL"}
-"""What jaxlib sets, no graphs, and graphs that hold loops too."""
+"""jaxlib's default, no graphs, and graphs that also contain loops."""
 
 
 def command_buffers(setting: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Constants of the cost model from what was measured: rates of kernels as they are, what passes move by least squares.
+"""Cost-model constants from measurements: kernel rates directly, traffic of passes by least squares.
 
-What one GPU cannot tell stays as the file has it: the network, and what collectives take from the passes beside them.
+What one GPU cannot tell keeps the file's value: the network, and how much collectives slow down overlapping passes.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from vocabpp_jax.schedules.simulation.cost import GPU, Cost
 from .gpu_measurements import Measured
 
 FITTED = {"layer_traffic": 50.0, "logit_traffic": 12.0, "weight_traffic": 10.0, "launch": 5e-5, "edge_traffic": 20.0}
-"""By least squares, from these values on."""
-LARGE = 2048 * 3072 * 12_288  # of a matrix product: what smaller ones lose is not what large ones reach
-LONG = 1e-3  # seconds from which a pass counts in full; a shorter one decides less of an iteration
+"""Fitted by least squares, starting from these values."""
+LARGE = 2048 * 3072 * 12_288  # of a matrix product: smaller ones do not reach the rate of large ones
+LONG = 1e-3  # seconds from which a pass counts fully; shorter ones matter less in an iteration
 
 
 def constants(measured: Measured, gpu: GPU) -> tuple[dict[str, float], float] | None:
-    """The constants, and the root mean square by which passes of a millisecond and more are missed; None where what
-    they come from was not measured."""
+    """The constants, and the RMS error over passes of a millisecond or more; None for what was not measured."""
     direct = _rates(measured, gpu)
     if direct is None or not compared(measured, gpu):
         return None
@@ -43,7 +42,7 @@ def constants(measured: Measured, gpu: GPU) -> tuple[dict[str, float], float] | 
 
 
 def _rates(measured: Measured, gpu: GPU) -> dict[str, float] | None:
-    """What kernels reach of the data sheet, and what a loop costs."""
+    """Kernel rates relative to the data sheet, and the cost of a loop."""
     kernels = {case["case"]: case["per_second"] for case in measured.cases("passes") if "per_second" in case}
     copies = [rate for name, rate in kernels.items() if name == "copy"]
     large = [rate for name, rate in kernels.items() if name.startswith("product") and _size(name) >= LARGE]
@@ -65,8 +64,11 @@ def _size(name: str) -> int:
 
 
 def compared(measured: Measured, gpu: GPU) -> list[tuple[str, float, float]]:
-    """Name, measured and modelled seconds of every pass. The three-barrier reference, which keeps float32 logits, and
-    whole tables under a sharded method, which nobody runs, are left out."""
+    """Name, measured and modeled seconds of every pass.
+
+    Left out are the three-barrier reference, which keeps float32 logits, and whole tables under a sharded method, which
+    nobody runs.
+    """
     found: list[tuple[str, float, float]] = []
     for case in measured.cases("passes"):
         whole = case.get("rows") == case.get("vocab_size")
@@ -98,7 +100,7 @@ def write(path: Path, found: dict[str, float]) -> None:
     """Replace the constants in a GPU's file, and nothing else.
 
     Raises:
-        ValueError: the file lacks one.
+        ValueError: the file lacks one of them.
     """
     text = path.read_text()
     for name, value in found.items():

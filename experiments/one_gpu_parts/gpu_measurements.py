@@ -1,4 +1,4 @@
-"""What the parts have measured, read back from their files: pass times by case, and durations for the simulator."""
+"""Reads the parts' measurements back from their files: pass times by case, and durations for the simulator."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from vocabpp_jax.schedules import COLLECTIVES, Durations, Schedule, build
 from vocabpp_jax.schedules.simulation.cost import GPU, Cost, stage_layers
 
 PARTS = ("parity", "overhead", "passes", "stages", "torch")
-_VOCABULARY_OF = {"redis": "baseline", "interlaced": "vocab-1"}  # whose vocabulary passes are these
+_VOCABULARY_OF = {"redis": "baseline", "interlaced": "vocab-1"}  # methods that share another's vocabulary passes
 _OFTEN = ("S", "S1", "S2", "T", "H", "IF", "IB", "G")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The contents of the parts' files; a part that is not there has no cases."""
+    """The contents of the parts' files; a missing part has no cases."""
 
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> Measured:
-        """What a folder holds."""
+        """Read a folder."""
         files = {part: folder / f"{part}.json" for part in PARTS}
         return cls({part: json.loads(path.read_text()) for part, path in files.items() if path.exists()})
 
     def cases(self, part: str, **where: Any) -> list[dict[str, Any]]:
-        """The cases of a part whose fields are as said."""
+        """The cases of a part with the given field values."""
         found = self.parts.get(part, {}).get("cases", [])
         return [case for case in found if all(case.get(name) == value for name, value in where.items())]
 
     def environment(self, part: str) -> dict[str, Any]:
-        """What a part ran on."""
+        """The environment a part ran in."""
         return self.parts.get(part, {}).get("environment", {})
 
     # --- passes ------------------------------------------------------------------------------------------------------
 
     def layers(self, model: str, seq: int, name: str, layers: float, *, split: bool = False) -> float | None:
-        """Seconds of F, B or W of so many layers: a line through what was measured of one layer and of a stage."""
+        """Seconds of F, B or W of ``layers`` layers: a line through the measurements of one layer and of a stage."""
         schedule = "zb-h1" if split else "1f1b"
         times = {
             case["layers"]: 1e-6 * case["us"][name]
@@ -55,7 +55,7 @@ class Measured:
         return max(0.0, times[one] + (layers - one) * each) if layers else 0.0
 
     def vocabulary(self, model: str, seq: int, V: int, method: str, rows: int) -> dict[str, float] | None:
-        """Seconds of the vocabulary passes of a table of so many rows; T with what C1 computes."""
+        """Seconds of the vocabulary passes for a table of ``rows`` rows; T includes what C1 computes."""
         method = _VOCABULARY_OF.get(method, method)
         found = self.cases("passes", model=model, seq=seq, vocab_size=V, method=method, rows=rows)
         found = [case for case in found if "F" not in case["us"]]
@@ -65,7 +65,7 @@ class Measured:
         return us | ({"T": us["T"] + us.get("C1", 0.0)} if "T" in us else {})
 
     def durations(self, model: str, p: int, seq: int, V: int, schedule: Schedule, gpu: GPU) -> Durations | None:
-        """All that the simulator needs: passes as measured, transfers and collectives as the GPU's file says."""
+        """All durations for the simulator: passes as measured, transfers and collectives from the GPU's file."""
         rows = -(-V // p) if schedule.sharded else V
         passes = self.vocabulary(model, seq, V, schedule.method, rows)
         config = models.named(model, seq=seq, vocab_size=V)
@@ -87,7 +87,7 @@ class Measured:
 
 
 def schedule_of(method: str, model: str, p: int, m: int, seq: int, V: int) -> Schedule:
-    """1F1B of a model by a method; redis with its published layers."""
+    """1F1B of a model with a method; redis with its published layers."""
     from vocabpp_jax.schedules.layers import redistributed
 
     config, counts = models.named(model, seq=seq, vocab_size=V), None

@@ -1,4 +1,4 @@
-"""The page ``docs/gpu.md``, written from the parts' files."""
+"""Writes the page ``docs/gpu.md`` from the parts' files."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ def head(measured: Measured) -> str:
     driver = next((word for word in driver if word[:1].isdigit()), driver[0])
     return (
         "# Measured on one GPU\n\n"
-        "What a single GPU can show about a pipeline of many. This page, the tables beside it in "
-        "[results/gpu](../docs/results/gpu) and the constants of the GPU's file are written by\n\n"
+        "What a single GPU can show about a pipeline of many. This command writes this page, the tables in "
+        "[results/gpu](../docs/results/gpu) and the constants in the GPU's file:\n\n"
         "    python experiments/one_gpu.py --output docs/results/gpu --docs docs/gpu.md \\\n"
         "        --constants schedules/simulation/gpus/h100-80g.toml\n\n"
         f"Device: {of.get('device', NOT_YET)}, driver {driver}. jax {of.get('jax', NOT_YET)}, Python "
-        f"{of.get('python', NOT_YET)}, PyTorch {torch}. Times are medians; one process has the GPU at a time."
+        f"{of.get('python', NOT_YET)}, PyTorch {torch}. Times are medians; one process uses the GPU at a time."
     )
 
 
 def parity(measured: Measured) -> str:
-    """Errors by method, then of what else was compared."""
+    """Errors by method, then those of the other comparisons."""
     columns = {"float32": ("float32", "xla"), "bfloat16, cuDNN": ("bfloat16", "cudnn"), "bfloat16": ("bfloat16", "xla")}
 
     def error(case: dict[str, Any] | None) -> str | None:
@@ -78,10 +78,11 @@ def parity(measured: Measured) -> str:
     by_name = {case["case"]: case for case in measured.cases("parity")}
     others = [case.key for case in cases(WHOLE)[len(METHODS) * len(columns) :]]
     return (
-        "## Parity\n\nOne stage on the GPU against autodiff of the same model in float32 on the host's CPU: the larger "
-        "of the loss's and the worst gradient's relative error, and what is allowed. In bfloat16 twice what one device "
-        "loses by computing in bfloat16 is allowed. Products in float32 are float32 here; where a GPU may round them "
-        "to TF32, which is jax's default, there is no verdict. Attention is written out where no kernel is named.\n\n"
+        "## Parity\n\nOne stage on the GPU against autodiff of the same model in float32 on the host's CPU: the "
+        "relative error of the loss or of the worst gradient, whichever is larger, and the tolerance. In bfloat16 the "
+        "tolerance is twice the error of computing in bfloat16 on one device. Float32 products are true float32 here; "
+        "where the GPU may round them to TF32, which is jax's default, there is no verdict. Attention is written out "
+        "where no kernel is named.\n\n"
         + cells(rows)
         + "\n\n"
         + cells([{"case": name, "error": error(by_name.get(name))} for name in others])
@@ -89,7 +90,7 @@ def parity(measured: Measured) -> str:
 
 
 def overhead(measured: Measured) -> str:
-    """Loops, steps, and what command buffers make of both."""
+    """Loops, steps, and the effect of command buffers on both."""
     names = {"default": "without loops, as compiled", "none": "no command buffers", "loops": "with loops"}
     loops = {case["command_buffers"]: case for case in measured.cases("overhead", kind="loops")}
     rows = [
@@ -110,23 +111,23 @@ def overhead(measured: Measured) -> str:
         alone.append({"model": case["step"], "with loops in command buffers": outcome, "steps until then, ms": ms})
     nothing = [{"model": None, "with loops in command buffers": None, "steps until then, ms": None}]
     return (
-        "## The executor's overhead\n\nEvery pass of the program is inside a loop of zero or one trips. What such a "
-        "loop adds, with next to nothing in it, by what runs as CUDA graphs:\n\n"
+        "## The executor's overhead\n\nEvery pass of the program is inside a loop of zero or one trips. The cost of "
+        "such a loop with an almost empty body, by what runs as CUDA graphs:\n\n"
         + cells(rows)
-        + "\n\nWhole steps of one stage (p=1) beside a plain jitted gradient-accumulation step of the same model. A "
-        "pipeline computes more than the plain step where the vocabulary is sharded: the last norm again in T and G, "
-        "and statistics of their own.\n\n"
+        + "\n\nWhole steps of one stage (p=1), compared with a plain jitted gradient-accumulation step of the same "
+        "model. With a sharded vocabulary a pipeline computes more than the plain step: the final norm again in T and "
+        "G, and separate softmax statistics.\n\n"
         + cells(steps or [{"model": None, "step": None, "ms": None, "over plain": None}], {"over plain": "+.1%"})
         + "\n\nThe same step with loops in command buffers, in a process of its own:\n\n"
         + cells(alone or nothing)
-        + "\n\nLoops therefore stay out of command buffers ([`flags.py`](../vocabpp_jax/pipeline/flags.py)), though "
-        "one that holds nothing is cheaper there. The cost model counts a loop that is not entered as the `overhead` "
-        "of every pass; what entering one costs is part of the passes' times below."
+        + "\n\nLoops therefore stay out of command buffers ([`flags.py`](../vocabpp_jax/pipeline/flags.py)), although "
+        "an empty loop is cheaper there. The cost model counts a loop that is not entered as the `overhead` of every "
+        "pass; the cost of entering one is part of the pass times below."
     )
 
 
 def kernels(measured: Measured, gpu: GPU) -> str:
-    """What the GPU reaches."""
+    """Kernel rates that the GPU reaches."""
     found = [case for case in measured.cases("passes") if "per_second" in case]
     rows = [
         {"kernel": c["case"], "µs": c["us"], "a second": f"{c['per_second'] / 1e12:.3g} "
@@ -137,13 +138,13 @@ def kernels(measured: Measured, gpu: GPU) -> str:
     empty = [{"kernel": None, "µs": None, "a second": None, "of the data sheet": None}]
     return (
         "## Kernels\n\nA copy of 1 GiB in float32; matrix products in bfloat16, there and back; cuDNN's causal "
-        "attention, of which FLOPs count the causal half.\n\n"
+        "attention, whose FLOPs count only the causal half.\n\n"
         + cells(rows or empty, {"µs": ".0f", "of the data sheet": ".1%"})
     )
 
 
 def torch_layers(measured: Measured, size: Size) -> str:
-    """PyTorch beside ours."""
+    """PyTorch next to our passes."""
     row = size.stage_row
     seq, count = row.sequences[0], models.named(row.model).layers // row.p
     ours = [measured.layers(row.model, seq, name, count) for name in ("F", "B")]
@@ -161,13 +162,13 @@ def torch_layers(measured: Measured, size: Size) -> str:
         line(f"its head, V={V:,}", own and 1e3 * own["H"], what="head", vocab_size=V)
     return (
         "## PyTorch\n\nForward and backward of the same layers, and of the whole head with its cross entropy, in "
-        "bfloat16. PyTorch adds gradients in bfloat16 and keeps every activation; ours are summed in float32, and "
-        "norms and activation functions are computed again.\n\n" + cells(rows)
+        "bfloat16. PyTorch accumulates gradients in bfloat16 and keeps every activation; our code accumulates them in "
+        "float32 and recomputes norms and activation functions.\n\n" + cells(rows)
     )
 
 
 def of_the_model(measured: Measured, gpu: GPU) -> str:
-    """The cost model's constants, and how well they tell the passes."""
+    """The cost model's constants, and how well they predict the passes."""
     found = constants(measured, gpu)
     values, missed = found if found else ({}, None)
     names = ["matmul_efficiency", "half_size", "attention_efficiency", "traffic_efficiency", "overhead", *FITTED]
@@ -179,6 +180,7 @@ def of_the_model(measured: Measured, gpu: GPU) -> str:
     said = f"{missed:.1%}" if missed is not None else NOT_YET
     return (
         "## Constants of the cost model\n\nWritten into [the GPU's file](../schedules/simulation/gpus/h100-80g.toml). "
-        f"Passes of a millisecond and more are missed by {said} (root mean square). What one GPU cannot tell stays "
-        "assumed: the network, and `contention`, what collectives take from the passes beside them.\n\n" + cells(rows)
+        f"For passes of a millisecond and more the error is {said} (root mean square). What one GPU cannot show "
+        "remains an assumption: the network, and `contention`, how much collectives slow down the passes that overlap "
+        "with them.\n\n" + cells(rows)
     )

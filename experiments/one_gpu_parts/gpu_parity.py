@@ -1,4 +1,4 @@
-"""Loss and every gradient of one stage on this device, held against autodiff in float32 on the host's CPU."""
+"""Loss and all gradients of one stage on this device, compared with float32 autodiff on the host's CPU."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ MICROBATCHES, SEQUENCES = 4, 2
 
 @dataclass(frozen=True)
 class Case:
-    """What is compared. ``precision`` is of products in float32: ``default`` lets a GPU round them to TF32, and is
-    reported without a verdict."""
+    """What is compared.
+
+    ``precision`` is that of float32 products: ``default`` lets a GPU round them to TF32 and is reported without a
+    verdict.
+    """
 
     method: str
     dtype: str = "float32"
@@ -80,7 +83,7 @@ def cases(size: Size) -> list[Case]:
 
 
 def measure(size: Size, results: Results) -> None:
-    """Compare all cases; they compile at once."""
+    """Compare all cases; they are compiled concurrently."""
     wanted = [case for case in cases(size) if not results.has(case.key)]
     host = jax.devices("cpu")[0]
     with Compiler() as compiler:
@@ -96,7 +99,7 @@ def compile_case(case: Case, device: jax.Device) -> tuple[Pipeline, Any]:
     schedule = schedules.build(case.schedule, case.method, p=1, m=MICROBATCHES)
     pipe = Pipeline(models.build(config), schedule, mesh, compute_dtype=config.dtype)
     run = pipe.jit(pipe.value_and_grad)
-    # The pipeline itself keeps products of float32 exact, unless jax is told otherwise.
+    # The pipeline itself keeps float32 products exact, unless jax is configured otherwise.
     with jax.default_matmul_precision("default") if case.precision == "default" else nullcontext():
         return pipe, run.lower(pipe.layout.shapes(), data(case)[1]).compile()
 
@@ -121,8 +124,8 @@ def _random(case: Case) -> tuple[Any, dict[str, Any]]:
 
 
 def data(case: Case) -> tuple[Any, dict[str, Any]]:
-    """Canonical parameters, none of them zero, and a batch of which a quarter does not count; the same for all cases of
-    a model, length and documents."""
+    """Canonical parameters, none of them zero, and a batch of which a quarter does not count; identical for all cases
+    with the same model, length and documents."""
     return _random(Case("", model=case.model, documents=case.documents, seq=case.seq, shape=case.shape))
 
 
@@ -162,6 +165,6 @@ def _compared(case: Case, compiled: tuple[Pipeline, Any], compile_s: float, host
 
 
 def relative_error(got: Any, want: Any) -> float:
-    """‖got - want‖ / ‖want‖; NaN where either is not finite."""
+    """‖got - want‖ / ‖want‖; NaN if either is not finite."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     return float(np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30))

@@ -1,4 +1,4 @@
-"""How much is measured: everything, the most important in two minutes, or all of it at a size that suits CPUs."""
+"""How much is measured: everything, the most important parts in two minutes, or everything at CPU-friendly sizes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from vocabpp_jax.pipeline.mesh import GPU_PLATFORMS
 
 @dataclass(frozen=True)
 class Row:
-    """A published model on the devices that it was published for, and what is measured of it.
+    """A published model on its published number of devices, and what is measured of it.
 
     Attributes:
         model, p: a named size, and its pipeline stages.
-        vocabularies, sequences: of every combination.
+        vocabularies, sequences: measured in every combination.
         methods: whose vocabulary passes are timed.
-        table3: whether the whole output and input layers are timed too, for how their shards scale.
+        table3: whether the whole output and input layers are timed too, to see how their shards scale.
     """
 
     model: str
@@ -35,15 +35,15 @@ class Size:
 
     Attributes:
         name: tiny, quick or whole.
-        minutes: the most that all parts take.
+        minutes: time limit for all parts together.
         rows: models whose passes are timed.
         stage_model, stage_methods, stages: whose real stages run under a mocked topology, and which; all if empty.
         stage_microbatches: microbatches of their step.
-        steps: what the executor is compared with a plain step on: name, fields of a GPT, microbatches.
-        torch_vocabularies: of the PyTorch head.
-        parity: which cases of the parity are compared.
-        repeats: rounds in which things are timed.
-        swept: float32 values that are changed between passes, more than caches hold.
+        steps: steps on which the executor is compared with a plain step: name, fields of a GPT, microbatches.
+        torch_vocabularies: vocabulary sizes of the PyTorch head.
+        parity: which parity cases are compared.
+        repeats: timing rounds.
+        swept: float32 values changed between passes, more than caches hold.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Size:
 
 
 _V = (32_000, 64_000, 128_000, 256_000)
-_METHODS = ("vocab-2", "vocab-1", "baseline", "vocab-naive")  # the last is a reference, which nobody would run
+_METHODS = ("vocab-2", "vocab-1", "baseline", "vocab-naive")  # the last is a reference that nobody would run
 _STAGE = dict(layers=4, heads=24, hidden=3072, seq=2048, vocab_size=4000)
 _SMALL = dict(layers=4, heads=12, hidden=768, seq=1024, vocab_size=4000)
 
@@ -111,6 +111,6 @@ SIZES = {size.name: size for size in (TINY, QUICK, WHOLE)}
 
 
 def as_run_on(device: Any, config: Config) -> Config:
-    """The model as a device runs it: with cuDNN's attention on a GPU, where that takes the heads."""
+    """The model as a device runs it: on a GPU with cuDNN's attention, if it supports the heads."""
     cudnn = device.platform in GPU_PLATFORMS and config.fits_cudnn
     return dataclasses.replace(config, attention="cudnn" if cudnn else "xla")

@@ -1,4 +1,4 @@
-"""What the GPU itself reaches: copies, matrix products, attention. The cost model's shares are of these."""
+"""Rates that the GPU reaches: copies, matrix products, attention. The cost model's efficiencies come from these."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .results import Results
 from .timing import Compiler, middle, noise, steps
 
 PRODUCTS = ((2048, 3072, 12_288), (2048, 5120, 20_480), (2048, 3072, 4000), (8192, 8192, 8192))
-"""Tokens, width, and what it is multiplied into and back from."""
+"""Tokens, width, and the inner width: products go there and back."""
 ATTENTION = ((24, 128, 2048), (24, 128, 4096), (40, 128, 2048))
-"""Heads, their width, and the length."""
+"""Heads, head width, and length."""
 
 
 def measure(size: Size, results: Results) -> None:
-    """Time every kernel, all of them compiled first."""
+    """Compile every kernel, then time them all."""
     tiny, device = size.name == "tiny", jax.devices()[0]
     runs: dict[str, tuple[Callable, tuple, float]] = {"copy": _copy(2**12 if tiny else 2**28)}
     for shape in ((8, 8, 16),) if tiny else PRODUCTS:
@@ -52,7 +52,7 @@ def compile_kernel(run: Callable, shapes: tuple, device: jax.Device) -> Any:
 
 
 def _timed(program: Any, shapes: tuple, amount: float, repeats: int, count: int = 20) -> dict[str, float]:
-    """Microseconds of one turn of the loop, and the FLOPs or bytes that it reaches a second."""
+    """Microseconds of one loop iteration, and FLOPs or bytes per second."""
     arguments = jax.jit(lambda: noise(shapes, 1.0))()
     few, many = jnp.int32(0), jnp.int32(count)
     base = middle(steps(lambda: program(*arguments, few), 2 * repeats))
@@ -80,7 +80,7 @@ def _product(n: int, d: int, wide: int) -> tuple[Callable, tuple, float]:
 
 
 def attention(heads: int, width: int, length: int, backward: bool, device: jax.Device) -> tuple[Callable, tuple, float]:
-    """Causal attention, cuDNN's on a GPU: what runs it so often, the shapes it takes, its FLOPs."""
+    """Causal attention, cuDNN's on a GPU: the function that repeats it, its input shapes, its FLOPs."""
     cudnn = device.platform in GPU_PLATFORMS
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
-"""What the executor costs over a plain step on a GPU, and what command buffers make of it.
+"""The executor's overhead over a plain step on a GPU, and the effect of command buffers on it.
 
-Every pass is inside a loop of zero or one trips whose predicate the host reads. ``loops`` times nothing else: a scan
-whose interval has many such loops around next to no work. ``steps`` times real steps of one stage beside a plain
+Every pass is inside a loop of zero or one trips whose predicate the host reads. ``loops`` times only that: a scan with
+many such loops per interval around next to no work. ``steps`` times real steps of one stage next to a plain
 gradient-accumulation step of the same model.
 """
 
@@ -36,11 +36,11 @@ from .results import Results
 from .timing import Compiler, ids, in_turns, middle, noise, seconds, steps
 
 PLAIN = "plain step"
-INTERVALS, MANY = 100, 13  # of the scan that has nothing but loops, and how many an interval has, beside one
+INTERVALS, MANY = 100, 13  # intervals of the scan that has only loops, and loops per interval; compared with one loop
 
 
 def measure(size: Size, results: Results) -> None:
-    """The loops alone, then steps. Everything is compiled before anything is timed, since compiling disturbs."""
+    """Time the loops alone, then steps. Everything is compiled first, since compiling disturbs timing."""
     settings = list(SETTINGS) if jax.default_backend() == "gpu" else ["default"]
     with Compiler() as compiler:
         loops = {
@@ -70,7 +70,7 @@ def measure(size: Size, results: Results) -> None:
 
 
 def _loops(count: int, setting: str) -> Any:
-    """``table [intervals, count] -> number``: every interval enters those loops whose entry is not negative."""
+    """``table [intervals, count] -> number``: every interval enters the loops whose entry is not negative."""
 
     def interval(state: dict, row: jax.Array) -> tuple[dict, None]:
         for k in range(count):
@@ -86,7 +86,7 @@ def _loops(count: int, setting: str) -> Any:
 
 
 def _alone(few: Any, many: Any, name: str, repeats: int) -> dict[str, Any]:
-    """Microseconds that one more loop adds to an interval, where it is entered and where it is not."""
+    """Microseconds that one more loop adds to an interval, entered and not entered."""
     (one, _), (several, _) = few.result(1), many.result(1)
     found: dict[str, Any] = {"kind": "loops", "command_buffers": name}
     for what, entry in (("skipped_us", -1), ("entered_us", 0)):
@@ -107,7 +107,7 @@ def contenders(settings: list[str]) -> list[str]:
 
 
 def compiled_step(shape: dict[str, int], m: int, name: str, device: jax.Device) -> tuple[Contender, Any, int]:
-    """A contender, its compiled loss and gradients, and how many pass instructions a step has."""
+    """A contender, its compiled loss and gradients, and the number of pass instructions in a step."""
     mesh = make_mesh(1, devices=[device])
     dtype = "bfloat16" if device.platform in GPU_PLATFORMS else "float32"
     model = models.build(as_run_on(device, GPTConfig(**shape, dtype=dtype)))
@@ -138,8 +138,8 @@ def _loss(run: Callable[[], Any]) -> float:
 
 
 def _steps(step: tuple, compiling: dict[str, Future], repeats: int, results: Results) -> dict[str, Any]:
-    """Milliseconds of every contender, in turns; what each adds to the plain step, also for every instruction. Those
-    with loops in command buffers are timed elsewhere."""
+    """Milliseconds of every contender, timed in turns; what each adds to the plain step, in total and per instruction.
+    Those with loops in command buffers are timed elsewhere."""
     label, shape, m = step
     runs, counts = {}, {}
     for name, future in compiling.items():
@@ -158,7 +158,7 @@ def _steps(step: tuple, compiling: dict[str, Future], repeats: int, results: Res
 
 
 def _in_a_process(step: tuple, repeats: int, results: Results) -> dict[str, Any]:
-    """A step with its loops in command buffers, in a process of its own: one that hangs ends with that process."""
+    """A step with its loops in command buffers, in its own process, so that a hang ends with that process."""
     label, shape, m = step
     command = [
         sys.executable,

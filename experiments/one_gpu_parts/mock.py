@@ -1,19 +1,19 @@
-"""One real GPU as one of several: the only place that knows how jax is told to pretend.
+"""One real GPU posing as one of several: the only place that knows how to make jax pretend.
 
-XLA's mocked topology executes a program for many devices on the ones that are there and skips every collective; what a
-collective would have written is undefined. XLA has announced that it may go one day (openxla/xla issue 40443).
+XLA's mocked topology executes a program for many devices on those present and skips every collective; what a collective
+would have written is undefined. XLA has announced that it may be removed one day (openxla/xla issue 40443).
 """
 
 from __future__ import annotations
 
 import os
 
-FLAGS = ("--xla_gpu_shard_autotuning=false",)  # or the compiler waits for what the others would have measured
+FLAGS = ("--xla_gpu_shard_autotuning=false",)  # otherwise the compiler waits for measurements from the other devices
 
 
 def pretend(devices: int, this: int) -> None:
-    """Make the GPU of this process number ``this`` of so many, each on a host of its own. Before anything asks jax for
-    a device."""
+    """Make this process's GPU number ``this`` of ``devices``, each on its own host. Call this before anything asks jax
+    for a device."""
     import jax
 
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()

@@ -1,4 +1,4 @@
-"""The page's tables of passes, and of what follows from them: iterations, Table 3, stages."""
+"""The page's tables of passes, and what follows from them: iterations, Table 3, stages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .pass_times import cases
 
 NOT_YET = "not measured yet"
 PUBLISHED = Path(__file__).parents[2] / "docs" / "paper"
-MICROBATCHES = 128  # of the iterations that are predicted, as published
+MICROBATCHES = 128  # of the predicted iterations, as published
 
 
 def cells(rows: list[dict[str, Any]], formats: dict[str, str] | None = None) -> str:
@@ -52,11 +52,11 @@ def passes(measured: Measured, size: Size) -> str:
         n: "d" for n in ("s", "layers", "V", "rows")
     }
     return (
-        "## Passes\n\nMicroseconds, microbatches of one sequence, each pass as the executor runs it, a sweep over "
-        "memory in front of each, beyond what a loop that is not entered takes. C1 is what Algorithm 2 computes before "
-        "its sum. The tables [4B on 8](results/gpu/pass_times_4B_8.csv) and [21B on "
-        "32](results/gpu/pass_times_21B_32.csv) have them in the columns of the published ones, for "
-        "`simulate.py --times`, redis by the line through one layer and a stage.\n\n"
+        "## Passes\n\nMicroseconds for microbatches of one sequence. Each pass is timed as the executor runs it, after "
+        "a sweep over memory; the time of a loop that is not entered is subtracted. C1 is what Algorithm 2 computes "
+        "before its sum. The tables [4B on 8](results/gpu/pass_times_4B_8.csv) and [21B on "
+        "32](results/gpu/pass_times_21B_32.csv) hold these times in the columns of the published tables, for "
+        "`simulate.py --times`; for redis they follow the line through one layer and a whole stage.\n\n"
         + cells(layers, fine)
         + "\n\n"
         + cells(vocabulary, fine)
@@ -74,9 +74,10 @@ def iterations(measured: Measured, size: Size, gpu: GPU) -> str:
                     line[method] = _iteration(measured, row.model, row.p, seq, V, method, gpu)
                 rows.append(line)
     return (
-        f"## Iterations\n\n**Simulated**: 1F1B of {MICROBATCHES} microbatches from the passes above, milliseconds and "
-        f"MFU; the network is what the file of {gpu.name} assumes, and collectives take nothing from the passes beside "
-        "them. The optimizer is left out.\n\n" + cells(rows, {"GPUs": "d", "s": "d", "V": "d"})
+        f"## Iterations\n\n**Simulated**: 1F1B with {MICROBATCHES} microbatches from the passes above, in milliseconds "
+        f"and MFU. The network is the one assumed in the file of {gpu.name}, and collectives do not slow down the "
+        "passes that overlap with them. The optimizer is left out.\n\n"
+        + cells(rows, {"GPUs": "d", "s": "d", "V": "d"})
     )
 
 
@@ -91,7 +92,7 @@ def _iteration(measured: Measured, model: str, p: int, seq: int, V: int, method:
 
 
 def table3(measured: Measured) -> str:
-    """How vocabulary layers scale with their shards, beside what is published for A100s."""
+    """How vocabulary layers scale with their shards, next to the published values for A100s."""
     of_gpus, V, rows = {8: "4B", 16: "10B", 32: "21B"}, 256_000, []
     with (PUBLISHED / "table3_scaling.csv").open() as file:
         for line in csv.DictReader(file):
@@ -107,20 +108,21 @@ def table3(measured: Measured) -> str:
             row = {"s": seq, "layer": layer, "GPUs": p, "published, A100": float(line["scaling_percent"])}
             rows.append(row | {"measured": percent})
     return (
-        "## How vocabulary layers scale\n\nTable 3 of arXiv 2411.05288: the whole layer's time over p times a shard's, "
-        "in percent, collectives left out; V=256k. IF and IB of a shard take some ten microseconds, which is launches, "
-        "so their percentages say that and nothing else.\n\n" + cells(rows, {"s": "d", "GPUs": "d", "measured": ".1f"})
+        "## How vocabulary layers scale\n\nTable 3 of arXiv 2411.05288: the whole layer's time divided by p times a "
+        "shard's, in percent, without collectives; V=256k. IF and IB of a shard take some ten microseconds, which is "
+        "launch time, so their percentages show nothing else.\n\n"
+        + cells(rows, {"s": "d", "GPUs": "d", "measured": ".1f"})
     )
 
 
 def _skipped(measured: Measured) -> float:
-    """Microseconds of the loop that was subtracted from passes that have none."""
+    """Microseconds of the empty loop that was subtracted from the passes."""
     found = measured.cases("overhead", kind="loops", command_buffers="default")
     return found[0]["skipped_us"] if found else 0.0
 
 
 def stages(measured: Measured, size: Size, gpu: GPU) -> str:
-    """The real step of every stage: time and memory beside what is predicted."""
+    """The real step of every stage: time and memory next to the predictions."""
     row, rows = size.stage_row, []
     seq, V = row.sequences[0], row.vocabularies[-1]
     for method in size.stage_methods:
@@ -147,8 +149,8 @@ def stages(measured: Measured, size: Size, gpu: GPU) -> str:
     return (
         f"## Stages\n\nThe train step of {row.model} on {row.p} devices, s={seq}, V={V:,}, {size.stage_microbatches} "
         "microbatches, as the real program of each stage: XLA's mocked topology runs it on the one GPU and skips the "
-        "collectives. Beside it the sum of that stage's measured passes and of the loops' overhead, as the simulator "
-        "has it; the step has the optimizer's update too, which reads and writes all of the state. After the first "
-        "skipped collective values mean nothing.\n\n"
+        "collectives, so computed values are meaningless after the first one. The next column is the sum of that "
+        "stage's measured passes and the loop overhead, as in the simulator. Only the step includes the optimizer's "
+        "update, which reads and writes all of the state.\n\n"
         + cells(rows, {"stage": "d", "step, ms": ".0f", "passes and loops, ms": ".0f", "ratio": ".3f"})
     )

@@ -19,7 +19,7 @@ METHODS = ("baseline", "redis", "vocab-2", "vocab-1", "interlaced")
 
 
 def write(measured: Measured, size: Size, folder: Path) -> list[Path]:
-    """A file for every model and number of devices of which there are times; their paths."""
+    """Write one file per model and number of devices with measurements; returns their paths."""
     written = []
     for model, p in dict.fromkeys((row.model, row.p) for row in size.rows):
         rows = [line for row in size.rows if (row.model, row.p) == (model, p) for line in _lines(measured, row)]
@@ -45,7 +45,7 @@ def _lines(measured: Measured, row: Row) -> list[dict[str, Any]]:
 
 
 def _line(measured: Measured, row: Row, seq: int, V: int, schedule: Schedule) -> dict[str, Any] | None:
-    """One row of the table. What the head, or G, costs the last device is counted in its backward."""
+    """One row of the table. The last device's head, or G, is counted in its backward."""
     durations = measured.durations(row.model, row.p, seq, V, schedule, load_gpu("h100-80g"))
     if durations is None:
         return None

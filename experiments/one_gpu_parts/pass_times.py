@@ -1,7 +1,8 @@
 """Times of all passes of the published models, as one device of their pipeline runs them.
 
-Layers are timed apart from vocabulary passes, since neither depends on the other: F and B of a stage and of one layer,
-with the backward whole and split; the passes of every vocabulary and method, of one shard and of the whole table.
+Layers and vocabulary passes are timed separately, since neither depends on the other: F and B of a stage and of one
+layer, with the backward whole and split; the passes of every vocabulary size and method, for one shard and for the
+whole table.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from .timing import Compiler
 
 LAYER_PASSES = ("F", "B", "W")
 VOCABULARY_PASSES = ("IF", "S", "S1", "S2", "stats", "T", "C1", "G", "H", "IB")
-_ROWS_WITHOUT_HEAD = 64  # of the tables where only layers are timed
-_TOGETHER, _SECONDS = 24, 3.0  # programs that are compiled together at most, and what one of them takes
+_ROWS_WITHOUT_HEAD = 64  # table rows where only layers are timed
+_TOGETHER, _SECONDS = 24, 3.0  # at most this many programs are compiled together, and about this many seconds for each
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Case:
         return f"{self.model} on {self.p}, s={self.seq}, {self.schedule} {self.method}, {what}"
 
     def build(self, swept: int, device: jax.Device | None = None) -> Passes:
-        """The passes on a device, the first if not said."""
+        """The passes on a device, by default the first."""
         mesh = make_mesh(1, devices=[device or jax.devices()[0]])
         config = models.named(self.model, seq=self.seq, vocab_size=self.rows, layers=self.layers)
         config = as_run_on(mesh.devices.flat[0], config)
@@ -57,7 +58,7 @@ class Case:
 
 
 def layer_cases(row: Row, seq: int) -> Iterator[Case]:
-    """F, B and W of a stage and of a single layer, whose difference is what further layers cost."""
+    """F, B and W of a stage and of a single layer; the difference is the cost of further layers."""
     per_stage = models.named(row.model).layers // row.p
     for schedule in ("1f1b", "zb-h1"):
         for layers in sorted({per_stage, 1}, reverse=True):
@@ -74,7 +75,7 @@ def vocabulary_cases(row: Row, seq: int) -> Iterator[Case]:
 
 
 def whole_cases(row: Row, seq: int) -> Iterator[Case]:
-    """The sharded passes of a table that is whole: what p shards are held against in Table 3."""
+    """The sharded passes on a whole table, which p shards are compared with in Table 3."""
     for method in row.methods:
         if method in ("vocab-1", "vocab-2"):
             V = max(row.vocabularies)
@@ -82,7 +83,7 @@ def whole_cases(row: Row, seq: int) -> Iterator[Case]:
 
 
 def cases(size: Size) -> Iterator[Case]:
-    """All cases in the order of their worth."""
+    """All cases, most valuable first."""
     for row in size.rows:
         for seq in row.sequences:
             yield from layer_cases(row, seq)
@@ -91,7 +92,7 @@ def cases(size: Size) -> Iterator[Case]:
 
 
 def measure(size: Size, results: Results) -> None:
-    """Compile some programs, then time them, then the next: compiling measures kernels on the same GPU."""
+    """Compile some programs, then time them, then the next: compiling also measures kernels on the same GPU."""
     kernels.measure(size, results)
     waiting = [case for case in cases(size) if not results.has(case.key)]
     while waiting:

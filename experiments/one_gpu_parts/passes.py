@@ -1,8 +1,8 @@
-"""A program that repeats single passes of one device, each as often as it is told when it runs.
+"""A program that repeats single passes of one device, each as often as requested at run time.
 
-One device of p is a pipeline of one stage with that device's layers and that device's rows of the tables, fed with
-tokens of the whole vocabulary: what falls outside its rows costs what it costs a shard. The passes are the executor's
-own; collectives between one device and itself are nothing.
+One device of p is a pipeline of one stage with that device's layers and its rows of the tables, fed with tokens of the
+whole vocabulary: tokens outside its rows cost what they cost a shard. The passes are the executor's own; collectives
+between one device and itself do nothing.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from vocabpp_jax.schedules import Instruction, Program
 
 from .timing import ids, middle, noise, seconds
 
-CELLS = 2  # of every ring at least: of one, the compiler would make no ring
-IDLE = "idle"  # what runs between the passes that are timed, and nothing else
-EMPTY = ("grads.", "loss", "clock", "swept", "part")  # of the state; all else begins with what looks random
-# C1 is what a device computes before the sum of Algorithm 2; of the statistics, what it computes around their gather.
+CELLS = 2  # minimum cells per ring: with one, the compiler would drop the ring
+IDLE = "idle"  # runs between the timed passes
+# state that starts at zero; everything else starts with pseudo-random values
+EMPTY = ("grads.", "loss", "clock", "swept", "part")
+# C1 is what a device computes before the sum of Algorithm 2; the statistics are what it computes around their gather.
 COLLECTIVES = {"C1": ("start grad_sum", "done grad_sum"), "stats": ("start stats", "done stats")}
 PASSES = ("IF", "F", "S", "S1", "S2", "stats", "T", "C1", "G", "H", "B", "W", "IB")
 
@@ -41,7 +42,7 @@ class Passes(Pipeline):
 
     Attributes:
         names: which passes, in the order of :data:`PASSES`.
-        swept: float32 values that are changed before every pass, so that no pass finds its input in the caches.
+        swept: float32 values changed before every pass, so that no pass finds its input in the caches.
     """
 
     names: tuple[str, ...] = ()
@@ -68,9 +69,11 @@ class Passes(Pipeline):
         return {name: there[name] for name in self.names if name in there}
 
     def compile(self, length: int, vocab_size: int, batch: int = 1) -> tuple[Any, Callable[[], tuple[Any, Any]]]:
-        """``(params, batch, repeats) -> number``: repeats of every pass and, last, of nothing between two sweeps; and
-        what makes its parameters and its tokens of a vocabulary of ``vocab_size``, of which this device may hold a
-        part."""
+        """``(params, batch, repeats) -> number``, and a function that creates its parameters and tokens.
+
+        ``repeats`` counts every pass and, last, the idle work between two sweeps. Tokens are from a vocabulary of
+        ``vocab_size``, of which this device may hold a part.
+        """
         shape = (self.schedule.m, batch, length)
 
         def make() -> tuple[Any, dict[str, jax.Array]]:
@@ -85,7 +88,7 @@ class Passes(Pipeline):
         return run.lower(self.layout.shapes(), data, repeats).compile(), made
 
     def repeat(self, params: Any, batch: Any, repeats: jax.Array) -> jax.Array:
-        """One element of everything that is left at the end, summed."""
+        """The sum of one element of everything left at the end."""
         batch = checked(batch, self.schedule.m, 1, self.model)
         run = jax.shard_map(
             self._on_this_device,
@@ -114,7 +117,7 @@ class Passes(Pipeline):
     def _once(self, executor: Executor, instructions: tuple[Instruction, ...], i: jax.Array, state: State) -> State:
         state = state | {"swept": state["swept"] + 1}
         if not instructions:
-            # A loop that is not entered, as there is one around every pass on the devices whose turn it is not.
+            # A loop that is not entered, like the one around every pass on devices whose turn it is not.
             return run_if(state["clock"] < 0, state, ("swept",), lambda s: s | {"swept": s["swept"] * 2})
         for instruction in instructions:
             cells = {name: jnp.asarray(i % self._cells(name), jnp.int32) for name in instruction.tables}
@@ -132,7 +135,7 @@ def _shapes(tree: Any) -> Any:
 def times(
     passes: Passes, program: Any, params: Any, batch: Any, repeats: int, enough: float = 0.015
 ) -> dict[str, float]:
-    """Seconds of every pass: what so many more of it add to a run, less what the sweeps between them add.
+    """Seconds of every pass: the time that more repeats add to a run, minus that of the sweeps between them.
 
     Args:
         enough: seconds that the repeats of a pass should take together.

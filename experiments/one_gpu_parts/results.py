@@ -16,13 +16,13 @@ from typing import Any
 
 @dataclass
 class Results:
-    """What a part has found so far, in ``OUTPUT/PART.json``.
+    """A part's results so far, in ``OUTPUT/PART.json``.
 
     Attributes:
-        path: the file; it is replaced whenever something is added.
-        deadline: of :func:`time.monotonic`, when the part has to be done.
-        found: ``cases`` in the order in which they were measured, ``failed`` with tracebacks, ``left_out`` for lack of
-            time, and what else the part says.
+        path: the file; it is replaced after every change.
+        deadline: when the part must be done, on the clock of :func:`time.monotonic`.
+        found: ``cases`` in order of measurement, ``failed`` with tracebacks, ``left_out`` for lack of time, and the
+            part's own fields.
     """
 
     path: Path
@@ -38,7 +38,7 @@ class Results:
         return self.deadline - time.monotonic()
 
     def say(self, line: str) -> None:
-        """Progress, on standard error."""
+        """Print progress to standard error."""
         print(f"{self.path.stem} {time.monotonic() - self.began:6.1f} s: {line}", file=sys.stderr, flush=True)
 
     def note(self, **values: Any) -> None:
@@ -47,16 +47,16 @@ class Results:
         self.write()
 
     def has(self, name: str) -> bool:
-        """Whether an earlier run has left this case."""
+        """Whether an earlier run has this case."""
         return any(case["case"] == name for case in self.found["cases"])
 
     def go_on(self) -> None:
-        """Keep the cases that an earlier run has left in the file."""
+        """Keep the cases that an earlier run left in the file."""
         if self.path.exists():
             self.found |= {name: value for name, value in json.loads(self.path.read_text()).items() if name == "cases"}
 
     def case(self, name: str, run: Callable[[], dict[str, Any]], needs: float = 0.0) -> None:
-        """Run a case and keep what it returns, or its traceback; leave it out where ``needs`` seconds are not left."""
+        """Run a case and keep its result or traceback; leave it out if fewer than ``needs`` seconds are left."""
         if self.has(name):
             return
         if self.left < needs:
@@ -68,7 +68,7 @@ class Results:
             self.write()
 
     def attempt(self, name: str, run: Callable[[], Any]) -> Any:
-        """What ``run`` returns; None where it fails, whose traceback is kept: the other cases are measured."""
+        """The result of ``run``, or None if it fails; the traceback is kept and the other cases still run."""
         began = time.monotonic()
         try:
             found = run()
@@ -81,13 +81,13 @@ class Results:
         return found
 
     def leave_out(self, names: list[str]) -> None:
-        """There is no time for these cases."""
+        """Record that there is no time for these cases."""
         self.found["left_out"] += names
         self.write()
         self.say(f"left out, {self.left:.0f} s left: {', '.join(names)}")
 
     def done(self) -> None:
-        """The part has reached its end."""
+        """Mark the part as complete."""
         self.note(complete=True)
 
     def write(self) -> None:
@@ -99,7 +99,7 @@ class Results:
 
 
 def environment() -> dict[str, Any]:
-    """What the measurements ran on: the device, the driver, the versions."""
+    """The measurement environment: device, driver, versions."""
     import jax
 
     device = jax.devices()[0]

@@ -1,8 +1,8 @@
-"""The real train step of every stage, one after the other, on the one GPU there is: time and memory without the
-collectives, which a mocked topology skips.
+"""The real train step of every stage, one after the other, on a single GPU: time and memory without the collectives,
+which a mocked topology skips.
 
-Every stage runs in a process of its own, so that the allocator's peak is that stage's. The first compiles the program
-for all of them, where jax's compilation cache can hold it.
+Every stage runs in its own process, so that the allocator's peak is that stage's. The first compiles the program for
+all of them, if jax's compilation cache can hold it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from .command_buffers import command_buffers
 from .gpu_sizes import Size
 from .results import Results
 
-_STARTS, _ENDS = 25.0, 90.0  # seconds that a stage needs at least, process and compilation included, and at most
+_STARTS, _ENDS = 25.0, 90.0  # minimum and maximum seconds per stage, process start and compilation included
 
 
 def measure(size: Size, results: Results) -> None:
-    """Run every stage of every method. Where there is no GPU, on simulated devices, which do communicate."""
+    """Run every stage of every method. Without a GPU, use simulated devices, which do communicate."""
     row = size.stage_row
     order = size.stages or (row.p - 1, 0, *range(1, row.p - 1))
     wanted = [(method, stage, "default") for stage in order for method in size.stage_methods]
@@ -94,7 +94,7 @@ def run_stage(case: dict[str, Any]) -> dict[str, Any]:
         "step_ms": [1e3 * s for s in seconds],
         "allocator_peak_bytes": _peak(),
         "allocator_peak_before_step_bytes": before,
-        "compiler_peak_bytes": memory.peak_memory_in_bytes or None,  # a program from the cache has lost it
+        "compiler_peak_bytes": memory.peak_memory_in_bytes or None,  # lost for a program from the cache
         "compiler_temp_bytes": memory.temp_size_in_bytes,
         "compiler_argument_bytes": memory.argument_size_in_bytes,
         "compile_s": compile_s,
@@ -107,8 +107,8 @@ def run_stage(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mesh(p: int, stage: int) -> Any:
-    """A mesh of p devices: simulated on a CPU, otherwise the one GPU as number ``stage`` of p. Jax must not have been
-    asked for a device yet."""
+    """A mesh of p devices: simulated on a CPU, otherwise the one GPU as number ``stage`` of p. Call this before jax is
+    asked for a device."""
     import jax
 
     if os.environ.get("JAX_PLATFORMS") != "cpu":
@@ -151,7 +151,7 @@ def lower_step(pipe: Any, optimizer: Any, seq: int) -> tuple[Any, Any]:
 
 
 def _data(pipe: Any, optimizer: Any, case: dict[str, Any], place: Any) -> tuple[Any, Any]:
-    """A state and a batch that look random, made in place: nothing can be sent to a device that is not there."""
+    """A pseudo-random state and batch, created in place: nothing can be sent to a device that is not there."""
     import jax
 
     from vocabpp_jax import train

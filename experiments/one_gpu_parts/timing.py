@@ -1,4 +1,4 @@
-"""Compiling many programs at once and timing them one after the other."""
+"""Compile many programs concurrently and time them one after the other."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import jax.numpy as jnp
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Seconds until everything that ``run`` returns is there."""
+    """Seconds until everything that ``run`` returns is ready."""
     began = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - began
 
 
 def steps(run: Callable[[], Any], repeats: int) -> list[float]:
-    """Seconds of each of several runs, after one that is not timed."""
+    """Seconds of each of several runs, after one untimed run."""
     seconds(run)
     return [seconds(run) for _ in range(repeats)]
 
 
 def in_turns(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each, in rounds, after one that is not timed."""
+    """Seconds of each, in rounds, after one untimed round."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(repeats + 1):
         for name, run in runs.items():
@@ -43,7 +43,7 @@ def middle(values: Iterable[float]) -> float:
 
 
 class Compiler:
-    """Compiles in threads: most of a compilation is not Python's, and a GPU machine has many cores."""
+    """Compiles in threads: most of a compilation runs outside Python, and GPU machines have many cores."""
 
     def __init__(self, workers: int | None = None):
         self.pool = ThreadPoolExecutor(workers or max(1, min(12, (os.cpu_count() or 2) - 2)))
@@ -55,7 +55,7 @@ class Compiler:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
     def submit(self, compile: Callable[[], Any]) -> Future:
-        """What :meth:`Future.result` returns is the compiled program and the seconds that it took."""
+        """Submit a compilation; :meth:`Future.result` returns the compiled program and the seconds it took."""
 
         def run() -> tuple[Any, float]:
             began = time.monotonic()
@@ -65,7 +65,7 @@ class Compiler:
 
 
 def noise(shapes: Any, scale: float = 0.02, like: Any = None) -> Any:
-    """Arrays that look random for a tree of shapes; elementwise, so that any sharding draws its own part."""
+    """Pseudo-random arrays for a tree of shapes; elementwise, so any sharding lets each device compute its own part."""
 
     def of(number: int, shape: jax.ShapeDtypeStruct) -> jax.Array:
         return _noise(shape.shape, number) * scale
@@ -83,6 +83,6 @@ def _noise(shape: tuple[int, ...], seed: int) -> jax.Array:
 
 
 def ids(shape: tuple[int, ...], below: int, seed: int = 0) -> jax.Array:
-    """Whole numbers from 0 up to ``below`` that look random."""
+    """Pseudo-random integers from 0 up to ``below``."""
     unit = _noise(shape, seed) / 12**0.5 + 0.5
     return jnp.clip((unit * below).astype(jnp.int32), 0, below - 1)

@@ -1,7 +1,7 @@
-"""PyTorch's layer and head on the same GPU, eager and compiled: what our passes are held against.
+"""PyTorch's layer and head on the same GPU, eager and compiled, for comparison with our passes.
 
-The layers are those of :mod:`pytorch_gpt` in bfloat16, forward and backward with gradients accumulated; the head is a
-matrix product and a cross entropy in float32 over the whole vocabulary.
+The layers are those of :mod:`pytorch_gpt` in bfloat16, forward and backward with accumulated gradients; the head is a
+matrix product and a float32 cross-entropy over the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .timing import middle
 
 
 def measure(size: Size, results: Results) -> None:
-    """Time layers and heads; without PyTorch the part says so and is done."""
+    """Time layers and heads; without PyTorch, only note that."""
     if find_spec("torch") is None:
         results.note(skipped="PyTorch is not installed")
         results.done()
@@ -77,7 +77,7 @@ def _dtype(torch: Any, device: Any) -> Any:
 
 
 def _timed(torch: Any, passes: tuple[Callable, Callable], repeats: int, count: int = 10) -> dict[str, float]:
-    """Milliseconds of a forward and of a backward, and the seconds that the first of each took."""
+    """Milliseconds of a forward and of a backward, and the seconds that the first call of each took."""
     forward, backward = passes
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     began = time.monotonic()

@@ -1,5 +1,5 @@
-"""What the published tables do not have, simulated at their settings: other schedules with vocabulary passes, tied
-embeddings, and interlaced without its collectives."""
+"""Simulations at the published tables' settings that the tables do not contain: other schedules with vocabulary passes,
+tied embeddings, and interlaced without its collectives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SEQ = 2048
 
 
 def new_rows() -> list[Setting]:
-    """V-Half with Algorithm 2, V-Min and V-ZB where Table 6 stands; ZB-H1 and ZB-H2 where Table 5 does; tied tables."""
+    """V-Half with Algorithm 2, V-Min and V-ZB at Table 6's settings; ZB-H1 and ZB-H2 at Table 5's; tied tables."""
     there = {(row.table, row.gpus, row.order, row.method) for n in (5, 6) for row in published(n)}
     found = []
     for number, schedules in ((5, ("zb-h1", "zb-h2")), (6, ("v-half", "v-min", "v-zb"))):
@@ -33,7 +33,7 @@ def new_rows() -> list[Setting]:
 
 
 def simulated(rows: list[Setting], say: Say = lambda _: None) -> list[dict[str, Any]]:
-    """MFU, bubble and estimated memory of the fullest and the emptiest device, a line a row."""
+    """MFU, bubble and estimated memory of the fullest and the emptiest device, one line per row."""
     lines = []
     for n, row in enumerate(rows, start=1):
         done = predict(row)
@@ -56,7 +56,7 @@ def simulated(rows: list[Setting], say: Say = lambda _: None) -> list[dict[str, 
 
 
 def section(files: Files, say: Say) -> str:
-    """The part of the page for the rows beyond the tables."""
+    """The page's section on the rows that the tables lack."""
     known = [
         Setting(number, gpus, SEQ, method, V)
         for number, gpus, method in ((5, 8, "vocab-2"), (5, 32, "vocab-2"), (6, 16, "vocab-1"), (6, 32, "vocab-1"))
@@ -68,10 +68,10 @@ def section(files: Files, say: Say) -> str:
     return "\n\n".join(
         [
             "**Simulated** with the frozen calibration at the settings of Table 5 (1F1B and zero-bubble schedules, 8 "
-            f"and 32 GPUs) and Table 6 (V-shaped ones, 16 and 32), s={SEQ}, 128 microbatches; rows of the tables "
-            "themselves for comparison. The software of Table 6 is faster, so compare V-shaped schedules with one "
-            "another. Memory is the estimate of `schedules.simulation.cost`: 18 bytes a parameter and what "
-            f"selective residuals keep of a layer in flight; compile for the truth. {link}",
+            f"and 32 GPUs) and Table 6 (V-shaped ones, 16 and 32), s={SEQ}, 128 microbatches; some rows of those "
+            "tables are included for comparison. Table 6's software is faster, so compare V-shaped schedules only with "
+            "one another. Memory is the estimate of `schedules.simulation.cost`: 18 bytes per parameter plus what "
+            f"selective residuals keep of a layer in flight; compile for exact figures. {link}",
             table(lines, {"GPUs": "d", "V": "d", "MFU": ".1f", "bubble": ".1%", "GB most": ".1f", "least": ".1f"}),
         ]
     )
@@ -81,7 +81,7 @@ def section(files: Files, say: Say) -> str:
 
 
 def ablation() -> list[dict[str, Any]]:
-    """Interlaced with and without the time of its synchronous collectives, and the vocabulary passes beside it."""
+    """Interlaced with and without the time of its synchronous collectives, next to the vocabulary passes."""
     lines = []
     for gpus in (8, 32):
         for V in VOCABULARIES:
@@ -104,16 +104,16 @@ def ablation() -> list[dict[str, Any]]:
 
 
 def ablation_section(files: Files, say: Say) -> str:
-    """The part of the page for the ablation."""
+    """The page's section on the ablation."""
     say("simulating interlaced without its collectives")
     lines = ablation()
     link = files.csv("ablation", lines)
     percent = {"GPUs": "d", "V": "d", "faster by": ".1%"} | dict.fromkeys([k for k in lines[0] if "ms" in k], ".0f")
     return "\n\n".join(
         [
-            "**Simulated**: an iteration of 1F1B interlaced, 4B on 8 GPUs and 21B on 32, s=2048, with its "
-            "synchronous collectives and as if they took no time. Between nodes they are what makes it slower than "
-            f"vocabulary passes that hide theirs. {link}",
+            "**Simulated**: one iteration of interlaced 1F1B, 4B on 8 GPUs and 21B on 32, s=2048, with its "
+            "synchronous collectives and as if they took no time. Between nodes, these collectives make it slower than "
+            f"vocabulary passes, which hide theirs. {link}",
             table(lines, percent),
         ]
     )

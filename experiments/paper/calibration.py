@@ -1,14 +1,15 @@
-"""The GPU model behind the predicted MFU: few constants, fitted by least squares, then frozen.
+"""The GPU model behind the predicted MFU: a few constants, fitted by least squares, then frozen.
 
 What is fitted to what:
 
 * six constants of ``schedules/simulation/gpus/a100-80g.toml`` (:data:`FITTED`) to the pass times measured on eight
-  A100s (``docs/paper/pass_times_8xA100.csv``) and the MFU of Table 5's *baseline* rows;
-* two of them again (:data:`V_HALF`) to Table 6's *baseline* rows, which ran on another software stack, with other
-  kernels.
+A100s (``docs/paper/pass_times_8xA100.csv``) and the MFU of Table 5's *baseline* rows;
+* two of them again (:data:`V_HALF`) to Table 6's *baseline* rows, which ran on another software stack with other
+kernels.
 
 Nothing else is fitted: every row of another method is a prediction. The network is assumed. Residuals are logarithms of
-predicted over published, and so are the unknowns, so that a step is in percent and no constant can become negative.
+predicted over published values, and the unknowns are logarithms too, so a step is in percent and no constant can become
+negative.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ FITTED = (
     "contention",
 )
 V_HALF = {"matmul_efficiency": 0.898, "attention_efficiency": 0.415}
-"""What Table 6's software reaches, frozen."""
+"""The rates that Table 6's software reaches, frozen."""
 MFU_WEIGHT = 2.0
-"""A published MFU counts as much as so many pass times: it is an average over a whole run, a pass time over a pass."""
+"""Weight of a published MFU in pass times: it averages over a whole run, a pass time only over a pass."""
 PEAK_OF_TABLE_5_ON_8 = 320e12
-"""FLOP/s that the published MFU of these rows was divided by; the same runs' published TFLOP/s show it."""
+"""FLOP/s that the published MFU of these rows was divided by, as the same runs' published TFLOP/s show."""
 DENSE_GRADIENT = 8.0
-"""Bytes: the published system adds a dense float32 gradient of the embedding for every microbatch."""
+"""Bytes per element: the published system adds a dense float32 gradient of the embedding for every microbatch."""
 
 
 def frozen(table: int) -> GPU:
@@ -72,8 +73,11 @@ def _schedule(row: Setting, rules: Rules) -> Schedule:
 
 
 def program(row: Setting, rules: Rules = FREE) -> Program:
-    """The row's lowered schedule: by FREE, as the published system has it, for passes of equal length; by other rules,
-    ours, fitted to the smallest vocabulary. Rows that differ in their vocabulary alone share it."""
+    """The row's lowered schedule, shared by rows that differ only in their vocabulary.
+
+    Under FREE, as in the published system, it is that for passes of equal length; under other rules it is ours, fitted
+    to the smallest vocabulary.
+    """
     smallest = dataclasses.replace(row, vocab_size=32_000, mfu=None, memory=None)
     # The layers of redis depend on the vocabulary.
     return _program(_schedule(row if row.method == "redis" else smallest, rules))
@@ -102,9 +106,9 @@ def predict(
     rules: Rules = FREE,
     change: Callable[[Durations], Durations] = lambda durations: durations,
 ) -> Prediction:
-    """Simulates a row: its schedule, its model, the GPU of its table, a process a device as in the published system.
+    """Simulate a row: its schedule, its model, the GPU of its table, one process per device as in the published system.
 
-    ``change`` edits the durations, for ablations. Under other rules than FREE it is this library's own program, whose
+    ``change`` edits the durations, for ablations. Under rules other than FREE, it is this library's own program, whose
     embedding gradient is not dense.
     """
     cost = Cost(
@@ -132,9 +136,9 @@ def _eight(method: str) -> Schedule:
 
 
 def compared_pass_times(gpu: GPU) -> list[tuple[str, float, float]]:
-    """Name, measured and modelled milliseconds: F and B of a stage, and the output layer, whole or sharded.
+    """Name, measured and modeled milliseconds: F and B of a stage, and the output layer, whole or sharded.
 
-    Means over devices; the baseline's over those in the middle, which hold no vocabulary.
+    Means over devices; for the baseline only over those in the middle, which hold no vocabulary.
     """
     found = []
     for run in pass_times():
@@ -152,12 +156,12 @@ def compared_pass_times(gpu: GPU) -> list[tuple[str, float, float]]:
 
 
 def baselines(table: int) -> list[Setting]:
-    """The rows of a table that may be fitted to."""
+    """The rows of a table that may be used for fitting."""
     return [row for row in published(table) if row.method == "baseline" and row.mfu is not None]
 
 
 def residuals(table: int, constants: Constants) -> np.ndarray:
-    """Logarithms of modelled over published, of everything that a table's constants are fitted to."""
+    """Logarithms of modeled over published values, for everything that a table's constants are fitted to."""
     gpu = dataclasses.replace(frozen(table), **constants)
     times = compared_pass_times(gpu) if table == 5 else []
     mfu = [MFU_WEIGHT * np.log(predict(row, gpu).mfu / row.mfu) for row in baselines(table)]
@@ -165,7 +169,7 @@ def residuals(table: int, constants: Constants) -> np.ndarray:
 
 
 def fit(table: int, progress: Callable[[str], None] = lambda line: None) -> tuple[dict[str, float], np.ndarray]:
-    """Fits a table's constants, from the frozen ones on."""
+    """Fit a table's constants, starting from the frozen ones."""
     names = FITTED if table == 5 else tuple(V_HALF)
     start = {name: getattr(frozen(table), name) for name in names}
     return gauss_newton(functools.partial(residuals, table), start, progress=progress)
@@ -184,7 +188,7 @@ MEANINGS = {
 
 
 def section(files: Files, say: Say) -> str:
-    """The part of the page for the calibration: the constants, what they were fitted to, and how well they fit."""
+    """The page's section on the calibration: the constants, what they were fitted to, and how well they fit."""
     rows: list[dict[str, float | str]] = []
     for number in (5, 6):
         say(f"fitting the constants of Table {number} again")
@@ -201,23 +205,23 @@ def section(files: Files, say: Say) -> str:
     links = files.csv("calibration", rows), files.csv("pass_times", times)
     return "\n\n".join(
         [
-            f"Fitted, by least squares on the logarithms, to {len(times)} mean pass times measured on eight A100s "
+            f"Fitted by least squares on the logarithms to {len(times)} mean pass times measured on eight A100s "
             f"([paper/pass_times_8xA100.csv](paper/pass_times_8xA100.csv)) and {len(baselines(5))} baseline rows of "
-            f"Table 5, each counting {MFU_WEIGHT:g} times; then the two constants of Table 6, whose software is "
-            f"another, to its {len(baselines(6))} baseline rows. Then frozen; all other rows are predictions. "
+            f"Table 5, each counting {MFU_WEIGHT:g} times. Table 6 ran on other software, so two constants are fitted "
+            f"again to its {len(baselines(6))} baseline rows. Then all are frozen; all other rows are predictions. "
             f"The model's pass times are off by {np.mean(off):.1%} on average, {max(off):.1%} at most (S+T of the "
             f"smallest vocabulary). All numbers: {links[0]}, {links[1]}.",
             table(rows, dict.fromkeys(("frozen", "fitted again"), ".3g") | {"standard error": ".0%"}),
             f"Assumed, not fitted: {A100.intra_bandwidth / 1e9:.0f} GB/s between GPUs of a node and "
             f"{A100.inter_bandwidth / 1e9:g} GB/s between nodes (RoCE, 100 Gb/s). No table states the network, and "
-            "baselines cannot tell: theirs is the same to a tenth of a point from 6 to 50 GB/s. Interlaced on 32 "
-            "GPUs can, and was looked at when choosing between adapters of 100 and of 200 Gb/s: with 200 its rows "
-            "come out almost four points too fast. The mean errors stay below 2 points with either, but with 200 one "
-            "pair of methods turns round (redis and interlaced, 32 GPUs, s=2048, V=32k), so the order of that pair and "
-            "the agreement of interlaced on 32 GPUs are not predictions. Nor was Table 6 quite blind: which two "
-            "constants it has of its own, and that its vocab-1 is our reordered schedule, were chosen after seeing all "
-            "its rows (without reordering, errors are about 0.6 points larger). Also modelled: the "
-            "published system adds a dense float32 gradient of the embedding for every microbatch, 8 bytes an "
-            "element, which its measured times of the input layer show.",
+            "the baselines do not reveal it: their MFU is the same to a tenth of a point from 6 to 50 GB/s. Interlaced "
+            "on 32 GPUs does, and was looked at when choosing between adapters of 100 and of 200 Gb/s: with 200 its "
+            "rows come out almost four points too fast. The mean errors stay below 2 points with either, but with 200 "
+            "one pair of methods changes order (redis and interlaced, 32 GPUs, s=2048, V=32k), so the order of that "
+            "pair and the agreement of interlaced on 32 GPUs are not predictions. Table 6 was not entirely blind "
+            "either: its two separate constants, and the use of our reordered schedule for its vocab-1, were chosen "
+            "after seeing all its rows (without reordering, errors are about 0.6 points larger). The model also "
+            "includes the dense float32 gradient of the embedding that the published system adds for every microbatch, "
+            "8 bytes per element, which its measured times of the input layer show.",
         ]
     )

@@ -12,9 +12,9 @@ from reports.markdown import table
 
 
 def gains(found: Sequence[Outcome], over: str, published: bool) -> list[float]:
-    """The throughput of the better vocabulary method over another, less one, in every setting that has both.
+    """The relative throughput gain of the better vocabulary method over another, in every setting that has both.
 
-    MFU is a throughput here, since within a setting the FLOPs are the same.
+    MFU serves as throughput here, since the FLOPs within a setting are the same.
     """
     values = []
     for rows in settings(found).values():
@@ -26,7 +26,7 @@ def gains(found: Sequence[Outcome], over: str, published: bool) -> list[float]:
 
 
 def memory_saved(found: Sequence[Outcome], published: bool) -> list[float]:
-    """GB that the leaner vocabulary method takes less than the baseline, at the largest vocabulary that ran."""
+    """GB by which the leaner vocabulary method undercuts the baseline, at the largest vocabulary that ran."""
     values = []
     for (_, _, V), rows in settings(found).items():
         memory = {o.row.method: o.row.memory if published else o.memory for o in rows}
@@ -55,7 +55,7 @@ def speedups(tables: dict[int, Sequence[Outcome]]) -> list[dict[str, Any]]:
 
 
 def balance(files: Files) -> list[dict[str, Any]]:
-    """How far the devices of V-Half differ in what they use, by the compiler's reports that there are."""
+    """How much V-Half's devices differ in memory use, from the available compiler reports."""
     reports = read_reports(files.cache / "memory.jsonl").values()
     return [
         {"row": r["name"], "GB most": max(r["used_bytes"]) / 2**30, "least": min(r["used_bytes"]) / 2**30}
@@ -66,13 +66,13 @@ def balance(files: Files) -> list[dict[str, Any]]:
 
 
 def section(files: Files, say: Say) -> str:
-    """The part of the page for the claims."""
+    """The page's section on the claims."""
     say("simulating Tables 5 and 6")
     tables = {number: outcomes(number, files.cache / "memory.jsonl") for number in (5, 6)}
     lines = speedups(tables)
     link = files.csv("claims", lines)
     text = [
-        "**Simulated** against published: how much faster the better of both vocabulary methods is, over all "
+        "**Simulated** and published: how much faster the better of the two vocabulary methods is, over all "
         "settings of a table. The published headline is 5% to 51% over the redistribution; the published Table 5 "
         f"itself reaches {lines[0]['published, most']:.1%}. {link}",
         table(lines, {"table": "d"} | dict.fromkeys(list(lines[0])[2:], ".1%")),
@@ -82,7 +82,7 @@ def section(files: Files, say: Say) -> str:
         said = f" published, {min(theirs):.1f} to {max(theirs):.1f} GB"
         if ours:
             said += f"; **compiled**, {min(ours):.1f} to {max(ours):.1f} GB in {len(ours)} settings"
-        text.append(f"Peak memory that they save at V=256k over the baseline of Table {number}:{said}.")
+        text.append(f"Peak memory saved at V=256k over the baseline of Table {number}:{said}.")
     if balanced := balance(files):
         say(f"{len(balanced)} reports of V-Half")
         rows = files.csv("balance", balanced)
@@ -92,8 +92,8 @@ def section(files: Files, say: Say) -> str:
         }
         ranges = ", ".join(f"{min(x):.1%} to {max(x):.1%} with {name}" for name, x in by.items() if x)
         text.append(
-            "Memory balance of V-Half, **compiled**: what the fullest device uses more than the emptiest, as a share "
-            f"of the peak: {ranges}. One program has one shape, so devices allocate the same; used is what each "
-            f"fills. {rows}"
+            "Memory balance of V-Half, **compiled**: the difference between what the fullest and the emptiest device "
+            f"use, as a share of the peak: {ranges}. One program has one shape, so all devices allocate the same "
+            f"amount; they differ in how much of it they use. {rows}"
         )
     return "\n\n".join(text)

@@ -1,6 +1,6 @@
 """Appendix E: do the methods train alike? The same model, text and seed with each of them, and on one device.
 
-Measured, on simulated CPU devices in float32: what is compared is arithmetic, not speed.
+Measured on simulated CPU devices in float32: this compares arithmetic, not speed.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def losses(method: str, steps: int, batches: Any) -> Iterator[float]:
 
 
 def curves(cache: Path, steps: int, say: Say) -> dict[str, list[float]]:
-    """Loss curves by method; those in the cache are read."""
+    """Loss curves by method; cached ones are read."""
     cache.parent.mkdir(parents=True, exist_ok=True)
     config = model_config()
     setup = f"{config} p={STAGES} m={MICROBATCHES} b={BATCH} lr={PEAK_LR} seed={SEED} steps={steps}"
@@ -121,7 +121,7 @@ def differences(found: dict[str, list[float]]) -> list[dict[str, Any]]:
 
 
 def section(files: Files, say: Say, steps: int = 300) -> str:
-    """The part of the page for the convergence comparison."""
+    """The page's section on the convergence comparison."""
     found = curves(files.cache / "convergence.jsonl", steps, say)
     lines = differences(found)
     by_step = [{"step": k + 1} | {name: values[k] for name, values in found.items()} for k in range(steps)]
@@ -134,7 +134,8 @@ def section(files: Files, say: Say, steps: int = 300) -> str:
             f"({config.layers} layers, h={config.hidden}, s={config.seq}, V={config.vocab_size}) trained for {steps} "
             f"steps of {MICROBATCHES * BATCH * config.seq:,} tokens of the Python standard library's sources, AdamW, "
             f"the same seed and data; 1F1B on {STAGES} devices, m={MICROBATCHES}, and plain autodiff on one. The "
-            "curves coincide; what is left is the order of float32 sums, which training carries on. "
+            "curves coincide; the remaining differences come from the order of float32 sums, which training carries "
+            "on. "
             f"{links[0]}, {links[1]}",
             table(lines, {"first loss": ".4f", "mean of the last 20": ".4f"} | dict.fromkeys(exact, ".1e")),
             files.picture("convergence", _draw(found), "Loss curves of all methods and of one device, overlaid"),

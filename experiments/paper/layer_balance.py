@@ -1,5 +1,5 @@
-"""Table 4, Figure 2 and Figure 3: what vocabulary layers weigh against transformer layers. Computed; the FLOPs also
-counted by the compiler in our own layers."""
+"""Table 4, Figure 2 and Figure 3: vocabulary layers relative to transformer layers. Computed; the FLOPs also counted by
+the compiler in our own layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vocabpp_jax.schedules.simulation.cost import Sizes
 from vocabpp_jax.vocab import Coefficients, Kept, Shard, Stats, Target
 
 GEMMA2_9B = {"hidden": 3584, "layers": 42}
-"""What Figure 2 is about; a layer of it is counted as a GPT's of this width."""
+"""The model of Figure 2; its layers are counted as a GPT's of this width."""
 PUBLISHED_TABLE_4 = {
     "transformer": ("bsh(72h + 12s)", "12h²"),
     "input": ("3bsh", "hV"),
@@ -51,7 +51,7 @@ def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
 
 
 def output_layer(rows: int, tokens: int, hidden: int) -> dict[str, float]:
-    """FLOPs of S and T of one shard, by algorithm, as :mod:`vocabpp_jax.vocab` writes them."""
+    """FLOPs of S and T of one shard, by algorithm, as implemented in :mod:`vocabpp_jax.vocab`."""
     shard = Shard(0, rows)
     w, x, grad, labels = (
         _array(rows, hidden),
@@ -96,7 +96,7 @@ def input_layer(rows: int, tokens: int, hidden: int) -> float:
 
 
 def transformer_layer(tokens: int, hidden: int) -> float:
-    """FLOPs of one of our blocks, forward and backward, nothing recomputed."""
+    """FLOPs of one of our blocks, forward and backward, without recomputation."""
     config = GPTConfig(
         layers=1, heads=hidden // 64, hidden=hidden, seq=tokens, vocab_size=8, residuals="everything", dtype="float32"
     )
@@ -111,7 +111,7 @@ def transformer_layer(tokens: int, hidden: int) -> float:
 
 
 def counted() -> list[dict[str, Any]]:
-    """Formula against compiler on small shapes, a line a layer."""
+    """Formula and compiler count on small shapes, one line per layer."""
     tokens, hidden, V = 256, 512, 2048
     z = Sizes(layers=1, hidden=hidden, seq=tokens, vocab_size=V)
     output = output_layer(V, tokens, hidden)
@@ -132,7 +132,7 @@ def counted() -> list[dict[str, Any]]:
 
 
 def figure2(seq: int = 4096) -> list[dict[str, float]]:
-    """Compute and parameters of Gemma2-9B's vocabulary layers, in transformer layers, by vocabulary."""
+    """Compute and parameters of Gemma2-9B's vocabulary layers, in transformer layers, by vocabulary size."""
     lines = []
     for V in VOCABULARIES:
         layers = table4(Sizes(**GEMMA2_9B, seq=seq, vocab_size=V))
@@ -152,7 +152,7 @@ def figure2(seq: int = 4096) -> list[dict[str, float]]:
 
 
 def figure3(stages: int = 16, seq: int = 2048, V: int = 128_000) -> list[dict[str, Any]]:
-    """Compute and parameters of every stage of the 7B model in transformer layers, by how its layers are laid out."""
+    """Compute and parameters of every stage of the 7B model in transformer layers, by layer split."""
     size = models.named("7B", seq=seq, vocab_size=V)
     z = models.cost_sizes(size)
     rho, mu = head_in_layers(size.hidden, seq, V), z.table_parameters / z.layer_parameters
@@ -175,7 +175,7 @@ def figure3(stages: int = 16, seq: int = 2048, V: int = 128_000) -> list[dict[st
 
 
 def section(files: Files, say: Say) -> str:
-    """The part of the page for Table 4 and Figures 2 and 3."""
+    """The page's section on Table 4 and Figures 2 and 3."""
     say("counting FLOPs of small layers with the compiler")
     checked, two, three = counted(), figure2(), figure3()
     links = files.csv("table4", checked), files.csv("figure2", two), files.csv("figure3", three)
@@ -188,11 +188,11 @@ def section(files: Files, say: Say) -> str:
     return "\n\n".join(
         [
             "Table 4, **computed**, and counted by the compiler in our own layers (`cost_analysis` of the compiled "
-            "forward and backward, float32, b=1, s=256, h=512, V=2048, CPU). The compiler adds softmax, norms and "
-            f"activations, which the formulas leave out, and counts no gathers. {links[0]}",
+            "forward and backward, float32, b=1, s=256, h=512, V=2048, CPU). The compiler also counts softmax, norms "
+            f"and activations, which the formulas leave out, but no gathers. {links[0]}",
             table(formulas),
             table(checked, {"formula": ".4g", "compiler": ".4g", "compiler / formula": ".3f"}),
-            "Figure 2, **computed**: vocabulary layers of Gemma2-9B (h=3584, s=4096) in transformer layers. "
+            "Figure 2, **computed**: vocabulary layers of Gemma2-9B (h=3584, s=4096) in units of transformer layers. "
             f"{links[1]}",
             files.picture("figure2", _draw2(two), "Weight of Gemma2-9B's vocabulary layers by vocabulary"),
             f"Figure 3, **computed**: the 7B model with V=128k on 16 stages of two layers. The output layer weighs "

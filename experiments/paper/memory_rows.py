@@ -1,4 +1,4 @@
-"""Peak memory of the published settings, from the A100 compiler."""
+"""Peak memory of the published settings, from the compiler for A100s."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from paper.settings import Setting
 
 
 def read_reports(path: Path) -> dict[str, dict[str, Any]]:
-    """The reports that have been compiled, by the name of their row."""
+    """The reports compiled so far, by row name."""
     return {r["name"]: r for r in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
 
 
 def compile_rows(rows: Iterable[Setting], results: Path, console: Console) -> dict[str, dict[str, Any]]:
-    """A report for every setting, by its name. Those in ``results`` are read, the others compiled and added to it."""
-    from memory import MemoryOptions, report  # which sets up JAX to compile for GPUs that are not there
+    """A report for every setting, by name. Those in ``results`` are read; the others are compiled and added to it."""
+    from memory import MemoryOptions, report  # its import sets up JAX to compile for absent GPUs
 
     results.parent.mkdir(parents=True, exist_ok=True)
     done = read_reports(results)

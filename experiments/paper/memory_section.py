@@ -1,4 +1,4 @@
-"""Peak memory of every published row, compiled for A100s, and what it is made of."""
+"""Peak memory of every published row, compiled for A100s, and its parts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GIB = 2**30
 
 
 def line(row: Setting, report: dict[str, Any]) -> dict[str, Any]:
-    """A line of the CSV."""
+    """A row of the CSV."""
     peak = report["peak_bytes"] / GIB
     return {
         "schedule": row.order,
@@ -37,12 +37,12 @@ def line(row: Setting, report: dict[str, Any]) -> dict[str, Any]:
 
 
 def section(files: Files, say: Say) -> str:
-    """The part of the page for memory: compiles what the cache does not have."""
+    """The page's section on memory: compiles what the cache does not have."""
     rows = [row for number in (5, 6) for row in published(number)]
     path = files.cache / "memory.jsonl"
     known = read_reports(path)
     if missing := [row for row in rows if row.name not in known]:
-        compiled.devices(load_gpu("a100-80g"), 1)  # says in one sentence what is missing, before the work
+        compiled.devices(load_gpu("a100-80g"), 1)  # fails early, in one sentence, if something is missing
         say(f"{len(missing)} of {len(rows)} rows are to be compiled, which takes about a minute each")
     else:
         say(f"all {len(rows)} rows are in {path}; without it they are compiled again")
@@ -56,12 +56,13 @@ def section(files: Files, say: Say) -> str:
     return "\n\n".join(
         [
             f"**Compiled** for A100-SXM4-80GB: the full train step of {len(rows)} rows, as `experiments/memory.py` "
-            f"does it, against the published peak in GB of 1024 MiB; *differ* is, in the row where it is largest, by "
-            f"how much of the peak the fullest and the emptiest device differ in what they use. {link} Over the "
-            f"{len(sharded)} published rows with the vocabulary on all devices the compiled peak differs by "
+            "compiles it, against the published peak in GB of 1024 MiB. *differ* is the difference between what the "
+            "fullest and the emptiest device use, as a share of the peak, in the row where it is largest. "
+            f"{link} Over the "
+            f"{len(sharded)} published rows with the vocabulary on all devices, the compiled peak differs by "
             f"{np.mean(sharded):+.1%} on average, from {min(sharded):+.1%} to {max(sharded):+.1%}.",
             table(by_family(lines), {"rows": "d", "with published": "d"}),
-            "The highest against what is published:",
+            "The rows furthest above the published peak:",
             table([{k: x[k] for k in shown} for x in highest], {"GPUs": "d", "s": "d", "V": "d", "share": "+.1%"}),
             REDIS,
             STATE.format(most=state[0]["float32 state"] / state[0]["published"]),
@@ -71,19 +72,19 @@ def section(files: Files, say: Say) -> str:
     )
 
 
-REDIS = """One program runs on all devices, so each has room for the parameters and the activations of the deepest
-stage. With `redis` the stages before the head are the deepest and the last device keeps that room as well; where every
-device has a program of its own, as published, it need not."""
+REDIS = """All devices run one program, so each has room for the parameters and the activations of the deepest stage.
+With `redis` the deepest stages are those before the head, and the last device reserves that room as well; with one
+program per device, as published, it need not."""
 
 
-STATE = """With V-Half `baseline` keeps embedding and head on one device. Float32 parameters, gradients and two moments,
-16 bytes a parameter, are then up to {most:.0%} of the published peak, and activations are the schedule's. What could be
-saved is the rounded weights: made anew in every pass, they would cost 6 bytes of traffic a weight each time. All rows
-of it that were published, by the share of that state:"""
+STATE = """With V-Half, `baseline` keeps the embedding and the head on one device. Float32 parameters, gradients and two
+moments, 16 bytes per parameter, are then up to {most:.0%} of the published peak, and the schedule determines the
+activations. Only the rounded weights could be saved: rounding them again in every pass would cost 6 bytes of traffic
+per weight each time. All published rows of V-Half `baseline`, by the share of that state:"""
 
 
 def of_v_half_baseline(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the peaks of V-Half's published baselines are made of, most state first."""
+    """The parts of the peaks of V-Half's published baselines, most state first."""
     made = [
         {name: x[name] for name in ("GPUs", "s", "V", "published", "compiled", "share")}
         | {"float32 state": x["parameters"] + x["optimizer"] + x["gradients"]}
@@ -96,7 +97,7 @@ def of_v_half_baseline(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def by_family(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line for every schedule and method: how compiled peaks compare with the published."""
+    """A line per schedule and method that compares compiled peaks with the published."""
     families: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for found in lines:
         families.setdefault((found["schedule"], found["method"]), []).append(found)
@@ -116,21 +117,22 @@ def _compared(shares: Sequence[float]) -> dict[str, Any]:
 
 
 def loops(rows: Sequence[Setting], reports: Mapping[str, dict[str, Any]]) -> str:
-    """What the steady-state loops copy, and whether their large collectives have work beside them."""
+    """What the steady-state loops copy, and whether their large collectives overlap with work."""
     copying = {row.name: reports[row.name]["loop_copy_bytes"] for row in rows}
     copied = [f"{name} ({size / 2**20:.0f} MiB an interval)" for name, size in copying.items() if size]
     promising = [row.name for row in rows if row.method in ("vocab-1", "vocab-2")]
     large = {name: [c for c in reports[name]["collectives"] if is_large(c)] for name in promising}
     waited = [f"{c['step']} in {name}" for name in promising for c in large[name] if not is_hidden(c["passes_between"])]
     return (
-        f"Copies of 1 MiB or more in the loop of the steady state: {', '.join(copied) or 'none in any row'}. "
-        f"The {len(promising)} rows of vocab-1 and vocab-2 have {sum(map(len, large.values()))} collectives of the "
-        f"vocabulary of 1 MiB or more; without a transformer pass between start and end: {', '.join(waited) or 'none'}."
+        f"Copies of 1 MiB or more in the steady-state loop: {', '.join(copied) or 'none in any row'}. "
+        f"The {len(promising)} rows of vocab-1 and vocab-2 have {sum(map(len, large.values()))} vocabulary collectives "
+        "of 1 MiB or more; those without a transformer pass between start and end: "
+        f"{', '.join(waited) or 'none'}."
     )
 
 
 def is_large(collective: Mapping[str, Any]) -> bool:
-    """Whether a collective is of the vocabulary layers and large enough to matter."""
+    """Whether a collective belongs to the vocabulary layers and is large enough to matter."""
     return collective["step"] != "transfer" and collective["bytes"] >= 2**20
 
 

@@ -1,4 +1,4 @@
-"""The results page, its tables and pictures: one part a section, each replaced when its section runs again."""
+"""The results page, its tables and pictures: one part per section, each replaced when its section runs again."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ METHOD_COLORS = {
 
 @dataclass(frozen=True)
 class Files:
-    """Where results go: ``page``, and the folder of the same name beside it for tables and pictures; ``cache`` keeps
-    what takes long."""
+    """Where results go: ``page``, and the folder of the same name next to it for tables and pictures; ``cache`` holds
+    slow results."""
 
     page: Path
     cache: Path
@@ -39,7 +39,7 @@ class Files:
         return self.page.with_suffix("")
 
     def csv(self, name: str, rows: Sequence[Row]) -> str:
-        """Writes a table; its link."""
+        """Write a table; returns its link."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{name}.csv"
         with path.open("w", newline="") as file:
@@ -49,14 +49,14 @@ class Files:
         return f"[{path.name}]({self.folder.name}/{path.name})"
 
     def picture(self, name: str, figure: Figure, alt: str) -> str:
-        """Writes a picture; the Markdown that shows it."""
+        """Write a picture; returns the Markdown that shows it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{name}.png"
         figure.savefig(path, dpi=110, metadata={"Software": None})
         return f"![{alt}]({self.folder.name}/{path.name})"
 
     def read(self, name: str) -> list[dict[str, str]]:
-        """A table that an earlier section has written; ValueError where it has not."""
+        """A table that an earlier section wrote; ValueError if it has not."""
         path = self.folder / f"{name}.csv"
         if not path.exists():
             raise ValueError(f"{path} is not there; run the section that writes it first: --only {name}")
@@ -80,26 +80,26 @@ def canvas(width: float, height: float, columns: int = 1, rows: int = 1) -> tupl
 
 HEAD = """# Results
 
-The tables and figures of [arXiv 2411.05288](https://arxiv.org/abs/2411.05288) that can be had, ours beside the
-published ones. This page is written by
+The tables and figures of [arXiv 2411.05288](https://arxiv.org/abs/2411.05288) that can be reproduced, ours next to
+the published ones. This page is written by
 
     python experiments/reproduce.py
 
-and a part of it again by `--only SECTION`, with the name in brackets behind a heading. Every part says how it came
-about:
+To rewrite one section, add `--only SECTION` with the name in brackets in its heading. Every section says how its
+numbers were obtained:
 
 * **measured**: run on the named hardware;
-* **compiled**: read from what the compiler made of the real program, for the named hardware, without running it;
-* **simulated**: pass times from a model of the GPU, put together by the event simulator ([simulator.md](simulator.md));
+* **compiled**: read from the real program as compiled for the named hardware, without running it;
+* **simulated**: pass times from a model of the GPU, combined by the event simulator ([simulator.md](simulator.md));
 * **computed**: arithmetic on sizes.
 
-What is published is in [paper/](../docs/paper): memory in GB of 1024 MiB, MFU in percent. On eight GPUs the published
-MFU of Table 5 is of a peak of 320 TFLOP/s, not 312, and so is ours beside it.
+The published numbers are in [paper/](../docs/paper): memory in GB of 1024 MiB, MFU in percent. On eight GPUs, the
+published MFU of Table 5 is relative to a peak of 320 TFLOP/s, not 312, and so is ours in that table.
 """
 
 
 def _wrapped(body: str) -> str:
-    """Paragraphs in lines of 120; headings, tables and pictures as they are."""
+    """Wrap paragraphs at 120 columns; headings, tables and pictures are unchanged."""
     parts = body.strip().split("\n\n")
     prose = [not part.startswith(("#", "|", "!")) for part in parts]
     fill = {"width": 120, "break_long_words": False, "break_on_hyphens": False}
@@ -108,7 +108,7 @@ def _wrapped(body: str) -> str:
 
 
 def update(page: Path, order: Sequence[str], parts: Mapping[str, str]) -> None:
-    """Writes the page: the given parts new, the others as they were, in order."""
+    """Write the page: the given parts are replaced, the others kept, in order."""
     old = page.read_text() if page.exists() else ""
     kept = {name: body for name, body in re.findall(r"<!-- (\w+) -->\n(.*?)<!-- end -->", old, re.DOTALL)}
     kept |= {name: _wrapped(body) for name, body in parts.items()}

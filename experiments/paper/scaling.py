@@ -1,7 +1,7 @@
-"""Table 3: how the sharded vocabulary layers scale, simulated from the GPU model; and one shard at a time on a CPU.
+"""Table 3: how the sharded vocabulary layers scale, simulated with the GPU model; and one shard at a time on a CPU.
 
-Scaling is the time of the whole layer on one device over p times the time of one of p shards, without collectives,
-which the schedules hide.
+Scaling is the time of the whole layer on one device divided by p times the time of one of p shards, without
+collectives, which the schedules hide.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from vocabpp_jax.schedules.simulation.cost import GPU, Cost, Sizes
 from vocabpp_jax.vocab import Shard, Target
 
 V = 256_000
-"""The vocabulary of Table 3: its text names none, and this is the largest of the tables."""
+"""The vocabulary of Table 3: its text names none; this is the largest in the tables."""
 
 
 PARTS = ("products", "softmax", "edges", "table", "launches")
-"""What a shard's time is made of; a layer has some of them."""
+"""The components of a shard's time; each layer has some of them."""
 
 
 def published_rows() -> list[dict[str, str]]:
@@ -62,7 +62,7 @@ def input_parts(z: Sizes, gpu: GPU, shards: int) -> dict[str, float]:
 
 
 def simulated() -> list[dict[str, Any]]:
-    """A line for every row of Table 3."""
+    """One line per row of Table 3."""
     gpu, lines = frozen(5), []
     for row in published_rows():
         p, seq = int(row["gpus"]), int(row["seq_length"])
@@ -95,7 +95,7 @@ def simulated() -> list[dict[str, Any]]:
 
 
 def output_step(method: str, shard: Shard) -> Callable[..., Any]:
-    """S and T of one shard, with the statistics that only it knows standing for the global ones."""
+    """S and T of one shard, with its local statistics in place of the global ones."""
 
     def step(w, x, labels, grad):
         kept, stats = vocab.exponentials(vocab.logits(w, x, shard), labels, shard, jnp.float32)
@@ -116,7 +116,7 @@ def input_step(rows: int) -> Callable[..., Any]:
 
 
 def seconds(method: str, rows: int, tokens: int, hidden: int, vocabulary: int, repeats: int = 7) -> float:
-    """The least time of several of one shard's passes on the first device, alone on it."""
+    """The minimum time, over several repeats, of one shard's passes running alone on the first device."""
     rng = np.random.default_rng(0)
     w, x = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((rows, hidden), (tokens, hidden)))
     labels = jnp.asarray(rng.integers(0, vocabulary, tokens), jnp.int32)
@@ -130,7 +130,7 @@ def seconds(method: str, rows: int, tokens: int, hidden: int, vocabulary: int, r
 
 
 def measured(tokens: int = 256, hidden: int = 512, vocabulary: int = 32_000) -> list[dict[str, Any]]:
-    """Scaling of our own layers on this machine's CPU, a line a layer and number of shards."""
+    """Scaling of our own layers on this machine's CPU, one line per layer and number of shards."""
     lines = []
     for method in ("vocab-1", "vocab-2", "input"):
         whole = seconds(method, vocabulary, tokens, hidden, vocabulary)
@@ -145,7 +145,7 @@ def measured(tokens: int = 256, hidden: int = 512, vocabulary: int = 32_000) -> 
 
 
 def section(files: Files, say: Say) -> str:
-    """The part of the page for Table 3."""
+    """The page's section on Table 3."""
     lines = simulated()
     say("timing one shard at a time on the CPU")
     own = measured()
@@ -156,22 +156,24 @@ def section(files: Files, say: Say) -> str:
     shown += [key for key in lines[0] if key.endswith("ms")]
     return "\n\n".join(
         [
-            "Scaling in percent: the whole layer's time over p times a shard's, collectives left out. **Simulated** "
-            "with the frozen calibration, nothing fitted to this table; models of Table 1 for their number of GPUs, "
-            f"V=256k assumed. Off by {np.mean(output):.1f} points on average for the output layer, "
-            f"{np.mean(inputs):.1f} for the input layer. {links[0]}",
+            "Scaling in percent: the whole layer's time divided by p times a shard's, without collectives. "
+            "**Simulated** with the frozen calibration; nothing is fitted to this table. The models are those of Table "
+            "1 for each number of GPUs, and V=256k is assumed. The error is "
+            f"{np.mean(output):.1f} points on average for the output layer, {np.mean(inputs):.1f} for the input layer. "
+            f"{links[0]}",
             table([{key: line[key] for key in shown} for line in lines], {"s": "d", "GPUs": "d", "error": "+.1f"}),
-            "The model gives both algorithms the same passes in all; published, Algorithm 2 is 4.4 to 5.6 points "
-            "behind, for it scales the sum of its input gradient once more. The input layer scales badly because "
-            "every shard still writes the whole stream and only the gradient of the table is divided. It is the "
-            "worst modelled pass: the published percentage falls with s, so each token costs more there than the six "
-            "bytes an element that the model moves. It takes a few hundredths of a microbatch's time, and was left so.",
-            f"The same **measured** with our own layers in float32 on one CPU ({platform.machine()}, {os.cpu_count()} "
-            "cores), b=1, s=256, h=512, V=32000: one shard at a time, alone on a device, the least time of seven. "
-            "All shards at once on simulated devices would say nothing, since those share the cores. More than 100 "
-            "means that a shard's logits stay in caches that the whole layer's leave, which says nothing about a GPU "
-            "either: it shows that sharding adds no arithmetic of its own. A scatter-add touches only rows in use, "
-            f"so our input layer has no dense gradient. {links[1]}",
+            "In the model, S and T together take the same time in both algorithms. In the published table, Algorithm 2 "
+            "is 4.4 to 5.6 points behind, because it scales the sum of its input gradient once more. The input layer "
+            "scales badly because every shard still writes the whole stream; only the gradient of the table is "
+            "divided. It is the worst modelled pass: the published percentage falls with s, so each token costs more "
+            "than the six bytes per element that the model moves. It takes only a few hundredths of a microbatch's "
+            "time, so the model was left as it is.",
+            f"The same, **measured** with our own layers in float32 on one CPU ({platform.machine()}, {os.cpu_count()} "
+            "cores), b=1, s=256, h=512, V=32000: one shard at a time, alone on a device, the shortest of seven times. "
+            "Running all shards at once on simulated devices would show nothing, because they share the cores. More "
+            "than 100 means that a shard's logits fit in caches that the whole layer's do not. That says nothing about "
+            "a GPU; it shows that sharding adds no arithmetic of its own. A scatter-add touches only rows in use, so "
+            f"our input layer has no dense gradient. {links[1]}",
             table(own, {"shards": "d", "scaling": ".1f"}),
         ]
     )

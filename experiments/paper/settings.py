@@ -1,4 +1,4 @@
-"""The published rows, and the options that set up the same run here."""
+"""The published rows, and the options that set up the same runs here."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """What identifies it among results."""
+        """Its key among the results."""
         tied = " tied" if self.tied else ""
         return f"{self.order} {self.method} {self.gpus} GPUs s={self.seq} V={self.vocab_size}{tied}"
 
     @property
     def order(self) -> str:
-        """The pipeline schedule: the table's, if the row has none of its own."""
+        """The pipeline schedule: the row's own if it has one, else the table's."""
         return self.schedule or SCHEDULES[self.table]
 
     @property
@@ -65,7 +65,7 @@ class Setting:
 
 
 def published(table: int) -> list[Setting]:
-    """The rows of Table 5 or 6, those that ran out of memory with neither MFU nor memory."""
+    """The rows of Table 5 or 6; those that ran out of memory have neither MFU nor memory."""
     with TABLES[table].open() as file:
         return [
             Setting(

@@ -1,4 +1,4 @@
-"""Tables 5 and 6: MFU simulated by the frozen calibration, peak memory compiled for A100s, beside the published."""
+"""Tables 5 and 6: MFU simulated with the frozen calibration, peak memory compiled for A100s, next to the published."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from vocabpp_jax.schedules.simulation.simulator import COMPILED
 from vocabpp_jax.schedules.simulation.simulator import GPU as GPU_RULES
 
 BARS = {5: (2.5, 6.0), 6: (3.0, 6.0)}
-"""The mean and the largest absolute MFU error, in points, that the calibration must keep."""
+"""Limits on the mean and the largest absolute MFU error, in points, for the calibration."""
 OWN = (COMPILED, GPU_RULES)
-"""What waits for what in our program: at worst, and on GPUs."""
+"""Rules for our program: the worst case, and GPUs."""
 CLEAR = 1.0
-"""Points of published MFU from which the order of two methods counts."""
+"""Two methods count as ordered if their published MFU differs by at least this many points."""
 WHAT_IF = {
     "twice the network between nodes": lambda gpu: dataclasses.replace(gpu, inter_bandwidth=2 * gpu.inter_bandwidth),
     "twice the contention": lambda gpu: dataclasses.replace(gpu, contention=2 * gpu.contention),
     "no contention": lambda gpu: dataclasses.replace(gpu, contention=0.0),
     "twice the launch": lambda gpu: dataclasses.replace(gpu, launch=2 * gpu.launch),
 }
-"""One constant changed at a time, to see what a difference comes from; no number elsewhere uses them."""
+"""One constant changed at a time, to find the cause of a difference; used for nothing else."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A published row and ours: MFU in percent, under the rules of the published system and those of our program, its
+    """A published row and ours: MFU in percent, under the rules of the published system and those of our program, with
     transfers blocking or as on GPUs; GiB."""
 
     row: Setting
@@ -48,11 +48,11 @@ class Outcome:
 
     @property
     def error(self) -> float | None:
-        """Points of MFU too much."""
+        """Points by which our MFU is too high."""
         return None if self.row.mfu is None else self.mfu - self.row.mfu
 
     def line(self) -> dict[str, Any]:
-        """A line of the CSV."""
+        """A row of the CSV."""
         r = self.row
         return {
             "gpus": r.gpus,
@@ -72,7 +72,7 @@ class Outcome:
 
 
 def outcomes(number: int, compiled: Path | None = None, own: bool = False, say: Say = lambda _: None) -> list[Outcome]:
-    """Every row of a table; ``own`` also simulates our program, ``compiled`` holds the reports of the compiler."""
+    """Every row of a table; with ``own``, also simulate our program; ``compiled`` holds the compiler's reports."""
     reports = read_reports(compiled) if compiled else {}
     peaks = {name: report["peak_bytes"] / 2**30 for name, report in reports.items()}
     found = []
@@ -100,7 +100,7 @@ def settings(found: Sequence[Outcome]) -> dict[tuple[int, int, int], list[Outcom
 
 
 def order(found: Sequence[Outcome]) -> tuple[int, list[tuple[Outcome, Outcome]]]:
-    """How many pairs of methods in one setting differ clearly as published, and those that ours turns round."""
+    """How many pairs of methods in one setting clearly differ as published, and the pairs whose order ours reverses."""
     clear, wrong = 0, []
     for rows in settings([o for o in found if o.row.mfu is not None]).values():
         for a, b in itertools.combinations(rows, 2):
@@ -112,7 +112,7 @@ def order(found: Sequence[Outcome]) -> tuple[int, list[tuple[Outcome, Outcome]]]
 
 
 def groups(found: Sequence[Outcome]) -> dict[tuple[int, int, str], list[Outcome]]:
-    """The rows that differ in their vocabulary alone: GPUs, sequence length, method."""
+    """Rows that differ only in their vocabulary, grouped by GPUs, sequence length, method."""
     by: dict[tuple[int, int, str], list[Outcome]] = {}
     for o in found:
         if o.error is not None:
@@ -121,7 +121,7 @@ def groups(found: Sequence[Outcome]) -> dict[tuple[int, int, str], list[Outcome]
 
 
 def furthest(found: Sequence[Outcome], number: int, count: int = 4) -> list[dict[str, Any]]:
-    """The groups of rows that are furthest off, and how far with one constant changed."""
+    """The groups of rows with the largest errors, and their errors with one constant changed."""
 
     def off(rows: Sequence[Outcome], gpu: GPU) -> float:
         return float(np.mean([predict(o.row, gpu).mfu - o.row.mfu for o in rows]))
@@ -137,22 +137,23 @@ def furthest(found: Sequence[Outcome], number: int, count: int = 4) -> list[dict
 # --- for people ------------------------------------------------------------------------------------------------------
 
 REASONS = {
-    5: """Furthest off are rows whose GPUs never wait, and they are too fast. In the measured pass times (section
-calibration) the same four layers take 2% to 4% longer with interlaced than with the baseline, though nothing runs
-beside either: GPUs that are always busy are slower than those that wait for the last stage, and the model has one
-speed for both, between the two. Vocabulary passes on 32 GPUs are as far off for a second reason: their contention was
-measured inside one node, and between nodes collectives last longer. Twice of it would remove the difference. Nothing
-was changed: only baselines and the pass times may be fitted to.""",
-    6: """Two things pull apart. Rows of one short layer a pass, 16 GPUs at s=2048, are too fast: published MFU rises by
-a tenth from there to s=4096, ours by less, which is a cost a pass that does not depend on its tokens; the baselines
-that it could be fitted to hide it, for their devices wait for the first one. Long passes, s=4096, are too slow on 32
-GPUs: the contention measured with 1F1B is a share of a pass, but collectives do not last longer because passes do,
-and without it those rows agree. Both belong to a software stack of which only whole iterations are published.""",
+    5: """The rows furthest off are those whose GPUs never wait, and they are too fast. In the measured pass times
+(section calibration), the same four layers take 2% to 4% longer with interlaced than with the baseline, although
+nothing overlaps with either: GPUs that are always busy are slower than GPUs that wait for the last stage, and the
+model has a single speed, between the two. Vocabulary passes on 32 GPUs are equally far off for a second reason: their
+contention was measured inside one node, and between nodes collectives last longer. Doubling the contention would
+remove the difference. Nothing was changed, because only baselines and pass times may be fitted to.""",
+    6: """Two effects pull in opposite directions. Rows with one short layer per pass (16 GPUs at s=2048) are too fast:
+from there to s=4096, published MFU rises by a tenth, ours by less. That is a cost per pass that does not depend on its
+tokens; the baselines, to which it could be fitted, hide it, because their devices wait for the first one. Long passes
+(s=4096) are too slow on 32 GPUs: the contention measured with 1F1B is a share of a pass, but collectives do not last
+longer because passes do, and without contention those rows agree. Both effects belong to a software stack of which only
+whole iterations are published.""",
 }
 
 
 def _interlaced(found: Sequence[Outcome]) -> str:
-    """What interlaced loses when its transfers are asynchronous, by the number of GPUs."""
+    """What interlaced loses when its transfers are asynchronous, by number of GPUs."""
     lost: dict[int, list[float]] = {}
     for o in found:
         if o.row.method == "interlaced" and o.own_gpu is not None:
@@ -164,7 +165,7 @@ def _interlaced(found: Sequence[Outcome]) -> str:
 
 
 def section(number: int, files: Files, say: Say) -> str:
-    """The part of the page for Table 5 or 6."""
+    """The page's section on Table 5 or 6."""
     found = outcomes(number, files.cache / "memory.jsonl", own=True, say=say)
     link = files.csv(f"table{number}", [o.line() for o in found])
     mean, largest = errors(found)
@@ -172,9 +173,10 @@ def section(number: int, files: Files, say: Say) -> str:
     predicted = [o for o in found if o.row.method != "baseline"]
     p_mean, p_largest = errors(predicted)
     text = [
-        "MFU is **simulated**, a process a device as in the published system (rules `free`), by the frozen "
-        f"calibration; baseline rows were fitted to, all others are predictions. Error: **{mean:.2f} points on "
-        f"average, {largest:.2f} at most** over all rows, {p_mean:.2f} and {p_largest:.2f} over the predictions. Of "
+        "MFU is **simulated** with the frozen calibration and one process per device, as in the published system "
+        "(rules `free`). The calibration was fitted to the baseline rows; all others are predictions. Error: "
+        f"**{mean:.2f} points on average, {largest:.2f} at most** over all rows, {p_mean:.2f} and {p_largest:.2f} over "
+        "the predictions. Of "
         f"{clear} pairs of methods in one setting whose published MFU differs by more than {CLEAR:g} point, "
         f"{clear - len(wrong)} come out in the "
         f"published order." + "".join(f" Not so: {a.row.name} against {b.row.method}." for a, b in wrong),
@@ -182,11 +184,11 @@ def section(number: int, files: Files, say: Say) -> str:
         "embedding, its order of passes fitted to the same durations, by the rules of GPUs (transfers and collectives "
         "share one stream on each device) or, as a bound, with transfers that block both ends" + _interlaced(found),
         "Peak memory is **compiled** for A100-SXM4-80GB by XLA from the full train step in bfloat16 with float32 "
-        "parameters. A dash under published: ran out of memory; under compiled: not compiled. Here the smallest and "
-        f"the largest vocabulary, all rows in {link}:",
+        "parameters. A dash under *published* means that it ran out of memory; under *compiled*, that the row was "
+        f"not compiled. The table shows the smallest and the largest vocabulary; all rows are in {link}:",
         _overview(found),
         files.picture(f"table{number}", _draw(found, number), f"MFU and memory of Table {number}, ours and published"),
-        "What differs most, in points of MFU, and what becomes of it when one constant is changed:",
+        "The largest differences, in points of MFU, and what they become when one constant is changed:",
         table(furthest(found, number), {"GPUs": "d", "s": "d"} | dict.fromkeys(["points too much", *WHAT_IF], "+.2f")),
         REASONS[number],
     ]
@@ -216,7 +218,7 @@ def _overview(found: Sequence[Outcome]) -> str:
 
 
 def _draw(found: Sequence[Outcome], number: int):
-    """Published over vocabulary as marks, ours as lines: MFU above, memory below."""
+    """Plot over vocabulary size, published as marks, ours as lines: MFU above, memory below."""
     columns = sorted({(o.row.gpus, o.row.seq) for o in found})
     figure, axes = canvas(3.1 * len(columns), 6, len(columns), 2)
     for n, (gpus, seq) in enumerate(columns):

@@ -1,1 +1,1 @@
-"""What ``parity.py`` is made of: one comparison with plain autodiff, and the matrix of all of them."""
+"""The parts of ``parity.py``: a single comparison with plain autodiff, and the matrix of all of them."""

@@ -1,4 +1,4 @@
-"""One pipeline's loss and every gradient beside plain autodiff of the same model on one device."""
+"""One pipeline's loss and every gradient, compared with plain autodiff of the same model on one device."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from command_line.options import ModelOptions, PipelineOptions
 from vocabpp_jax import Pipeline, make_mesh, models
 from vocabpp_jax.pipeline.mesh import all_devices
 
-# Relative error of a gradient, in float32. In bfloat16 a reference in bfloat16 sets the scale; see `allowed`.
+# Relative error of a gradient, in float32. For bfloat16, a bfloat16 reference sets the scale; see `allowed`.
 TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is compared, and on which data."""
+    """What to compare, and on which data."""
 
     mask_fraction: float = 0.0
     """Fraction of tokens that do not count in the loss."""
     seed: int = 0
-    """Decides parameters and data."""
+    """Random seed for parameters and data."""
     model: ModelOptions = field(
         default_factory=lambda: ModelOptions(model="gpt-tiny", layers=8, hidden=32, heads=2, seq=12, vocab_size=101)
     )
@@ -36,7 +36,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Parity:
-    """What came out: relative errors by parameter, and the activations that the running program held by device."""
+    """The result: relative errors by parameter, and the activations that the running program held, by device."""
 
     loss: float
     loss_error: float
@@ -64,13 +64,13 @@ class Parity:
 
 
 def relative_error(got: Any, want: Any) -> float:
-    """‖got - want‖ / ‖want‖; NaN where either is not finite."""
+    """‖got - want‖ / ‖want‖; NaN if either is not finite."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     return float(np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30))
 
 
 def prepare(options: Case) -> Pipeline:
-    """The pipeline of the options. Raises ValueError for what cannot be built."""
+    """The pipeline of the options. Raises ValueError if it cannot be built."""
     if not 0 <= options.mask_fraction < 1:
         raise ValueError(f"mask_fraction is {options.mask_fraction}; it must be at least 0 and below 1")
     config = options.model.config()
@@ -98,7 +98,7 @@ def data_of(options: Case, pipe: Pipeline) -> tuple[Any, dict[str, np.ndarray]]:
 
 
 def compare(options: Case) -> Parity:
-    """Runs both sides of one configuration."""
+    """Run both sides of one configuration."""
     pipe = prepare(options)
     canonical, batch = data_of(options, pipe)
 
@@ -123,8 +123,11 @@ def compare(options: Case) -> Parity:
 
 
 def reference(options: Case, canonical: Any, batch: dict[str, np.ndarray], dtype: str) -> tuple[Any, Any]:
-    """Loss and gradients of one device, on the host. Microbatches that do not count fill up a round number of them,
-    so that configurations which differ only in the pipeline share a compiled reference."""
+    """Loss and gradients of one device, on the host.
+
+    Fully masked microbatches pad the count to a round number, so that configurations that differ only in the pipeline
+    share a compiled reference.
+    """
     m = len(batch["tokens"])
     fill = -m % 20
     batch = {name: np.pad(array, ((0, fill), (0, 0), (0, 0))) for name, array in batch.items()}
@@ -146,5 +149,5 @@ def compiled_reference(options: ModelOptions, shape: tuple[int, int, int], dtype
 
 
 def allowed(rounded: tuple, exact: tuple) -> float:
-    """What bfloat16 explains: twice the worst error that one device makes when it computes in bfloat16."""
+    """The error explained by bfloat16: twice the worst error of one device computing in bfloat16."""
     return 2 * max(jax.tree.leaves(jax.tree.map(relative_error, rounded, exact)))

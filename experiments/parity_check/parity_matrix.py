@@ -1,4 +1,4 @@
-"""The whole matrix of parity: every schedule with every method, architecture and loss, over many shapes."""
+"""The parity matrix: every schedule with every method, architecture and loss, over many shapes."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from vocabpp_jax.schedules.vocabulary import SHARDED
 
 
 def combinations() -> list[tuple[str, str]]:
-    """Every schedule with every method that it takes."""
+    """Every schedule with every method that it supports."""
     return [(schedule, method) for schedule in schedules.SCHEDULES for method in schedules.methods_of(schedule)]
 
 
 def matrix() -> Iterator[Case]:
-    """Every combination of schedule and method that there is, over stages, microbatches and tied tables."""
+    """Every combination of schedule and method, over stages, microbatches and tied tables."""
     for schedule, method in combinations():
         for p in (1, 2, 3, 4, 8):
             for m in sorted({1, p - 1, p, 2 * p + 1, 3 * p} - {0}):
@@ -70,7 +70,7 @@ def case(
     tensor: int = 1,
     mtp_depth: int = 0,
 ) -> Case:
-    """One small configuration: a prime vocabulary, one layer a stage, some tokens masked where tied."""
+    """One small configuration: a prime vocabulary size, one layer per stage, some tokens masked if tied."""
     layers = 2 * p if schedule.startswith(("v-", "inter")) or method == "redis" else p
     return Case(
         mask_fraction=0.25 if tied else 0.0,
@@ -99,13 +99,13 @@ def name_of(options: Case) -> str:
 
 
 def run_all(path: Path, only: str, jobs: int, console: Console) -> list[dict[str, Any]]:
-    """Runs what the results file lacks of the cases; the results of all of them."""
+    """Run the cases that the results file lacks; returns the results of all cases."""
     path.parent.mkdir(parents=True, exist_ok=True)
     done = {r["case"]: r for r in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
     cases = [options for options in matrix() if re.search(only, name_of(options))]
     missing = [options for options in cases if name_of(options) not in done]
     started = time.monotonic()
-    # Threads do not help a compiler of small programs; processes do.
+    # Threads do not speed up compiling small programs; processes do.
     with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_begin) as pool:
         for n, (options, result) in enumerate(zip(missing, pool.map(_compare, missing), strict=True), start=1):
             name = name_of(options)
@@ -119,7 +119,7 @@ def run_all(path: Path, only: str, jobs: int, console: Console) -> list[dict[str
 
 
 def summary(results: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """A row for every schedule and method that has results."""
+    """One row per schedule and method that has results."""
     rows = []
     for schedule, method in combinations():
         of = [r for r in results if r["case"].startswith(f"{schedule} {method} ")]
@@ -145,7 +145,7 @@ def _begin() -> None:
 
 
 def _end_with_the_parent() -> None:
-    """A worker whose parent was killed would wait for another case for ever."""
+    """Exit with the parent: otherwise a worker whose parent was killed would wait for another case forever."""
     parent_process().join()
     os._exit(1)
 

@@ -1,1 +1,1 @@
-"""Planning: plans compiled in processes of their own, the table, the picture, and a machine's own description."""
+"""Planning: plans compiled in separate processes, the table, the plot, and a description of the local machine."""

@@ -1,4 +1,4 @@
-"""Compiles one step: a request of :mod:`.compiling` on standard input, the compiler's peak on standard output."""
+"""Compiles one step: :mod:`.compiling` request on standard input, the compiler's peak on standard output."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Compiles plans for GPUs that are not there, each in a process of its own, several at a time.
+"""Compiles plans for GPUs that are not present, each in its own process, several at a time.
 
-A result is kept in a folder under a name that follows from all that decides it, so a run that was stopped goes on
-behind it.
+Results are stored in a folder under a name derived from everything that determines them, so an interrupted run resumes
+where it stopped.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ _EXPERIMENTS = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Job:
-    """A step to compile. ``pipeline`` says how many devices there are."""
+    """A step to compile. ``pipeline`` determines the number of devices."""
 
     gpu: str
     model: ModelOptions
     pipeline: PipelineOptions
 
     def request(self) -> dict[str, Any]:
-        """All that decides the result."""
+        """Everything that determines the result."""
         packages = {name: version(name) for name in ("jax", "jaxlib", "vocabpp-jax")}
         options = {"model": dataclasses.asdict(self.model), "pipeline": dataclasses.asdict(self.pipeline)}
         return options | {"gpu": self.gpu, "packages": packages}
 
     def result(self, folder: Path) -> dict[str, Any]:
-        """``peak_bytes`` and ``seconds``, or ``refused`` and why; from the folder, if it is there."""
+        """``peak_bytes`` and ``seconds``, or ``refused`` and why; read from the folder if present."""
         request = json.dumps(self.request(), sort_keys=True)
         kept = folder / f"{hashlib.sha256(request.encode()).hexdigest()[:16]}.json"
         if kept.exists():
@@ -65,7 +65,7 @@ class Job:
 def results(
     jobs: Iterable[Job], folder: Path, at_once: int, say: Callable[[str], None] = lambda line: None
 ) -> Iterator[dict[str, Any]]:
-    """The results in the order of the jobs, ``at_once`` of them under way. Jobs are begun as results are taken."""
+    """Results in job order, with ``at_once`` jobs running. Jobs start as results are consumed."""
     folder.mkdir(parents=True, exist_ok=True)
     jobs = iter(jobs)
     with ThreadPoolExecutor(at_once) as pool:

@@ -1,8 +1,8 @@
-"""This machine's cores as the planner knows a GPU: a file of constants, from passes timed on two of them.
+"""Describes this machine's cores to the planner as a GPU: a file of constants, from passes timed on two cores.
 
-Two processes, each on a core of its own, run the passes of a few small pipelines as the executor does
-(:mod:`speed_measure.speed_passes`). The constants are those whose passes come nearest, by least squares over
-logarithms. The bytes that the cost model counts are bfloat16's, so what a float32 pass moves is in the constants.
+Two processes, each on its own core, run the passes of a few small pipelines as the executor does
+(:mod:`speed_measure.speed_passes`). The constants are fitted to these passes by least squares over logarithms. The cost
+model counts bfloat16 bytes, so what a float32 pass moves is part of the constants.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ START = {
     "intra_bandwidth": 1e9,
     "intra_latency": 1e-4,
 }
-LONG = 1e-2  # seconds from which a pass counts in full
+LONG = 1e-2  # seconds from which a pass counts fully
 ROUNDS, MINUTES = 3, 20.0
 KINDS = ("F", "B", "S", "T", "H", "IB")
 SUMS = ("hidden_broadcast", "grad_sum", "transfer")
@@ -56,8 +56,7 @@ Cases = list[tuple[ModelOptions, str, int, dict[str, Any]]]
 
 
 def measure(path: Path, say: Say) -> None:
-    """Write the description of this machine's cores. Raises ValueError where there are not two, or it cannot be
-    written."""
+    """Write the description of this machine's cores. Raises ValueError with fewer than two, or on a write error."""
     start = described(_core_flops())
     found = _passes(say)
     gpu = fitted(found, start)
@@ -66,11 +65,11 @@ def measure(path: Path, say: Say) -> None:
         path.write_text(as_toml(gpu))
     except OSError as problem:
         raise ValueError(f"measure_cpu is {path}; it cannot be written: {problem.strerror}") from None
-    say(f"written to {path}; passes of {1e3 * LONG:.0f} ms and more are off by {np.mean(long):.1%} on average")
+    say(f"written to {path}; passes of {1e3 * LONG:.0f} ms or more are off by {np.mean(long):.1%} on average")
 
 
 def fitted(found: Cases, start: GPU) -> GPU:
-    """The constants by which the passes come nearest to what was measured."""
+    """The constants that fit the measured passes best."""
 
     def residuals(at: Constants) -> np.ndarray:
         rows = compared(found, dataclasses.replace(start, **at))
@@ -97,7 +96,7 @@ def _passes(say: Say) -> Cases:
 
 
 def compared(found: Cases, gpu: GPU) -> list[tuple[str, float, float]]:
-    """Name, measured and modelled seconds of every pass that takes time."""
+    """Name, measured and modeled seconds of every pass that takes time."""
     rows = []
     for model, method, size, ms in found:
         schedule = build_schedule("1f1b", method, p=2, m=1, overlap=False)
@@ -115,7 +114,7 @@ def _largest(times: Any) -> float:
 
 
 def described(peak_flops: float) -> GPU:
-    """The machine before its constants are fitted; a core's peak is what it multiplies at most."""
+    """The machine before its constants are fitted; a core's peak is its measured matrix-product rate."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
     cores = len(os.sched_getaffinity(0))
     sheet = {"peak_flops": peak_flops, "memory_bytes": memory, "memory_bandwidth": 1e10, "gpus_per_node": cores}
@@ -149,7 +148,7 @@ def as_toml(gpu: GPU) -> str:
 
 
 def timed(plans: Sequence[Plan], run_of: Callable, rounds: int = ROUNDS) -> list[Timed]:
-    """A step of every plan, timed in turns on this machine's cores: loss and gradients."""
+    """Time a step of every plan, loss and gradients, in turns on this machine's cores."""
     left = countdown(60 * MINUTES)
     stages = plans[0].choice.stages
     with Group(speed_stage.STAGE_SCRIPT, stages) as group:

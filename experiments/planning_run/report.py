@@ -1,4 +1,4 @@
-"""What the planner prints: the table, why neighbours were dropped, the picture."""
+"""The planner's output: the table, why neighbors were dropped, the plot."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from vocabpp_jax.planning import Choice, Dropped, Plan, Ranked, Request
 
 GIB = 2**30
 LITTLE = 0.03
-"""A share of the step that is not worth naming."""
+"""Shares of the step below this are not mentioned."""
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A plan that was compiled and does not fit, or could not be compiled."""
+    """A plan that compiled but does not fit, or could not be compiled."""
 
     plan: Plan
     reason: str
@@ -26,19 +26,19 @@ class Refused:
 
 @dataclass(frozen=True)
 class Timed:
-    """A plan, and what its step took in every round, without the optimizer."""
+    """A plan and its step time in every round, without the optimizer."""
 
     plan: Plan
     seconds: list[float]
 
     @property
     def median(self) -> float:
-        """Of the rounds."""
+        """Over the rounds."""
         return median(self.seconds)
 
 
 def table_of_timed(found: Sequence[Timed]) -> Table:
-    """A line a plan, as ranked, with what it took beside what was expected."""
+    """One line per plan, in ranked order, with measured and expected times."""
     fastest = min(each.median for each in found)
     shown_as = Table("schedule", "method", "microbatches", "expected, s", "measured, s", "rounds", "over the fastest")
     for each in found:
@@ -56,8 +56,8 @@ def table_of_timed(found: Sequence[Timed]) -> Table:
 
 
 def bounded_by(plan: Plan, dropped: Sequence[Dropped]) -> str:
-    """What a plan would be faster without: memory, where a neighbour that does not fit might be; or else what most of
-    the rest of the step goes to."""
+    """What limits a plan: memory, if a neighbor that does not fit might be faster; otherwise the largest part of the
+    step besides the passes."""
     if any(len(d.choice.differs(plan.choice)) == 1 and d.at_least < (1 - LITTLE) * plan.step_seconds for d in dropped):
         return "memory"
     share, name = max((plan.bubble, "bubble"), (plan.communication, "communication"))
@@ -65,7 +65,7 @@ def bounded_by(plan: Plan, dropped: Sequence[Dropped]) -> str:
 
 
 def table(plans: Sequence[Plan], dropped: Sequence[Dropped], title: str) -> Table:
-    """A line a plan, best first."""
+    """One line per plan, best first."""
     head = ("layout", "schedule", "method", "microbatches", "residuals", "optimizer")
     numbers = ("step, s", "tokens/s", "MFU", "bubble", "comm.", "GiB", "compiled", "bound by")
     found = Table(*head, *numbers, title=title)
@@ -91,8 +91,8 @@ def table(plans: Sequence[Plan], dropped: Sequence[Dropped], title: str) -> Tabl
 
 
 def reasons(best: Plan, ranked: Ranked, refused: Sequence[Refused]) -> Iterator[str]:
-    """Why every neighbour of the best plan that looked better is not it: of those that differ from it in one thing the
-    best-looking one for each thing, and of all that were compiled each."""
+    """Why neighbors of the best plan that looked better were not chosen: for each field, the best-looking one that
+    differs only in that; and every plan that was compiled and refused."""
     for each in refused:
         yield f"{each.plan.choice}: {each.plan.step_seconds:.3f} s; {each.reason}"
     named: set[str] = set()
@@ -107,7 +107,7 @@ def reasons(best: Plan, ranked: Ranked, refused: Sequence[Refused]) -> Iterator[
 
 
 def shown(choice: Choice, what: str) -> str:
-    """One part of a choice in words."""
+    """One field of a choice in words."""
     if what == "layout":
         return f"{choice.stages} × {choice.tensor} × {choice.data}"
     if what == "schedule":
@@ -116,7 +116,7 @@ def shown(choice: Choice, what: str) -> str:
 
 
 def front(plans: Sequence[Plan]) -> list[Plan]:
-    """The plans that no other is both faster and smaller than, fastest first."""
+    """The Pareto front: plans that no other beats in both time and memory, fastest first."""
     found: list[Plan] = []
     for plan in sorted(plans, key=lambda plan: (plan.step_seconds, bytes_of(plan))):
         if not found or bytes_of(plan) < bytes_of(found[-1]):
@@ -125,12 +125,12 @@ def front(plans: Sequence[Plan]) -> list[Plan]:
 
 
 def bytes_of(plan: Plan) -> float:
-    """Compiled, or else estimated."""
+    """Compiled if available, else estimated."""
     return plan.estimated.peak if plan.compiled_bytes is None else plan.compiled_bytes
 
 
 def draw(plans: Sequence[Plan], request: Request, path: Path) -> None:
-    """Time of a step against memory: every plan, those on the Pareto front joined and named."""
+    """Plot step time against memory for every plan; those on the Pareto front are connected and labeled."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")

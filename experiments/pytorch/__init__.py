@@ -1,1 +1,1 @@
-"""PyTorch's side of ``compare_pytorch.py``: its model, what Megatron logs, and the comparison's tables."""
+"""PyTorch's side of ``compare_pytorch.py``: its model, Megatron logs, and the comparison's tables."""

@@ -1,4 +1,4 @@
-"""PyTorch's pipelines and ours in tables: losses, throughput, and what the difference is made of."""
+"""Tables comparing PyTorch's pipelines with ours: losses, throughput, and where the difference comes from."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pytorch.megatron_logs import MegatronRun
 from speed_measure.turns import ratio
 
 ALONE = "last stage, one device"
-"""What the others wait for in a 1F1B without a sharded vocabulary, in a plain accumulation step of all microbatches."""
+"""The bottleneck stage of 1F1B without a sharded vocabulary, timed in a plain accumulation step of all microbatches."""
 
 
 def ratios_of(ours: Sequence[str], vocab_size: int, seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """Torch's 1F1B over each of ours: the kernels' part, the schedule's part, their product, and what was measured.
+    """Torch's 1F1B relative to each of ours: the kernel ratio, the schedule ratio, their product, and the measured
+    ratio.
 
     ``seconds`` are those of every round.
     """

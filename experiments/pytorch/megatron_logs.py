@@ -1,4 +1,4 @@
-"""What a log of Megatron-LM, or of VocabularyParallelism, which is built on it, says about a run's speed and memory."""
+"""Reads speed and memory from logs of Megatron-LM, or of VocabularyParallelism, which is built on it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _ARGUMENT = re.compile(r"^\s*(?:\d+:\s*)?(\w+) \.{2,} (\S+)\s*$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class MegatronRun:
-    """A run by its log. What the log does not say is None.
+    """A run as read from its log. What the log does not say is None.
 
     Attributes:
-        step_ms: median time of an iteration, the first ones left out.
-        tflops: median model TFLOP/s of a GPU.
-        memory_gib: the most that any rank had allocated.
-        tokens: of an iteration, where the log begins with the arguments and so says the sequence length.
+        step_ms: median time of an iteration, without the first ones.
+        tflops: median model TFLOP/s per GPU.
+        memory_gib: the maximum that any rank allocated.
+        tokens: per iteration, if the log begins with the arguments and so gives the sequence length.
         losses: by iteration.
     """
 
@@ -41,7 +41,7 @@ class MegatronRun:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens that the run trains on in a second."""
+        """Tokens per second of training."""
         return None if self.tokens is None else 1e3 * self.tokens / self.step_ms
 
 
@@ -49,7 +49,7 @@ def read_log(path: str | Path, warmup: int = 2) -> MegatronRun:
     """Read a log file.
 
     Args:
-        warmup: iterations to leave out at the beginning, where there are more.
+        warmup: iterations to skip at the beginning, if there are more.
 
     Raises:
         ValueError: there is no such file, or no line in it has the time of an iteration.

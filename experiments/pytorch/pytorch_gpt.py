@@ -30,7 +30,7 @@ SCHEDULES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """What the module needs to know of a model."""
+    """The model dimensions that the module needs."""
 
     layers: int
     hidden: int
@@ -60,9 +60,9 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Consecutive layers, with the embedding where they are the first and the head where they are the last.
+    """Consecutive layers, with the embedding on the first stage and the head on the last.
 
-    Parameters are loaded from the canonical ones by their path; the rest of the model is not made.
+    Parameters are loaded from the canonical ones by path; the rest of the model is not created.
     """
 
     def __init__(self, shape: Shape, weights: Mapping[str, np.ndarray], stage: int, stages: int):
@@ -93,7 +93,7 @@ class Stage(nn.Module):
 
 
 def token_loss(logits_BLV: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of a microbatch; the schedules divide by the number of microbatches."""
+    """Mean cross-entropy of a microbatch; the schedules divide by the number of microbatches."""
     return functional.cross_entropy(logits_BLV.flatten(0, 1).float(), labels_BL.flatten())
 
 

@@ -1,1 +1,1 @@
-"""What the experiments write for people to read."""
+"""Output of the experiments for people to read."""

@@ -1,4 +1,4 @@
-"""Least squares over logarithms: constants that are all positive, each step a share of what it changes."""
+"""Least squares over logarithms: all constants are positive, and each step is relative."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Constants = Mapping[str, float]
 
 
 def jacobian(of: Callable[[Constants], np.ndarray], at: Constants, r: np.ndarray) -> np.ndarray:
-    """What one percent of each constant does to the residuals, by differences, a column a constant."""
+    """The effect of one percent of each constant on the residuals, by finite differences, one column per constant."""
     step = 0.01
     return np.stack([(of({**at, name: at[name] * np.exp(step)}) - r) / step for name in at], axis=1)
 
@@ -21,9 +21,9 @@ def gauss_newton(
     iterations: int = 12,
     progress: Callable[[str], None] = lambda line: None,
 ) -> tuple[dict[str, float], np.ndarray]:
-    """The constants of least squares, and the standard error of each as a share of it.
+    """The least-squares constants, and the relative standard error of each.
 
-    Damped as Levenberg and Marquardt do: a step that does not help is taken again, shorter.
+    Damped as in Levenberg-Marquardt: a step that does not help is retried, shorter.
     """
     at, r, damping = dict(start), of(start), 1e-3
     for n in range(iterations):

@@ -1,4 +1,4 @@
-"""Markdown that experiments write: tables, and their place on a page."""
+"""Markdown written by the experiments: tables, and inserting them into a page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Row = Mapping[str, Any]
 
 
 def table(rows: Sequence[Row], formats: Mapping[str, str] | None = None) -> str:
-    """Rows as a Markdown table; ``formats`` has a format specification for a column, .2f where there is none."""
+    """Rows as a Markdown table; ``formats`` gives format specifications by column, by default .2f."""
     formats = formats or {}
 
     def cell(name: str, value: Any) -> str:
@@ -26,10 +26,10 @@ def table(rows: Sequence[Row], formats: Mapping[str, str] | None = None) -> str:
 
 
 def insert_table(page: Path, name: str, text: str) -> None:
-    """Replace what is between the comments ``<!-- name -->`` and ``<!-- /name -->`` of a Markdown page.
+    """Replace the text between the comments ``<!-- name -->`` and ``<!-- /name -->`` of a Markdown page.
 
     Raises:
-        ValueError: the page is not there, or has no such comments.
+        ValueError: the page does not exist, or has no such comments.
     """
     if not page.is_file():
         raise ValueError(f"docs is {str(page)!r}; there is no such page")

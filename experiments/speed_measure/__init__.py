@@ -1,1 +1,1 @@
-"""Timing on real processors: groups of processes, the stage that each runs, rounds in turn, and the report."""
+"""Timing on real hardware: groups of processes, the stage that each runs, timing in turns, and the report."""

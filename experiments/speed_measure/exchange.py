@@ -1,4 +1,4 @@
-"""Weights and batches in files that any framework reads: numpy alone, nothing of jax or torch.
+"""Weights and batches in files that any framework can read: only numpy, no jax or torch.
 
 ``weights.npz`` holds the canonical parameters by their path, for example ``blocks.0.attention.qkv.kernel [in, out]``;
 ``batches.npz`` holds ``tokens`` and ``labels``, int32 ``[steps, m, B, L]``.
@@ -37,7 +37,7 @@ def read_batches(folder: Path) -> Iterator[dict[str, np.ndarray]]:
 
 
 def make_batches(steps: int, m: int, batch: int, seq: int, vocab_size: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Text of a language that can be learnt: three times in four a token is decided by the one before it."""
+    """Learnable text: three out of four tokens are determined by the previous one."""
     random = np.random.default_rng(seed)
     follower = random.permutation(vocab_size)
     shape = (steps, m, batch)

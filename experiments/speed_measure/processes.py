@@ -1,8 +1,8 @@
-"""Processes that work together, one a core or a GPU: started, asked, watched, and ended whatever happens.
+"""Cooperating processes, one per core or GPU: started, queried, watched, and always ended.
 
-A group starts one copy of a script for each rank. Every request goes to all ranks, and every rank answers it, so a
-group does one thing at a time and two groups can be asked in turns. A rank that dies, or does not answer in time, ends
-the whole group with the end of what it wrote to standard error. A rank also ends when whoever started it does.
+A group starts one copy of a script for each rank. Every request goes to all ranks and every rank answers it, so a group
+does one thing at a time and two groups can be queried in turns. A rank that dies, or does not answer in time, ends the
+whole group with the last lines of its standard error. A rank also ends when its parent does.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-# Pin before anything is imported: a library sizes its thread pools by the cores that it may run on.
+# Pin before importing anything: libraries size their thread pools by the available cores.
 _PINNED = (
     "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])}); "
     "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
 )
 _EXPERIMENTS = str(Path(__file__).parents[1])  # where a rank's script finds the packages that it imports
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-# glibc gives every large array back to the system when it is freed, and clears its pages when it is made again. A
-# framework that allocates in every microbatch, as eager PyTorch does, would pay for that and for nothing of its own.
+# glibc returns every large array to the system when it is freed, and page faults zero it again when it is reallocated.
+# A framework that allocates in every microbatch, as eager PyTorch does, would pay for that and not for its own work.
 KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
@@ -45,9 +45,9 @@ class Group:
 
     Attributes:
         script: a Python file that calls :func:`serve`.
-        ranks: how many.
-        gpus: give each rank a GPU; otherwise each gets a core of its own and one thread.
-        share_cores: let ranks share cores where there are fewer cores than ranks.
+        ranks: number of ranks.
+        gpus: give each rank a GPU; otherwise each gets its own core and one thread.
+        share_cores: let ranks share cores if there are fewer cores than ranks.
     """
 
     script: Path
@@ -89,12 +89,12 @@ class Group:
         environment |= {"PYTHONPATH": os.pathsep.join(filter(None, (_EXPERIMENTS, os.environ.get("PYTHONPATH"))))}
         command = [sys.executable, str(self.script)]
         if self.gpus:
-            # Groups of two frameworks share the GPUs, so neither may take all of the memory at once.
+            # Groups of two frameworks share the GPUs, so neither may allocate all of the memory at once.
             environment |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
             environment |= {"CUDA_VISIBLE_DEVICES": str((visible_gpus() or range(self.ranks))[rank])}
         else:
             cores = available_cores()
-            # A rank has the devices that it is asked to have, not those that its parent simulates.
+            # A rank has the devices it is told to have, not those that its parent simulates.
             flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
             flags = " ".join([*flags, "--xla_cpu_multi_thread_eigen=false"])
             environment |= ONE_THREAD | KEPT_MEMORY
@@ -124,7 +124,7 @@ class Group:
 
         Raises:
             ValueError: a rank refused it, with its reason.
-            GroupFailed: a rank died, or has not answered after ``limit_s`` seconds; nothing of the group runs on.
+            GroupFailed: a rank died, or did not answer within ``limit_s`` seconds; the whole group has been ended.
         """
         if not self._processes:
             raise GroupFailed("the group has ended")
@@ -133,7 +133,7 @@ class Group:
                 process.stdin.write(json.dumps({"what": what, "arguments": arguments}) + "\n")
                 process.stdin.flush()
             except OSError:
-                pass  # it has died, as its silence will say
+                pass  # it has died, as its silence will show
         answers: dict[int, Any] = {}
         deadline = time.monotonic() + limit_s
         while len(answers) < self.ranks:
@@ -160,7 +160,7 @@ class Group:
         return "\n".join(self._logs[rank].read().splitlines()[-lines:])
 
     def close(self) -> None:
-        """End every rank and what it has started."""
+        """End every rank and everything it started."""
         for process in self._processes:
             try:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -176,8 +176,10 @@ class Group:
 
 
 class Here:
-    """This process as one rank of a group that something else has started, for example srun: it answers its own
-    requests, and so does every other rank, in the same order. Whoever started the ranks ends them where one hangs."""
+    """This process as one rank of a group started by something else, for example srun.
+
+    It answers its own requests, as does every other rank, in the same order. The launcher ends the ranks if one hangs.
+    """
 
     def __init__(self, handlers: dict[str, Callable[..., Any]]):
         self.handlers = handlers
@@ -188,15 +190,15 @@ class Here:
 
 
 def serve(handlers: dict[str, Callable[..., Any]]) -> None:
-    """A rank's side: answers requests until the group ends. A ValueError refuses; any other error ends the rank."""
+    """A rank's side: answers requests until the group ends. ValueError refuses a request; other errors end the rank."""
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # keep library output out of the answers
     requests: queue.Queue = queue.Queue()
 
     def listen() -> None:
         for line in sys.stdin:
             requests.put(json.loads(line))
-        os._exit(1)  # whoever asked is gone
+        os._exit(1)  # the parent is gone
 
     threading.Thread(target=listen, daemon=True).start()
     while True:
@@ -209,16 +211,16 @@ def serve(handlers: dict[str, Callable[..., Any]]) -> None:
         except BaseException:
             traceback.print_exc()
             sys.stderr.flush()
-            os._exit(1)  # not by sys.exit, which waits for the other ranks
+            os._exit(1)  # not sys.exit, which waits for the other ranks
         print(json.dumps(reply), file=replies, flush=True)
 
 
 def deprioritize_network_threads() -> int:
-    """Let the threads that wait for the network, once a first message has gone through, preempt nobody; how many.
+    """Keep the threads that wait for the network from preempting others; returns how many. Call after a first message.
 
-    Gloo's one does not block while another thread of its process holds the lock of a connection, it polls. On a core
-    that the two share it can take the core away from the holder, and then polls for a whole time slice: a small
-    all-reduce costs 2.5 ms of a core so, and 0.4 ms as a batch thread, which is never woken in another's place.
+    Gloo's thread does not block while another thread of its process holds a connection's lock; it polls. On a shared
+    core it can preempt the holder and then poll for a whole time slice: a small all-reduce then costs 2.5 ms of a core,
+    but 0.4 ms with a batch thread, which never preempts another on wake-up.
     """
     time.sleep(0.1)  # for the message's last events
     calmed = 0
@@ -237,12 +239,12 @@ def available_cores() -> list[int]:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that CUDA_VISIBLE_DEVICES names; none where it says nothing."""
+    """The GPUs that CUDA_VISIBLE_DEVICES names; none if it is not set."""
     return [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """A free TCP port."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]

@@ -1,10 +1,11 @@
-"""The real time of every pass, and the step time that the simulator makes of it.
+"""The real time of every pass, and the step time that the simulator predicts from it.
 
-A pass is timed as the executor runs it: a program of that one instruction, interval after interval, on all devices
-that run it, against a program of none. Sums that are not stored anywhere are timed with the pass that reads them.
-In a step other passes come between two of a kind. Here one instruction does, which the program of none has too: for
-passes that take long a sweep over memory, which takes their place in the caches; for the others and for what is sent,
-one that changes the buffers that are sent, since the compiler would send the same but once.
+A pass is timed as the executor runs it: a program with only that instruction, interval after interval, on all devices
+that run it, compared with a program without it. Sums that are not stored anywhere are timed with the pass that reads
+them. In a real step, other passes come between two of the same kind. Here a filler instruction does, which the
+comparison program has too: for long passes, a sweep over memory, which evicts the caches as other passes would; for
+short ones and for transfers, one that changes the buffers that are sent, since the compiler would otherwise send an
+unchanged buffer only once.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from vocabpp_jax.pipeline.buffers import Cells, State, run_if
 from vocabpp_jax.pipeline.executor import Executor
 from vocabpp_jax.schedules import COMPILED, ON_CPUS, Durations, Instruction, Program, Segment, simulate
 
-RINGS = {"deliver": "inbox"}  # the tables that are not named after the ring they index
-LONG = ("F", "B", "W", "S", "S1", "S2", "T", "H")  # all else takes so little that it needs more intervals to be seen
+RINGS = {"deliver": "inbox"}  # tables not named after the ring they index
+LONG = ("F", "B", "W", "S", "S1", "S2", "T", "H")  # all others are so short that they need more intervals to be visible
 SWEPT = 2**24  # float32 values that a sweep changes: 64 MiB, more than caches hold
-# What runs between passes, and what it changes.
+# The filler instructions between passes, and what they change.
 BETWEEN = {"sweep": ("swept",), "perturb": ("inbox", "out", "A", "P")}
-# Collectives whose results are not stored anywhere, and the pass beside each.
+# Collectives whose results are not stored anywhere, and the pass timed with each.
 _TIMED_WITH = {"embed_sum": "IF", "grad_sum": "G", "embed_grad_broadcast": "IB"}
 
 
 @dataclass(frozen=True)
 class Excerpt(Pipeline):
-    """A pipeline that runs some of a program's instructions again and again, and between them one of its own."""
+    """A pipeline that repeats some of a program's instructions, with a filler instruction in between."""
 
     whole: Program | None = None
     body: tuple[Instruction, ...] = ()
@@ -53,7 +54,7 @@ class Excerpt(Pipeline):
         return _Between(**vars(super()._executor(*arguments)))
 
     def _gradients(self, state: dict[str, Any], params: Any) -> Any:
-        """The gradients, with all of the state alive to the end: what nothing read, the compiler would not compute."""
+        """The gradients, with all of the state kept live: the compiler would drop whatever nothing reads."""
         grads = super()._gradients(state, params)
         read = [x.reshape(-1)[0] for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
         invalid = jnp.isnan(sum(x.astype(jnp.float32) for x in read)).astype(jnp.float32)
@@ -61,7 +62,7 @@ class Excerpt(Pipeline):
 
 
 class _Between(Executor):
-    """An executor that knows two instructions more."""
+    """An executor with two additional instructions."""
 
     def initial_state(self) -> State:
         sweeps = any(i.name == "sweep" for segment in self.program.segments for i in segment.body)
@@ -76,7 +77,7 @@ class _Between(Executor):
 
 
 def _changed(entry: Any) -> Any:
-    """A buffer with other values; of a record, the row statistics, which are what is sent of it."""
+    """A buffer with other values; for a record, only the row statistics, which are the part that is sent."""
     if isinstance(entry, dict):
         return entry | {"local": jax.tree.map(_changed, entry["local"])}
     return entry + 1
@@ -84,7 +85,7 @@ def _changed(entry: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Timed:
-    """A compiled excerpt, how many intervals it runs, and what the same step without its passes is known by."""
+    """A compiled excerpt, its number of intervals, and the key of the same step without its passes."""
 
     run: Callable[[], Any]
     intervals: int
@@ -95,11 +96,11 @@ class _Timed:
 class PassTimes:
     """Measures passes once for all schedules that share them. Times are seconds.
 
-    They are timed in rounds, each once a round, so that a moment in which the machine is slow is one round's, and so
-    that rounds can take turns with those of the steps that they are to predict.
+    They are timed in rounds, each pass once per round, so that a slow moment of the machine affects only one round, and
+    so that rounds can alternate with those of the steps they are to predict.
 
     Attributes:
-        intervals: how often a pass runs in a timed program; ``more`` times as often where it is short.
+        intervals: repeats of a pass in a timed program; ``more`` times as many if it is short.
     """
 
     intervals: int = 12
@@ -108,7 +109,7 @@ class PassTimes:
     _rounds: list[dict[Any, float]] = field(default_factory=list)
 
     def prepare(self, pipe: Pipeline, params: Any, batch: Any) -> None:
-        """Compile what is to be timed of a pipeline's program and is not there yet, and run it once."""
+        """Compile whatever a pipeline's program needs timed that is not compiled yet, and run it once."""
         excerpts: dict[Any, Excerpt] = {}
 
         def ask(body: Sequence[Instruction], devices: tuple[int, ...] | None, key: Any) -> float:
@@ -130,7 +131,7 @@ class PassTimes:
         self._rounds.append({key: timed(of.run) for key, of in self._timed.items()})
 
     def predict(self, pipe: Pipeline) -> dict[str, Any]:
-        """The simulated step, in ms: the passes, and beside them what a step without any costs."""
+        """The simulated step, in ms: the passes, plus the cost of a step without any."""
         found, outside = self.durations(pipe), self._outside(pipe)
         on_cpus = pipe.mesh.devices.flat[0].platform == "cpu"
         timeline = simulate(pipe.program, found, ON_CPUS if on_cpus else COMPILED)
@@ -142,14 +143,14 @@ class PassTimes:
         }
 
     def account(self, pipe: Pipeline) -> dict[str, float]:
-        """Milliseconds a step by the kind of pass, where all devices take turns on one core: then the time of a pass
-        on several is the sum of theirs."""
+        """Milliseconds per step by kind of pass, if all devices take turns on one core: the time of a pass on several
+        devices is then the sum of theirs."""
         found = self.durations(pipe)
         total: dict[str, float] = {"outside passes": self._outside(pipe)}
         for kind in (f.name for f in fields(found) if f.name != "transfer"):
             times = getattr(found, kind)
             if kind in ("F", "B", "W") and isinstance(times, tuple):
-                # Stages of one chunk with as many layers were timed together.
+                # Stages of one chunk with the same number of layers were timed together.
                 parts = [t for stages in pipe.layout.stage_of for t in {times[s] for s in stages}]
             else:
                 parts = set(times) if isinstance(times, tuple) else {times}
@@ -162,7 +163,7 @@ class PassTimes:
         return {kind: 1e3 * seconds for kind, seconds in total.items()}
 
     def durations(self, pipe: Pipeline) -> Durations:
-        """The time of every pass and collective that the pipeline's program has: the median of the rounds."""
+        """The time of every pass and collective in the pipeline's program: the median of the rounds."""
         return durations_of(pipe, lambda body, devices, key: self._seconds(_named(pipe, key)))
 
     def _seconds(self, key: Any) -> float:
@@ -192,7 +193,7 @@ Seconds = Callable[[Sequence[Instruction], "tuple[int, ...] | None", Any], float
 
 
 def durations_of(pipe: Pipeline, seconds: Seconds) -> Durations:
-    """Durations from the seconds of bodies: what runs, on which devices (None for all), and what it is known by."""
+    """Durations from the seconds of bodies: what runs, on which devices (None for all), and its key."""
     schedule, layout = pipe.schedule, pipe.layout
     whole: dict[tuple[str, str], Instruction] = {}
     for segment in pipe.program.segments:
@@ -212,7 +213,7 @@ def durations_of(pipe: Pipeline, seconds: Seconds) -> Durations:
     for name in sorted({name for op, name in whole if op == "start"}, key=lambda n: (n in _TIMED_WITH, n)):
         reads = _TIMED_WITH.get(name)
         ends = [whole["start", name], whole["done", name]]
-        if name == "embed_sum":  # the lookup lands nowhere but in its sum
+        if name == "embed_sum":  # the lookup's result is used only by its sum
             both = seconds([whole["run", reads], *ends], None, (name, shared))
             times["embed_sum"] = min(both, times["hidden_broadcast"])
             times["IF"] = (both - times["embed_sum"],) * schedule.p
@@ -229,7 +230,7 @@ def durations_of(pipe: Pipeline, seconds: Seconds) -> Durations:
 
 
 def _stages(pipe: Pipeline, instruction: Instruction, seconds: Seconds) -> tuple[float, ...]:
-    """The time of a pass for every stage: measured once for every number of layers that a stage has."""
+    """The time of a pass for every stage: measured once per distinct number of layers."""
     layout, found = pipe.layout, {}
     for c, stages in enumerate(layout.stage_of):
         for count in sorted({layout.layer_counts[s] for s in stages} - set(found)):
@@ -240,7 +241,7 @@ def _stages(pipe: Pipeline, instruction: Instruction, seconds: Seconds) -> tuple
 
 
 def _transfers(p: int, whole: dict, seconds: Seconds) -> tuple[tuple[float, ...], ...]:
-    """The time of a transfer from every device to every other: of those that cross together, together."""
+    """The transfer time between every pair of devices; transfers that cross together are timed together."""
     matrix = np.zeros((p, p))
     for (op, _), i in whole.items():
         if op == "permute":
@@ -255,12 +256,12 @@ def _named(pipe: Pipeline, key: Any) -> Any:
 
 
 def _nothing(pipe: Pipeline, between: str) -> Any:
-    """What a step without any pass is known by, and what there is between passes, if anything."""
+    """The key of a step without any pass, and the filler between passes, if any."""
     return ("nothing", pipe.layout, pipe.schedule.method, pipe.schedule.name, between)
 
 
 def again(pipe: Pipeline, instruction: Instruction, intervals: int, devices: tuple[int, ...] | None) -> Instruction:
-    """An instruction that runs in every interval on the devices given, with the next cell of its rings each time."""
+    """An instruction that runs in every interval on the given devices, cycling through the cells of its rings."""
     here = np.isin(np.arange(pipe.schedule.p), range(pipe.schedule.p) if devices is None else devices)
     tables = {}
     for name in instruction.tables:
@@ -270,7 +271,7 @@ def again(pipe: Pipeline, instruction: Instruction, intervals: int, devices: tup
 
 
 def _early(pipe: Pipeline) -> bool:
-    """Whether S computes the input gradient: T is another pass then."""
+    """Whether S computes the input gradient: T is then a different pass."""
     return pipe.schedule.method == "vocab-2"
 
 

@@ -34,7 +34,7 @@ COLUMNS = (
 
 
 def rows_of(results: list[dict], seq: int, pipeline: PipelineOptions) -> dict[str, Any]:
-    """``rows`` of ours, ``comparators`` and ``ideal``, a dictionary for each contender and vocabulary."""
+    """``rows`` of ours, ``comparators`` and ``ideal``: a dictionary per contender and vocabulary size."""
     tokens = pipeline.microbatches * pipeline.microbatch_size * seq
     found: dict[str, Any] = {"devices": results[0]["devices"] if results else {}, "tokens_per_step": tokens}
     found |= {"rows": [], "comparators": [], "ideal": []}
@@ -64,7 +64,7 @@ def rows_of(results: list[dict], seq: int, pipeline: PipelineOptions) -> dict[st
 
 
 def table_of(found: dict[str, Any]) -> str:
-    """Markdown: a line for each contender and vocabulary, fastest first."""
+    """Markdown: one line per contender and vocabulary size, fastest first."""
     devices, every = found["devices"], found["ideal"] + found["rows"] + found["comparators"]
     lines = [
         f"{devices['devices']} × {devices['device']}, one process each, jax {devices['jax']}; "
@@ -104,7 +104,7 @@ def write_report(folder: Path, found: dict[str, Any]) -> str:
 
 
 def draw_sweep(path: Path, found: dict[str, Any]) -> None:
-    """Throughput against the vocabulary: measured as lines, predicted as crosses."""
+    """Plot throughput over vocabulary size: measured as lines, predicted as crosses."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")

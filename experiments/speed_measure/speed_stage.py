@@ -1,6 +1,6 @@
-"""One stage of a pipeline that is timed: a process with one device, asked by ``speed.py`` and ``compare_pytorch.py``.
+"""One stage of a timed pipeline: a process with one device that serves ``speed.py`` and ``compare_pytorch.py``.
 
-All ranks get the same requests in the same order, so that what they run together is the same program.
+All ranks get the same requests in the same order, so they always run the same program together.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from vocabpp_jax.pipeline.flags import compiler_options
 from vocabpp_jax.pipeline.model_interface import Params
 
 STAGE_SCRIPT = Path(__file__)
-"""What a :class:`~speed_measure.processes.Group` runs."""
+"""The script that a :class:`~speed_measure.processes.Group` runs."""
 
 
 @dataclass
 class Ready:
-    """A compiled contender with what it takes."""
+    """A compiled contender with its arguments."""
 
     contender: Contender
     step: Any
@@ -44,14 +44,14 @@ class Ready:
 
 @dataclass
 class Stage:
-    """What a rank can be asked; every method is a request."""
+    """A rank's request handlers; every method is a request."""
 
     ready: dict[str, Ready] = field(default_factory=dict)
     params: dict[Any, Params] = field(default_factory=dict)
     pass_times: PassTimes = field(default_factory=PassTimes)
 
     def join(self, coordinator: str, ranks: int) -> dict[str, Any]:
-        """Find the other ranks; returns what the devices are."""
+        """Find the other ranks; returns a description of the devices."""
         began = time.monotonic()
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         rank = int(os.environ["RANK"])
@@ -61,12 +61,12 @@ class Stage:
         return found | ({"calmed": processes.deprioritize_network_threads()} if jax.default_backend() == "cpu" else {})
 
     def simulate(self, devices: int) -> dict[str, Any]:
-        """Be alone, and simulate devices where there are only CPUs."""
+        """Run alone, simulating devices if there are only CPUs."""
         ClusterOptions().join(devices)
         return self.describe()
 
     def describe(self) -> dict[str, Any]:
-        """The devices, and the version of what runs on them."""
+        """The devices, and the version of jax."""
         return {
             "device": jax.devices()[0].device_kind,
             "devices": jax.device_count(),
@@ -86,7 +86,8 @@ class Stage:
         shape = (options.microbatches, options.microbatch_size, config.seq)
         params, batch = self._data(contender, shape, config.vocab_size)
         at = time.monotonic()
-        flags = compiler_options(contender.mesh)  # the same for all, so that they differ by what they compute alone
+        # the same flags for all, so that they differ only in what they compute
+        flags = compiler_options(contender.mesh)
         lowered = jax.jit(contender.value_and_grad, compiler_options=flags).lower(params, batch)
         traced = time.monotonic()
         compiled = lowered.compile()
@@ -95,7 +96,7 @@ class Stage:
         return {"data_s": at - began, "trace_s": traced - at, "compile_s": done - traced}
 
     def _data(self, contender: Contender, shape: tuple[int, ...], vocab_size: int) -> tuple[Params, dict]:
-        """Random parameters and tokens, made where they are used; layouts that are the same share them."""
+        """Random parameters and tokens, created where they are used; contenders with the same layout share them."""
         mesh = contender.mesh
         specs = jax.tree.map(
             lambda spec: NamedSharding(mesh, spec), contender.specs(), is_leaf=lambda s: isinstance(s, PartitionSpec)
@@ -118,35 +119,35 @@ class Stage:
         return self.params[key], batch
 
     def time(self, name: str) -> tuple[float, float]:
-        """One step, all ranks beginning together: seconds on the slowest, and seconds of this rank's processor."""
+        """One step, started by all ranks together: seconds on the slowest rank, and processor seconds of this one."""
         ready = self.ready[name]
         began = time.process_time()
         took = slowest(lambda: ready.step(ready.params, ready.batch))
         return took, time.process_time() - began
 
     def prepare_passes(self, name: str) -> None:
-        """Compile a pipeline's passes, each as a program of its own."""
+        """Compile a pipeline's passes, each as a separate program."""
         ready = self.ready[name]
         self.pass_times.prepare(ready.contender.pipe, ready.params, ready.batch)
 
     def time_passes(self) -> None:
-        """A round of all passes, all ranks beginning each together."""
+        """A round of all passes, each started by all ranks together."""
         self.pass_times.round(slowest)
 
     def forget_passes(self) -> None:
-        """Begin anew: passes of another model, or of other microbatches, go by the same names."""
+        """Forget everything: passes of another model or microbatch size have the same names."""
         self.pass_times = PassTimes()
 
     def predict(self, name: str) -> dict[str, Any]:
-        """The measured times of a pipeline's passes, and the step that the simulator makes of them, in ms."""
+        """The measured times of a pipeline's passes, and the simulated step time from them, in ms."""
         return self.pass_times.predict(self.ready[name].contender.pipe)
 
     def account(self, name: str) -> dict[str, float]:
-        """Where the time of a step goes when all devices share a core: ms a step, by the kind of pass."""
+        """Where a step's time goes when all devices share a core: ms per step, by kind of pass."""
         return self.pass_times.account(self.ready[name].contender.pipe)
 
     def losses(self, folder: str, model: dict, pipeline: dict, lr: float, steps: int) -> list[float]:
-        """Train from the weights and on the batches in a folder; the loss of every step."""
+        """Train on a folder's weights and batches; returns the loss of every step."""
         contender, config = build(model, pipeline)
         pipe = contender.pipe
         optimizer = optax.adamw(lr, **exchange.ADAM, weight_decay=0.0)
@@ -162,13 +163,13 @@ class Stage:
 
 
 def request(model: ModelOptions, pipeline: PipelineOptions, platform: str, **case: Any) -> dict[str, dict]:
-    """What names a contender to a rank: the options, of the pipeline with what ``case`` says, one copy of the model."""
+    """A contender's description for a rank: the options for one copy of the model, with ``case`` applied."""
     timed = dataclasses.replace(pipeline.on(platform), data_parallel=1, **case)
     return {"model": dataclasses.asdict(model), "pipeline": dataclasses.asdict(timed)}
 
 
 def build(model: dict, pipeline: dict, comparator: str | None = None) -> tuple[Contender, models.Config]:
-    """A contender from a :func:`request` and the comparator's name, if it is one."""
+    """A contender from a :func:`request` and, for a comparator, its name."""
     asked, options = ModelOptions(**model), PipelineOptions(**pipeline)
     config, mesh = asked.config(), options.mesh()
     if comparator is None:
@@ -185,7 +186,7 @@ def name_of(path: tuple) -> str:
 
 
 def slowest(run: Any) -> float:
-    """Seconds that the slowest rank needs for something that all begin together."""
+    """Seconds of the slowest rank for something that all start together."""
     multihost_utils.sync_global_devices("begin")
     began = time.perf_counter()
     jax.block_until_ready(run())

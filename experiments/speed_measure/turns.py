@@ -1,4 +1,4 @@
-"""Timing in turns: what slows the machine down for a while then slows all that is compared."""
+"""Timing in turns: a temporary slowdown of the machine then affects everything that is compared."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 from speed_measure.processes import Group
 
-Left = Callable[[], float]  # seconds that are left
+Left = Callable[[], float]  # seconds left
 
 
 @dataclass
 class Times:
-    """What a step took, in every round: seconds, and seconds of all ranks' processors together."""
+    """A step's time in every round: seconds, and processor seconds summed over ranks."""
 
     seconds: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
@@ -28,7 +28,7 @@ def ratio(of: list[float], to: list[float]) -> float:
 
 
 def countdown(seconds: float) -> Left:
-    """What is left of some time, at least one second."""
+    """The remaining seconds of a time limit, at least one."""
     end = time.monotonic() + seconds
     return lambda: max(1.0, end - time.monotonic())
 
@@ -36,14 +36,14 @@ def countdown(seconds: float) -> Left:
 def in_turns(
     asked: dict[str, tuple[Any, str]], repeats: int, left: Left, label: str = "", passes_of: Any = None
 ) -> dict[str, Times]:
-    """Times a step of each in rounds, as many as there is time for, behind one round that touches the memory.
+    """Time a step of each in rounds, as many as time allows, after one untimed round that touches the memory.
 
     Args:
-        asked: by name the group that runs it, and what the group calls it.
-        repeats: the most rounds.
-        left: the time that they have.
-        label: what progress is told of.
-        passes_of: the group, if any, that times the passes it has prepared in every round as well.
+        asked: by name, the group that runs it, and its name within the group.
+        repeats: maximum number of rounds.
+        left: the remaining time.
+        label: label for progress messages.
+        passes_of: a group whose prepared passes are also timed in every round, if any.
     """
     times = {name: Times() for name in asked}
     for number in range(repeats + 1):
@@ -57,12 +57,12 @@ def in_turns(
             passes_of.ask("time_passes", left())
         spent = time.monotonic() - began
         say(f"{label}round {number} of {repeats}, {spent:.1f} s, {left():.0f} s left")
-        # Where nothing else watches the ranks, none may decide on its own.
+        # If nothing else watches the ranks, none may decide to stop by itself.
         if number and left() < 1.2 * spent and all(isinstance(group, Group) for group, _ in asked.values()):
             break
     return times
 
 
 def say(line: str) -> None:
-    """Progress, on standard error."""
+    """Print progress to standard error."""
     print(line, file=sys.stderr, flush=True)

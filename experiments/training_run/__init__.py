@@ -1,1 +1,1 @@
-"""What ``train.py`` is made of: its options, and what a run records."""
+"""The parts of ``train.py``: its options, and what a run records."""

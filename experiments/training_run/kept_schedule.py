@@ -1,4 +1,4 @@
-"""The schedule of a run: made once, kept in config.json, so that a run that goes on runs the same program."""
+"""A run's schedule: built once and stored in config.json, so that a resumed run executes the same program."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from vocabpp_jax.schedules.simulation import formats
 
 
 def decide_schedule(options: TrainOptions, config: Config, output: Path) -> Schedule:
-    """The schedule that an earlier part of this run had, if its options and sizes were the same; else one for the
-    devices at hand. The same in all processes.
+    """The schedule of an earlier part of this run if its options and sizes were the same, else a new one for this
+    machine's devices. The same in all processes.
 
     Raises:
-        ValueError: what cannot be scheduled.
+        ValueError: something that cannot be scheduled.
     """
     depth = options.model.mtp_depth
     decided_by = inputs(options, config)
@@ -32,7 +32,7 @@ def decide_schedule(options: TrainOptions, config: Config, output: Path) -> Sche
 
 
 def inputs(options: TrainOptions, config: Config) -> dict[str, Any]:
-    """What of a run's options decides its schedule, as config.json has it."""
+    """The options that determine a run's schedule, as stored in config.json."""
     names = ("schedule", "method", "stages", "chunks", "redis_split", "microbatches", "microbatch_size")
     sizes = {name: getattr(config, name) for name in ("layers", "hidden", "seq", "vocab_size")}
     found = {name: getattr(options.pipeline, name) for name in (*names, "no_overlap", "fit")}
@@ -40,15 +40,15 @@ def inputs(options: TrainOptions, config: Config) -> dict[str, Any]:
 
 
 def record(schedule: Schedule, options: TrainOptions, config: Config) -> dict[str, Any]:
-    """What config.json keeps of it: the options that decided it, and the schedule as one line of JSON."""
+    """What config.json stores: the options that determined the schedule, and the schedule as one line of JSON."""
     return {"decided_by": inputs(options, config), "json": formats.to_json(schedule)}
 
 
 def _kept(output: Path, decided_by: dict[str, Any]) -> str | None:
-    """The schedule in a folder's config.json, where the same options decided it and it can be read."""
+    """The schedule in a folder's config.json, if it is readable and the same options determined it."""
     try:
         kept = json.loads((output / "config.json").read_text())["schedule"]
         formats.from_json(kept["json"])
         return kept["json"] if kept["decided_by"] == decided_by else None
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # a folder that is new, or of a version that kept none
+        return None  # a new folder, or from a version that did not store it

@@ -1,7 +1,7 @@
-"""``train.py`` with a fault in one of its processes on the way to the first step; started by ``kill_test.py``.
+"""``train.py`` with a fault in one of its processes before the first step; started by ``kill_test.py``.
 
-``KILL_FAULT`` is JSON: which process, at which phase of restoring (a name of PHASES), what happens to it (a name of
-FAULTS), and a file to make just before.
+``KILL_FAULT`` is JSON: which process, at which phase of restoring (a name in PHASES), what happens to it (a name in
+FAULTS), and a file to create just before.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ PHASES: dict[str, tuple[Any, str]] = {
     "beginning to train": (train, "Training"),
 }
 ONLY_FIRST = ("taking the lock",)
-"""Phases of process 0 alone."""
+"""Phases that only process 0 has."""
 FAULTS = ("killed", "stopped", "OSError", "ValueError", "KeyError")
 
 
 def fail(what: str) -> NoReturn | None:
-    """What happens to the process."""
+    """Make the fault happen in this process."""
     if what in ("killed", "stopped"):
         os.kill(os.getpid(), signal.SIGKILL if what == "killed" else signal.SIGSTOP)
         return None
@@ -59,7 +59,7 @@ def with_fault(act: Callable[..., Any], what: str, mark: Path) -> Callable[..., 
 
 
 def main() -> None:
-    """Train, with the fault if this is its process."""
+    """Train, with the fault if this is the chosen process."""
     fault = json.loads(os.environ["KILL_FAULT"])
     if f"--process-id {fault['process']} " in " ".join(sys.argv) + " ":
         owner, name = PHASES[fault["phase"]]

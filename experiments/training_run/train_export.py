@@ -1,4 +1,4 @@
-"""The Hugging Face folder that a run leaves: what goes into it beside the weights is read before training begins."""
+"""The Hugging Face folder that a run exports; everything except the weights is read before training begins."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vocabpp_jax.runtime.faults import Stop, reason
 
 @dataclass(frozen=True)
 class Export:
-    """Where the weights go, and what goes with them."""
+    """Where the weights go, and the files that accompany them."""
 
     folder: str
     config: Config
@@ -29,7 +29,7 @@ class Export:
     """The files of the tokenizer that the options name."""
 
     def write(self, params: Any, pipe: Pipeline, tokens: TokenizedCorpus) -> None:
-        """Raises Stop where it cannot be written."""
+        """Write the folder. Raises Stop if it cannot be written."""
         values = {} if self.source or tokens.end is None else {"eos_token_id": tokens.end}
         tokenizer = self.tokenizer or (_trained(tokens, self.config) if tokens.tokenizer else None)
         kept = {"source": self.source, "tokenizer": tokenizer, "values": values}
@@ -40,7 +40,7 @@ class Export:
 
 
 def plan_export(options: TrainOptions, config: Config, pipe: Pipeline) -> Export | None:
-    """The export that the options ask for. Raises ValueError for one that could not be written."""
+    """The export that the options ask for. Raises ValueError if it could not be written."""
     if not options.export:
         return None
     source = huggingface.read_source(options.model.folder) if options.pretrained else None

@@ -1,4 +1,4 @@
-"""The options of the training script, checked, and what of them a run cannot change on its way."""
+"""The training script's options, their validation, and which of them a run must keep when it resumes."""
 
 from __future__ import annotations
 
@@ -24,41 +24,40 @@ OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_beha
 
 @dataclass(frozen=True)
 class DataOptions:
-    """What is read."""
+    """The training data."""
 
     data: str = STANDARD_LIBRARY
-    """A text file, a .jsonl or .parquet file with a field "text" a record, a folder of such files, a Megatron dataset
+    """A text file, a .jsonl or .parquet file with a field "text" per record, a folder of such files, a Megatron dataset
     (its .idx, its .bin, or both by their name without a suffix), or stdlib."""
     tokenizer: OptionalStr = None
     """A tokenizer.json to use instead of training one on the data."""
     end_of_text: OptionalStr = None
-    """The tokenizer's token that follows every document. Without it, the eos_token of the tokenizer_config.json beside
+    """The tokenizer's token that follows every document. Default: the eos_token in the tokenizer_config.json next to
     the tokenizer, or else <|endoftext|>, <|end_of_text|>, <eos> or </s>, whichever it has."""
     damaged_data: Literal["refuse", "skip"] = "refuse"
-    """What to do with a file or a record that is damaged: name it and end, or name it, count it and go on."""
+    """What to do with a damaged file or record: refuse names it and stops; skip names and counts it, and continues."""
     document_masks: bool = False
-    """Keep attention inside documents, and do not count a label that begins the next one."""
+    """Keep attention within documents, and do not count labels that belong to the next document."""
 
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """What is kept, and when a run goes on."""
+    """What is saved, and how a run resumes."""
 
     checkpoint_dir: OptionalBucketPath = None
-    """Folder for checkpoints, local or gs://BUCKET/FOLDER. Where it holds some, the run goes on from the last good
-    one."""
+    """Folder for checkpoints, local or gs://BUCKET/FOLDER. If it holds any, resume from the last intact one."""
     checkpoint_every: int = 100
-    """Steps between checkpoints. The last step always has one, and so has the step at which SIGTERM comes."""
+    """Steps between checkpoints. The last step always saves one, and so does a step interrupted by SIGTERM."""
     checkpoint_keep: int = 3
-    """How many of the newest checkpoints are kept."""
+    """How many of the newest checkpoints to keep."""
     checkpoint_keep_every: OptionalInt = None
-    """Also keep, for ever, those whose step is a multiple of this."""
+    """Also keep, forever, those whose step is a multiple of this."""
     accept_changes: bool = False
-    """Go on although options that decide the result have changed since the checkpoint."""
+    """Resume even though options that affect the result have changed since the checkpoint."""
     max_skipped: int = 10
-    """End the run when more steps than this were skipped because their loss or gradient was not finite."""
+    """Stop the run when more steps than this were skipped because of a non-finite loss or gradient."""
     hang_timeout: OptionalFloat = None
-    """End the run when no step has ended for so many seconds; more than compiling takes. Without it, never."""
+    """Stop the run when no step has ended for this many seconds; must exceed the compile time. Default: never."""
 
 
 @dataclass(frozen=True)
@@ -68,38 +67,37 @@ class WatchOptions:
     tensorboard: bool = False
     """Also write the numbers for TensorBoard, to the output folder."""
     profile: OptionalInt = None
-    """Trace so many steps, after the first three, to profile/ in the output folder, beside the predicted timeline."""
+    """Trace this many steps, after the first three, to profile/ in the output folder; also write the prediction."""
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What is trained, on what, for how long."""
+    """What to train, on what, and for how long."""
 
     plan: OptionalStr = None
-    """A file that plan.py wrote: the model, and how it is laid over devices. What is given beside it must agree."""
+    """A plan file written by plan.py: the model and its layout over devices. Other options must agree with it."""
     output: OptionalStr = None
-    """Folder for metrics.jsonl, loss.png and config.json. Without it, the folder of the checkpoints, or else a new one
-    in runs/."""
+    """Folder for metrics.jsonl, loss.png and config.json. Default: the checkpoint folder, else a new one in runs/."""
     steps: int = 300
     """Optimizer steps."""
     lr: float = 3e-3
-    """Peak learning rate; a cosine takes it down to a tenth."""
+    """Peak learning rate; decays to a tenth of it with a cosine."""
     warmup: OptionalInt = None
-    """Steps in which the learning rate rises to its peak. Without it, a tenth of the steps."""
+    """Warm-up steps of the learning rate. Default: a tenth of the steps."""
     weight_decay: float = 0.1
     """Weight decay, on matrices only."""
     clip: float = 1.0
-    """The largest norm of the whole gradient; a longer one is shortened to it."""
+    """Maximum global gradient norm; larger gradients are scaled down to it."""
     eval_every: int = 100
     """Steps between validations. The last step always has one."""
     eval_batches: int = 8
-    """Batches in a validation, the same ones each time; fewer if the data has no more."""
+    """Batches per validation, the same ones each time; fewer if the data has no more."""
     seed: int = 0
-    """Decides the initial parameters and the order of the data."""
+    """Random seed for the initial parameters and the order of the data."""
     pretrained: bool = False
     """Start from the weights in the Hugging Face folder that --model names."""
     export: OptionalStr = None
-    """Write the weights at the end to this Hugging Face folder, which must not be there yet."""
+    """Write the final weights to this Hugging Face folder, which must not exist yet."""
     data: DataOptions = field(default_factory=DataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     pipeline: PipelineOptions = field(default_factory=PipelineOptions)
@@ -112,13 +110,12 @@ class TrainOptions:
         return self.steps // 10 if self.warmup is None else self.warmup
 
     def planned(self) -> TrainOptions:
-        """The options with those of the plan. Raises ValueError for what is no plan, or where another option differs
-        from it."""
+        """The options with the plan applied. Raises ValueError for an invalid plan or a contradicting option."""
         model, pipeline = plan_file.merged(self.plan, self.model, self.pipeline)
         return dataclasses.replace(self, model=model, pipeline=pipeline)
 
     def check(self) -> None:
-        """Raise ValueError for what no run can have."""
+        """Raise ValueError for options that no run can have."""
         counts = {name: getattr(self, name) for name in ("steps", "eval_every", "eval_batches")}
         for name in ("checkpoint_every", "checkpoint_keep", "checkpoint_keep_every"):
             counts[name] = getattr(self.checkpoint, name)
@@ -145,7 +142,7 @@ class TrainOptions:
             )
 
     def output_folder(self) -> Path:
-        """The folder that the run is to write to."""
+        """The run's output folder."""
         pipeline = self.pipeline
         model = self.model.folder.name if self.model.folder else self.model.model
         name = f"{model}-{pipeline.schedule}-{pipeline.method}-p{pipeline.stages}"
@@ -153,9 +150,9 @@ class TrainOptions:
         return Path(os.path.expanduser(self.output or self.checkpoint.checkpoint_dir or new))
 
     def identity(self, config: Config, model: Model, corpus: dict[str, Any], tokens_per_step: int) -> dict[str, Any]:
-        """What decides the numbers of the run, by name: it must not change between its parts.
+        """What determines the numbers of the run, by name: it must not change when the run resumes.
 
-        How the model is laid over devices, how it computes (dtype, residuals) and where it writes may change.
+        The layout over devices, how it computes (dtype, residuals) and where it writes may change.
         """
         of_model = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("dtype", "residuals")}
         of_model |= dataclasses.asdict(model.loss)
@@ -166,8 +163,8 @@ class TrainOptions:
         return _plain(of_model | own | {"tokens_per_step": tokens_per_step} | corpus)
 
     def shared(self) -> dict[str, Any]:
-        """What must be the same in all processes, by name. Of paths, which a host may have elsewhere, only whether
-        they are given; what is behind them is compared by :meth:`identity`."""
+        """What must be the same in all processes, by name. For paths, which may differ between hosts, only whether they
+        are given; their contents are compared by :meth:`identity`."""
         paths = ("plan", "output", "export", "data", "tokenizer", "checkpoint_dir")
         values = _flat(self.record())
         if self.model.folder:
@@ -181,7 +178,7 @@ class TrainOptions:
 
 
 def check_output(output: Path, options: TrainOptions, identity: dict[str, Any]) -> None:
-    """Refuse a folder that holds a run already, unless it is an earlier part of this one."""
+    """Raise ValueError for a folder that already holds a run, unless it is an earlier part of this one."""
     present = [file for file in ("config.json", "metrics.jsonl") if (output / file).exists()]
     if not present:
         return
@@ -202,16 +199,16 @@ def check_output(output: Path, options: TrainOptions, identity: dict[str, Any]) 
     if not same:
         kept = "no checkpoint_dir" if its is None else f"checkpoint_dir {its!r}"
         raise ValueError(f"output is {str(output)!r}, which holds a run with {kept}; give another folder or remove it")
-    # Where there is a checkpoint, its own record says what the run has been since.
+    # If there is a checkpoint, its own record says what the run has been since.
     if changed and not options.checkpoint.accept_changes and not checkpoints.steps_in(checkpoint_dir):
         raise ValueError(
-            f"output is {str(output)!r}, of a run in which {', '.join(changed)}; give what was, another output and "
-            "checkpoint_dir, or --accept-changes"
+            f"output is {str(output)!r}, from a run in which {', '.join(changed)}; give the old values, another output "
+            "and checkpoint_dir, or --accept-changes"
         )
 
 
 def make_folder(output: Path) -> None:
-    """Make it, and see that files can be made in it."""
+    """Create the folder and check that it is writable."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         (output / "metrics.jsonl").touch()
@@ -224,7 +221,7 @@ def _same_folder(a: str, b: str) -> bool:
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """Nested options by their own names, which are unique."""
+    """Nested options as a flat dict; their names are unique."""
     flat = {}
     for name, value in values.items():
         flat |= _flat(value) if isinstance(value, dict) else {name: value}
@@ -232,5 +229,5 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives them back."""
+    """Values as they come back from JSON."""
     return json.loads(json.dumps(values))

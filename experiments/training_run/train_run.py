@@ -1,4 +1,4 @@
-"""What a training run is, and what it reports: its description, the numbers of every step, how it ended."""
+"""A training run and its reports: its description, the numbers of every step, how it ended."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from vocabpp_jax.vocab import ahead
 
 @dataclass(frozen=True)
 class Run:
-    """All that training needs, checked, and nothing of the training step compiled."""
+    """Everything a run needs, validated; nothing of the training step is compiled yet."""
 
     options: TrainOptions
     config: Config
@@ -48,7 +48,7 @@ class Run:
 
     @property
     def shape(self) -> dict[str, int]:
-        """Microbatches, sequences in each over all copies of the model, and their length."""
+        """Microbatches, sequences in each over all copies of the model, and sequence length."""
         pipeline = self.options.pipeline
         batch = pipeline.microbatch_size * self.pipe.mesh.shape["data"]
         return {"microbatches": pipeline.microbatches, "batch": batch, "seq": self.config.seq}
@@ -66,7 +66,7 @@ class Run:
         return hosts.place(self.pipe.mesh, self.shape["batch"], local)
 
     def data(self, rows: int) -> tuple[Any, Any]:
-        """Training batches from a row on, and validation batches, of which this process reads its part."""
+        """Training batches from a row on, and validation batches; this process reads only its part."""
         shape = self.shape | {"columns": hosts.columns(self.pipe.mesh, self.shape["batch"])}
         train_ends, validation_ends = self.tokens.ends if self.options.data.document_masks else (None, None)
         return (
@@ -78,14 +78,14 @@ class Run:
 
 
 def say_once(text: str) -> None:
-    """Print it, in process 0."""
+    """Print it, in process 0 only."""
     if jax.process_index() == 0:
         print(text, flush=True)
 
 
 def sample(tokens: TokenizedCorpus, windows: int = 64, width: int = 1024) -> dict[str, Any]:
     """The length of each split and a hash of some of its tokens, to compare between processes: each has read its own
-    files, or its own cache."""
+    files or its own cache."""
     found = {}
     for name, split in (("train", tokens.train), ("validation", tokens.validation)):
         digest = hashlib.blake2b(digest_size=8)
@@ -96,30 +96,30 @@ def sample(tokens: TokenizedCorpus, windows: int = 64, width: int = 1024) -> dic
 
 
 def how_to_resume(run: Run) -> str:
-    """What of the run is kept."""
+    """How to resume the run from what has been saved."""
     folder = run.options.checkpoint.checkpoint_dir
     steps = checkpoints.steps_in(folder) if folder else []
     if not steps:
-        return "there is no checkpoint to go on from"
-    return f"the same command goes on from step {steps[-1]}, in {folder}"
+        return "there is no checkpoint to resume from"
+    return f"the same command resumes from step {steps[-1]}, in {folder}"
 
 
 def hardware_record(run: Run, seconds: float) -> dict[str, Any]:
-    """How well a step used the devices, as far as they are known."""
+    """How well a step used the devices, if they are known."""
     sizes = models.cost_sizes(run.config, run.shape["batch"], run.pipe.model.depths)
     flops = sizes.iteration_flops(run.shape["microbatches"])
     return {"mfu": mfu(flops, seconds, list(run.pipe.mesh.devices.flat)), "memory_bytes": peak_memory()}
 
 
 def write_prediction(run: Run, seconds: float) -> None:
-    """Lay the predicted timeline of a step beside the trace of some."""
+    """Write the predicted timeline of a step next to the measured trace."""
     sizes = models.cost_sizes(run.config, run.options.pipeline.microbatch_size, run.pipe.model.depths)
     trace = predicted_trace(run.pipe.schedule, sizes, jax.devices()[0], seconds)
     (run.output / "profile" / "predicted.trace.json").write_text(trace)
 
 
 class Records:
-    """Where the numbers of every step go; nowhere but in process 0."""
+    """Writes the numbers of every step, in process 0 only."""
 
     def __init__(self, run: Run, after: int):
         self._writers = []
@@ -141,8 +141,8 @@ class Records:
 
 
 def validation_losses(run: Run, batches: Any, evaluate: Any, params: Any) -> list[float]:
-    """Mean losses over all tokens of the validation batches, of which the last may be partly masked: of the next token,
-    and of each further one that is predicted."""
+    """Mean losses over all tokens of the validation batches, whose last may be partly masked: of the next token, and of
+    each further predicted token."""
     depths = run.pipe.model.depths
     total, count = np.zeros(1 + depths), np.zeros(1 + depths)
     for i in range(len(batches)):
@@ -155,7 +155,7 @@ def validation_losses(run: Run, batches: Any, evaluate: Any, params: Any) -> lis
 
 
 def summarise(run: Run) -> None:
-    """Draw the losses of the whole run, earlier parts of it too, and say how it ended."""
+    """Plot the losses of the whole run, including earlier parts, and print how it ended."""
     records, entropy = read_records(run.output / "metrics.jsonl"), run.tokens.entropy
     losses = [(r["step"], r["loss"]) for r in records if r["loss"] is not None]
     validations = [(r["step"], r["validation_loss"]) for r in records if r.get("validation_loss") is not None]
@@ -164,7 +164,7 @@ def summarise(run: Run) -> None:
         recent = np.mean([loss for _, loss in losses[-20:]])
         print(
             f"train loss {recent:.4f}, validation loss {validations[-1][1]:.4f}; a model that knows only how frequent "
-            f"every token is\nreaches the unigram entropy, {entropy:.4f} (all in nats a token)"
+            f"every token is\nreaches the unigram entropy, {entropy:.4f} (all in nats per token)"
         )
         for k in range(1, 1 + run.pipe.model.depths):
             print(f"depth {k}, which predicts {k} further: {records[-1][f'validation_loss_depth_{k}']:.4f}")
@@ -172,8 +172,8 @@ def summarise(run: Run) -> None:
 
 
 def describe(run: Run, begin: int) -> None:
-    """Write config.json, all that decides the run, and say what is about to happen. A part that goes on from a
-    checkpoint writes its own beside it."""
+    """Write config.json, with everything that determines the run, and print what is about to happen. A part that
+    resumes from a checkpoint writes its own config next to it."""
     device, layout = jax.devices()[0], dict(run.pipe.mesh.shape)
     activation = run.pipe.activation_bytes(run.options.pipeline.microbatch_size, run.config.seq)
     record = {
@@ -207,8 +207,8 @@ def describe(run: Run, begin: int) -> None:
         f"training {record['parameters']:,} parameters on {len(run.tokens.train):,} tokens of "
         f"{run.tokens.documents:,} documents\n{run.options.pipeline.schedule} {run.options.pipeline.method}, "
         f"{layout['pipe']} stages, "
-        f"{layout['data']} data-parallel, on {record['device']} devices, {run.tokens_per_step:,} tokens a step\n"
-        f"{sum(activation.values()) / 1e6:,.1f} MB for a microbatch in flight on a device, at most "
+        f"{layout['data']} data-parallel, on {record['device']} devices, {run.tokens_per_step:,} tokens per step\n"
+        f"{sum(activation.values()) / 1e6:,.1f} MB per microbatch in flight on a device, at most "
         f"{max(run.pipe.program.in_flight)} at once",
         flush=True,
     )

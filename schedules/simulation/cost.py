@@ -1,7 +1,7 @@
-"""What a pass costs: FLOPs, bytes, and seconds on a GPU by a roofline of few constants.
+"""Costs of passes: FLOPs, bytes, and seconds on a GPU from a roofline with few constants.
 
-Symbols as in :mod:`.dimensions`, and ``p`` devices, ``m`` microbatches. FLOPs count attention in full though it is
-causal; seconds count the causal half. An estimate for planning; for a run's real memory ask the compiler.
+Symbols as in :mod:`.dimensions`, plus ``p`` devices and ``m`` microbatches. FLOPs count causal attention in full;
+seconds count only the causal half. These are estimates for planning; for a run's actual memory ask the compiler.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GPUS = Path(__file__).parent / "gpus"
 
 @dataclass(frozen=True)
 class GPU:
-    """A GPU and its network; the files in ``gpus/`` say what the fields mean. Units: FLOP/s, bytes, seconds."""
+    """A GPU and its network; the files in ``gpus/`` explain the fields. Units: FLOP/s, bytes, seconds."""
 
     name: str
     peak_flops: float
@@ -49,17 +49,17 @@ class GPU:
     intra_latency: float
     inter_latency: float
     target: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
-    """What a compiler must know of it: a GpuTargetConfigProto as a table."""
+    """The compiler's description of it: a GpuTargetConfigProto as a table."""
     overlaps: bool = True
-    """Whether collectives run beside passes; on CPUs they do not."""
+    """Whether collectives overlap with passes; on CPUs they do not."""
 
     def matmul(self, flops: float, smallest: float) -> float:
-        """Seconds of matrix products with these FLOPs and this smallest dimension."""
+        """Seconds of matrix products with this many FLOPs and this smallest dimension."""
         reached = self.matmul_efficiency * smallest / (smallest + self.half_size)
         return flops / (self.peak_flops * reached) if flops else 0.0
 
     def traffic(self, bytes_moved: float) -> float:
-        """Seconds to read and write so many bytes."""
+        """Seconds to read and write this many bytes."""
         return bytes_moved / (self.memory_bandwidth * self.traffic_efficiency)
 
     def send(self, size: float, source: int, target: int) -> float:
@@ -69,12 +69,12 @@ class GPU:
         return self.inter_latency + size / self.inter_bandwidth
 
     def broadcast(self, size: float, p: int) -> float:
-        """Seconds for ``size`` bytes to reach all of ``p`` devices, in a pipelined chain."""
+        """Seconds for ``size`` bytes to reach all ``p`` devices, in a pipelined chain."""
         latency, bandwidth = self._ring(p)
         return latency + size / bandwidth if p > 1 else 0.0
 
     def all_reduce(self, size: float, p: int) -> float:
-        """Seconds to sum ``size`` bytes over ``p`` devices, in a ring: every byte passes each link about twice."""
+        """Seconds to sum ``size`` bytes over ``p`` devices, in a ring: every byte crosses each link about twice."""
         latency, bandwidth = self._ring(p)
         return 2 * latency + 2 * (p - 1) / p * size / bandwidth if p > 1 else 0.0
 
@@ -82,12 +82,12 @@ class GPU:
         nodes = -(-p // self.gpus_per_node)
         hops = min(p, self.gpus_per_node) - 1
         bandwidth = self.intra_bandwidth if nodes == 1 else min(self.inter_bandwidth, self.intra_bandwidth)
-        # NCCL's latency grows with the ring, but by a fraction of a message's own latency for every further device.
+        # NCCL's latency grows with the ring, by a fraction of a message's own latency per additional device.
         return self.intra_latency * (1 + 0.1 * hops) + self.inter_latency * (nodes - 1) * 0.5, bandwidth
 
 
 def gpu_names() -> tuple[str, ...]:
-    """The GPUs there are files for."""
+    """The GPUs that have a file."""
     return tuple(sorted(path.stem for path in GPUS.glob("*.toml")))
 
 
@@ -95,10 +95,10 @@ _MAY_BE_ZERO = ("half_size", "weight_traffic", "launch", "overhead", "contention
 
 
 def load_gpu(name: str) -> GPU:
-    """A GPU by name or the beginning of one, or from a file of one's own like those in ``schedules/simulation/gpus``.
+    """A GPU by name or name prefix, or from your own file like those in ``schedules/simulation/gpus``.
 
     Raises:
-        ValueError: no such GPU; a file with a field missing or unknown.
+        ValueError: no such GPU, or a file with a missing or unknown field.
     """
     known = [gpu for gpu in gpu_names() if name and gpu.startswith(name.lower())]
     path = Path(name) if name.endswith(".toml") else GPUS / f"{known[0] if len(known) == 1 else name.lower()}.toml"
@@ -133,13 +133,13 @@ class Cost:
     """Seconds and bytes of a model's passes on a GPU.
 
     Attributes:
-        sizes, gpu: for what, on what.
-        activation_bytes: kept from F for B, a layer, for each of its bsh elements: None where norms and activation
-            functions are recomputed (what the sizes say, two bytes an element), 34 as in Megatron without recomputing
-            (Korthikanti et al. 2022, with flash attention).
-        state_bytes: a parameter's weights, gradient, and Adam state together.
-        table_bytes: what IB moves for each of the embedding's elements, where a framework adds a dense gradient to
-            the accumulated one: 8 in float32. A scatter-add of the rows in use moves none of it.
+        sizes, gpu: the model and the GPU.
+        activation_bytes: residuals from F to B, per layer and bsh element: None if norms and activation functions are
+            recomputed (what the sizes say, two bytes per element), 34 as in Megatron without recomputation (Korthikanti
+            et al. 2022, with flash attention).
+        state_bytes: per parameter: weight, gradient, and Adam state together.
+        table_bytes: bytes that IB moves per embedding element, in frameworks that add a dense gradient to the
+            accumulated one: 8 in float32. A scatter-add of the rows in use moves none.
     """
 
     sizes: Sizes
@@ -151,17 +151,17 @@ class Cost:
     # --- seconds ------------------------------------------------------------------------------------------------------
 
     def layer(self) -> tuple[float, float, float]:
-        """Seconds of one layer's forward, of its input gradient and of its weight gradient."""
+        """Seconds of one layer's forward, input gradient and weight gradient."""
         z, gpu = self.sizes, self.gpu
         products = gpu.matmul(2 * z.tokens * z.layer_parameters, min(z.hidden, z.tokens))
         attention = 2 * z.scores / (gpu.peak_flops * gpu.attention_efficiency)
         traffic = gpu.traffic(gpu.layer_traffic * z.bsh)
-        # A flash attention's backward recomputes the scores: 2.5 times the forward.
+        # Flash attention's backward recomputes the scores: 2.5 times the forward.
         weights = products + 0.5 * traffic + gpu.traffic(gpu.weight_traffic * z.layer_parameters)
         return products + attention + traffic, products + 2.5 * attention + 1.5 * traffic, weights
 
     def depth(self) -> tuple[float, float, float]:
-        """Seconds of one depth of the tail, as :meth:`layer`."""
+        """Seconds of one depth of the tail, like :meth:`layer`."""
         z, gpu = self.sizes, self.gpu
         product = gpu.matmul(2 * z.tokens * z.projection_parameters, min(z.hidden, z.tokens))
         edge = gpu.traffic(gpu.edge_traffic * z.bsh)
@@ -177,13 +177,13 @@ class Cost:
         return times
 
     def head(self, rows: float) -> float:
-        """Seconds of a third of the products, 2bsh a row, of ``rows`` rows of the LM head, for all streams."""
+        """Seconds of a third of the LM head's products, 2bsh per row, for ``rows`` rows and all streams."""
         z = self.sizes
         return self.gpu.matmul(2 * z.streams * z.bsh * rows, min(z.hidden, rows, z.tokens))
 
     def vocabulary(self, rows: int, *, early: bool) -> dict[str, float]:
-        """Seconds of the vocabulary passes of ``rows`` rows; ``early`` where S makes the input gradient (Algorithm 2),
-        which T does in the others."""
+        """Seconds of the vocabulary passes over ``rows`` rows; with ``early``, S computes the input gradient (Algorithm
+        2) instead of T."""
         z, gpu = self.sizes, self.gpu
         softmax = gpu.traffic(gpu.logit_traffic * z.streams * z.tokens * rows / 2)
         input_edge = gpu.traffic(gpu.edge_traffic * z.bsh) + gpu.launch
@@ -206,12 +206,12 @@ class Cost:
         forward, inputs, weights = self.stages(schedule)
         B = inputs if schedule.splits_backward else inputs + weights
         rows = z.vocab_size if not schedule.sharded else -(-z.vocab_size // p)
-        # Collectives that run beside passes take some of the device from them; synchronous ones do not.
+        # Collectives that overlap with passes slow them down; synchronous ones do not.
         slower = 1 + gpu.contention * (p > 1 and schedule.sharded and schedule.method != "interlaced")
         stream = 2 * z.bsh
         vector = 4 * z.streams * z.tokens
         first, last = schedule.placement[0], schedule.placement[-1]
-        # The gradients that the tail has for the embedding go to the first stage's device before they are broadcast.
+        # The tail's gradients for the embedding go to the first stage's device before they are broadcast.
         more = gpu.send(stream, last, first) if z.depths and first != last else 0.0
         return Durations(
             F=tuple(slower * (forward + gpu.launch)),
@@ -229,13 +229,13 @@ class Cost:
         )
 
     def mfu(self, m: int, p: int, seconds: float) -> float:
-        """Model FLOPs utilisation of an iteration on ``p`` GPUs, 0 to 1."""
+        """Model FLOPs utilization of an iteration on ``p`` GPUs, 0 to 1."""
         return self.sizes.iteration_flops(m) / (seconds * p * self.gpu.peak_flops)
 
     # --- bytes --------------------------------------------------------------------------------------------------------
 
     def cell_bytes(self, schedule: Schedule) -> dict[str, float]:
-        """Bytes of one cell of every ring, with the longest stage's layers."""
+        """Bytes of one cell of every ring, for the stage with the most layers."""
         z = self.sizes
         layers = max(stage_layers(schedule, z.layers, z.depths))
         kept = 2.0 * z.kept_elements if self.activation_bytes is None else self.activation_bytes * z.bsh
@@ -250,7 +250,7 @@ class Cost:
     def _stored(self, schedule: Schedule, activations: float, layers: int) -> dict[str, float]:
         if not schedule.splits_backward:
             return {"residual": activations}
-        # What W reads is mostly the inputs of the linear layers; dY of each comes from B.
+        # W mostly reads the inputs of the linear layers; dY of each comes from B.
         return {
             "residual": 0.25 * activations,
             "kept": 0.75 * activations,
@@ -258,7 +258,7 @@ class Cost:
         }
 
     def state(self, schedule: Schedule) -> tuple[float, ...]:
-        """Bytes of parameters, gradients and optimizer state, on every device."""
+        """Bytes of parameters, gradients and optimizer state, per device."""
         z, p = self.sizes, schedule.p
         counts = stage_layers(schedule, z.layers, z.depths)
         parameters = [0.0] * p
@@ -278,7 +278,7 @@ class Cost:
         return tuple(self.state_bytes * n for n in parameters)
 
     def peak_bytes(self, timeline: Timeline) -> tuple[float, ...]:
-        """State, the most that the rings hold at once, and an unsharded head's logits, on every device."""
+        """Bytes per device: state, the peak of the rings, and an unsharded head's logits."""
         z, schedule = self.sizes, timeline.schedule
         rings = timeline.peak_bytes(self.cell_bytes(schedule))
         logits = 0.0 if schedule.sharded else 6.0 * z.tokens * z.vocab_size
@@ -290,11 +290,12 @@ class Cost:
 
 
 def stage_layers(schedule: Schedule, layers: int, depths: int = 0) -> tuple[int, ...]:
-    """Layers of every stage: as the schedule says, else an even split, where later stages have one more and each of
-    ``depths`` counts as a layer of the last.
+    """Layers of every stage: the schedule's, else an even split.
+
+    In an even split, later stages get the extra layers, and each of ``depths`` counts as a layer of the last stage.
 
     Raises:
-        ValueError: the schedule's layers are not as many as the model's, or there are fewer layers than stages.
+        ValueError: the schedule's layers do not add up to the model's, or there are fewer layers than stages.
     """
     if schedule.layer_counts is not None:
         if sum(schedule.layer_counts) != layers:

@@ -1,7 +1,7 @@
 """A model's dimensions, and what follows from them: parameters, elements, FLOPs.
 
 Symbols: ``b`` microbatch size, ``s`` sequence length, ``h`` hidden size, ``V`` vocabulary, ``L`` layers. FLOPs count
-attention in full though it is causal, as the paper's tables do (arXiv 2411.05288, section 2).
+causal attention in full, as the paper's tables do (arXiv 2411.05288, section 2).
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model's dimensions: layers, and two vocabulary tables of hV (one where ``tied``).
+    """A model's dimensions: layers, and two vocabulary tables of hV (one if ``tied``).
 
-    What a layer costs follows three numbers, which are a GPT's where they are not given. ``matrices``: parameters in a
-    layer's matrices (12h²). ``attended``: elements of keys that a token's query is multiplied with (hs). ``kept``:
-    elements a token that a layer's forward keeps when norms and activation functions are recomputed (10h). Of
-    ``depths`` further tokens that are predicted, each takes one more layer, a projection of 2h² and the head.
+    The cost of a layer follows from three numbers, which default to a GPT's. ``matrices``: parameters in a layer's
+    matrices (12h²). ``attended``: key elements that a token's query is multiplied with (hs). ``kept``: elements per
+    token that a layer's forward keeps when norms and activation functions are recomputed (10h). Each of ``depths``
+    further predicted tokens takes one more layer, a projection of 2h² and the head.
     """
 
     layers: int
@@ -58,7 +58,7 @@ class Sizes:
 
     @property
     def kept_elements(self) -> int:
-        """Elements of one layer's activations that wait for the backward, for one microbatch."""
+        """Elements of one layer's residuals, for one microbatch."""
         return self.tokens * (10 * self.hidden if self.kept is None else self.kept)
 
     @property
@@ -73,7 +73,7 @@ class Sizes:
 
     @property
     def streams(self) -> int:
-        """Streams of a microbatch that the head takes: one for each token that is predicted."""
+        """Streams of a microbatch that enter the head: one per predicted token."""
         return 1 + self.depths
 
     @property
@@ -88,11 +88,11 @@ class Sizes:
 
     @property
     def ends_in_layers(self) -> float:
-        """FLOPs of the head, for all streams, and of the tail, over those of one layer."""
+        """FLOPs of the head, for all streams, and of the tail, divided by those of one layer."""
         return (self.streams * self.head_flops + self.depths * self.depth_flops) / self.layer_flops
 
     def iteration_flops(self, m: int) -> float:
-        """FLOPs of an iteration of ``m`` microbatches as MFU counts them: without the embedding."""
+        """FLOPs of an iteration of ``m`` microbatches as counted for MFU: without the embedding."""
         ends = self.streams * self.head_flops + self.depths * self.depth_flops
         return m * (self.layers * self.layer_flops + ends)
 

@@ -15,7 +15,7 @@ Times = float | Sequence[float]
 
 
 class _OfTable:
-    """What can be done with durations; the fields are those of the table of instructions."""
+    """Operations on durations; the fields come from the instruction table."""
 
     def scaled(self, factor: float) -> Durations:
         """The same in another unit of time."""
@@ -29,7 +29,7 @@ class _OfTable:
         """The duration of a pass on every device, ``[p]``.
 
         Raises:
-            ValueError: as many numbers as there are neither stages nor devices.
+            ValueError: the number of durations matches neither stages nor devices.
         """
         times = np.asarray(getattr(self, kind), float)
         if times.ndim == 0:
@@ -38,7 +38,7 @@ class _OfTable:
         if len(times) != (schedule.stages if per_stage else schedule.p):
             raise ValueError(
                 f"{kind} has {len(times)} durations; give one, or one "
-                f"{'a stage' if per_stage else 'a device'}: {schedule.stages if per_stage else schedule.p}"
+                f"{'per stage' if per_stage else 'per device'}: {schedule.stages if per_stage else schedule.p}"
             )
         return times[schedule.stage_of[chunk]] if per_stage else times
 
@@ -57,13 +57,13 @@ Durations = make_dataclass(
 Durations.__doc__ = f"""How long everything takes, in any one unit of time (seconds where it comes from a cost model).
 
     Attributes:
-        {", ".join(STAGE_PASSES)}: one number, or one a stage. B is the whole backward where the schedule has no W.
+        {", ".join(STAGE_PASSES)}: one number, or one per stage. B is the whole backward if the schedule has no W.
         {", ".join(k for k in KINDS if k not in STAGE_PASSES and k not in COLLECTIVES)}: the vocabulary passes; one
-            number, or one a device.
+            number, or one per device.
         {", ".join(COLLECTIVES)}: the collectives.
-        transfer: one permute between neighbours; one number, or one a pair as ``[source, target]``.
+        transfer: one permute between neighbors; one number, or one per pair as ``[source, target]``.
         overhead: added to every ``run`` on every device, whether the pass runs there or not: the host reads the
-            predicate of its loop. Only where the rules say ``idle``, as other programs have no such loops.
+            predicate of its loop. Only if the rules say ``idle``; other programs have no such loops.
 """
 
 

@@ -1,16 +1,16 @@
-"""Schedules and timelines as files: JSON of a schedule, the CSV of torch.distributed.pipelining, a Perfetto trace.
+"""File formats of schedules and timelines: schedule JSON, the CSV of torch.distributed.pipelining, a Perfetto trace.
 
-The CSV is what torch's ``_PipelineScheduleRuntime`` loads as "compute_only": one row a rank, one cell an action,
-``{stage}{action}{microbatch}``. Torch's actions are F, B (the full backward), I (the input gradient alone) and W.
-The vocabulary layers can be written in the same way, with the device in place of the stage:
+The CSV is what torch's ``_PipelineScheduleRuntime`` loads as "compute_only": one row per rank, one cell per action,
+``{stage}{action}{microbatch}``. Torch's actions are F, B (the full backward), I (only the input gradient) and W. The
+vocabulary layers can be written in the same way, with the device in place of the stage:
 
     EF EB   the sharded input layer, forward and backward    S T   the two halves of the sharded output layer
     SM SE   S in two, maxima then exponentials (S1, S2)      H     the whole output layer on one device
     G       the backward of the final norm
 
 So ``0F3`` is stage 0's forward of microbatch 3, and ``2EF0`` device 2's part of the input layer for microbatch 0.
-``vocabulary=False`` leaves the vocabulary layers out; then torch runs the file. A file that has them it refuses, since
-their names do not begin with one of its own, which it would read instead.
+``vocabulary=False`` leaves the vocabulary layers out so that torch can run the file. Torch rejects a file that has
+them: their names are chosen not to begin with any of its own, which it would read instead.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..schedule import Schedule
 from .timeline import Timeline
 
 _CELL = re.compile(r"([0-9]{1,9})([A-Z_]+)([0-9]{0,9})|\(.*\)(OVERLAP_F_B)")
-# Torch reads a name by its beginning (IF as I), and one that ends in a digit runs into the microbatch.
+# Torch matches names by prefix (IF as I), and a name that ends in a digit would run into the microbatch.
 _WRITTEN = {kind.name: kind.spelling for kind in KINDS.values() if kind.spelling}
 _READ = {written: name for name, written in _WRITTEN.items()}
 _OF_STAGES = (*STAGE_PASSES, "I")
@@ -71,7 +71,7 @@ def actions_of(schedule: Schedule, vocabulary: bool = True) -> tuple[tuple[Actio
 
 
 def to_csv(schedule: Schedule, vocabulary: bool = True) -> str:
-    """The compute-only CSV of a schedule, one row a rank."""
+    """The compute-only CSV of a schedule, one row per rank."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(
         [str(action) for action in row] or [""] for row in actions_of(schedule, vocabulary)
@@ -80,11 +80,11 @@ def to_csv(schedule: Schedule, vocabulary: bool = True) -> str:
 
 
 def from_csv(text: str) -> tuple[tuple[Action, ...], ...]:
-    """The actions of every rank. Empty cells, which torch writes where a rank waits, are skipped, and so are blank
-    lines and those that begin with ``#``.
+    """The actions of every rank. Skips empty cells, which torch writes where a rank waits, blank lines, and lines that
+    begin with ``#``.
 
     Raises:
-        ValueError: no rows, or a cell that is no action of the compute-only form, with its row and column.
+        ValueError: no rows, or a cell that is not a compute-only action, with its row and column.
     """
     lines = [line for line in text.removeprefix("\ufeff").splitlines() if line.strip() and line.lstrip()[0] != "#"]
     try:
@@ -92,7 +92,7 @@ def from_csv(text: str) -> tuple[tuple[Action, ...], ...]:
     except csv.Error as problem:
         raise ValueError(f"the schedule is not CSV: {problem}") from None
     if not rows:
-        raise ValueError("the schedule has no rows; give one a rank")
+        raise ValueError("the schedule has no rows; give one per rank")
     return tuple(
         tuple(_action(cell.strip(), rank, column) for column, cell in enumerate(cells) if cell.strip())
         for rank, cells in enumerate(rows)
@@ -100,14 +100,14 @@ def from_csv(text: str) -> tuple[tuple[Action, ...], ...]:
 
 
 def schedule_from_csv(text: str, method: str = "baseline", name: str = "custom") -> Schedule:
-    """A schedule to run, from a CSV that torch or :func:`to_csv` wrote without vocabulary layers.
+    """A runnable schedule from a CSV without vocabulary layers, written by torch or :func:`to_csv`.
 
     Every pass starts as soon as its device is free and its input is there, see
     :func:`vocabpp_jax.schedules.from_orders`.
 
     Raises:
-        ValueError: what :func:`from_csv` refuses, vocabulary layers, a stage on two ranks or on none, or orders that
-            are not sound.
+        ValueError: what :func:`from_csv` rejects, vocabulary layers, a stage on two ranks or on none, or unsound
+            orders.
     """
     rows = from_csv(text)
     home: dict[int, int] = {}
@@ -144,7 +144,7 @@ _FORMAT, _VERSION = "vocabpp_jax schedule", 1
 
 
 def to_json(schedule: Schedule) -> str:
-    """A schedule as JSON, complete: :func:`from_json` gives it back."""
+    """A schedule as complete JSON: :func:`from_json` restores it."""
     return json.dumps({"format": _FORMAT, "version": _VERSION} | _plain(schedule))
 
 
@@ -152,7 +152,7 @@ def from_json(text: str) -> Schedule:
     """The schedule that :func:`to_json` wrote.
 
     Raises:
-        ValueError: not JSON, another format or version, a field that is missing, unknown or of another type.
+        ValueError: not JSON, another format or version, or a field that is missing, unknown or of another type.
     """
     try:
         data = json.loads(text)
@@ -164,7 +164,7 @@ def from_json(text: str) -> Schedule:
 
 
 def _plain(value: Any) -> Any:
-    """Frozen dataclasses, tuples and sets as JSON has them."""
+    """Frozen dataclasses, tuples and sets as JSON values."""
     if is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.init}
     if isinstance(value, frozenset):
@@ -173,7 +173,7 @@ def _plain(value: Any) -> Any:
 
 
 def _typed(kind: Any, value: Any, where: str) -> Any:
-    """The inverse of :func:`_plain` for a value of an annotated type. Raises ValueError for what is not one."""
+    """The inverse of :func:`_plain` for a value of an annotated type. Raises ValueError on a mismatch."""
     origin, parts = get_origin(kind), get_args(kind)
     if is_dataclass(kind):
         return _object(kind, value, where)
@@ -211,10 +211,10 @@ def _object(kind: type, value: Any, where: str) -> Any:
 
 
 def to_trace(timeline: Timeline, microseconds: float = 1e6) -> str:
-    """A Chrome trace of a simulated iteration, for ui.perfetto.dev: a process a device, a thread for each of passes,
-    transfers and collectives, and a counter of activations in flight.
+    """A Chrome trace of a simulated iteration, for ui.perfetto.dev: one process per device, with a thread each for
+    passes, transfers and collectives, and a counter of activations in flight.
 
-    ``microseconds`` is how many there are in a unit of the timeline's time.
+    ``microseconds`` is the timeline's unit of time in microseconds.
     """
     threads = {"run": "passes", "permute": "transfers", "start": "collectives"}
     events: list[dict] = []

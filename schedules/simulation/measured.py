@@ -14,17 +14,18 @@ from .durations import Durations
 from .simulator import FREE, Rules, simulate
 from .timeline import Timeline
 
-# The share of the output layer's time that is S: Algorithm 2 has two of the three matrix products there, the rest one.
+# The share of the output layer's time spent in S: Algorithm 2 runs two of the three matrix products there, the others
+# one.
 S_SHARE = {"vocab-2": 2 / 3}
 PUBLISHED_MICROBATCHES = 128
 
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """One run under 1F1B: the mean time of every pass, one number a device, and of an iteration; milliseconds.
+    """One run under 1F1B: the mean time of every pass, one number per device, and of an iteration; milliseconds.
 
-    F and B of the first and the last device include an unsharded vocabulary layer. ``iteration_ms`` is None where
-    passes were measured and no iteration.
+    F and B of the first and last device include an unsharded vocabulary layer. ``iteration_ms`` is None if only passes
+    were measured.
     """
 
     method: str
@@ -40,18 +41,18 @@ class MeasuredRun:
 
     @property
     def p(self) -> int:
-        """Devices."""
+        """Number of devices."""
         return len(self.F)
 
     def predict(self, network: Durations | None = None, rules: Rules = FREE, m: int | None = None) -> Timeline:
         """The simulated iteration, in milliseconds.
 
         Args:
-            network: transfers and collectives, in milliseconds; free of cost if not given.
-            rules: those of the framework that was measured; one process a device, like Megatron, if not given.
-            m: microbatches, if not those of the run.
+            network: transfers and collectives, in milliseconds; free by default.
+            rules: those of the measured framework; by default one process per device, like Megatron.
+            m: microbatches; by default those of the run.
         """
-        # The published redistribution differs from the baseline in what a stage holds; that is in the times.
+        # The published redistribution differs from the baseline only in what stages hold, which the times include.
         method = "baseline" if self.method == "redis" else self.method
         program = lower(build("1f1b", method, p=self.p, m=m or self.microbatches))
         share = S_SHARE.get(self.method, 1 / 3)
@@ -79,10 +80,10 @@ _COLUMNS = {"F": "f_us", "B": "b_us", "S_and_T": "s_plus_t_us", "IF": "input_f_u
 def read_pass_times(text: str) -> tuple[MeasuredRun, ...]:
     """The runs in a CSV with the columns of ``docs/paper/pass_times_8xA100.csv``, times in microseconds.
 
-    A column ``microbatches`` may be added; without it they are the published 128. ``iteration_ms`` may be empty.
+    An optional column ``microbatches`` defaults to the published 128. ``iteration_ms`` may be empty.
 
     Raises:
-        ValueError: no rows, a column missing, a cell that is no time, or cells of different numbers of devices.
+        ValueError: no rows, a missing column, a cell that is not a time, or cells with different numbers of devices.
     """
     runs = []
     try:
@@ -110,7 +111,7 @@ def read_pass_times(text: str) -> tuple[MeasuredRun, ...]:
         counts = {len(x) for x in times.values()}
         if len(counts) != 1 or 0 in counts:
             raise ValueError(
-                f"row {number} of the pass times has cells of {sorted(counts)} numbers; give one a device in each"
+                f"row {number} of the pass times has cells of {sorted(counts)} numbers; give one per device in each"
             )
         runs.append(run)
     if not runs:
@@ -119,13 +120,12 @@ def read_pass_times(text: str) -> tuple[MeasuredRun, ...]:
 
 
 def _is_time(ms: float | None) -> bool:
-    """Whether an iteration took so long, or was not measured."""
+    """Whether this is a valid iteration time, or not measured."""
     return ms is None or 0 < ms < math.inf
 
 
 def errors(runs: Sequence[MeasuredRun], predicted: Sequence[float]) -> tuple[float, float] | None:
-    """The mean and the largest relative error of predicted iteration times, both positive; None where none was
-    measured."""
+    """Mean and largest relative error of predicted iteration times, both positive; None if none was measured."""
     timed = [(run.iteration_ms, ms) for run, ms in zip(runs, predicted, strict=True) if run.iteration_ms is not None]
     found = [abs(ms / measured - 1) for measured, ms in timed]
     return (sum(found) / len(found), max(found)) if found else None

@@ -1,4 +1,4 @@
-"""The timeline that a paper would print: a row a device, colours by pass, microbatch numbers, activations held."""
+"""Timelines as printed in papers: a row per device, colors by pass, microbatch numbers, activations in flight."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _WIDTH = 12.0  # inches
 
 
 def draw(timelines: Timeline | Mapping[str, Timeline], unit: str = "F", in_flight: bool = True) -> Figure:
-    """A figure of one timeline, or of several one above the other on one time axis, by their titles.
+    """A figure of one timeline, or of several stacked on a shared time axis, by their titles.
 
     Args:
-        timelines: what to draw; a title is made for a single one.
+        timelines: what to draw; a single one gets a default title.
         unit: name of the unit of time, for the axis.
-        in_flight: whether to draw the activations held, below each timeline.
+        in_flight: whether to plot the activations in flight below each timeline.
     """
     from matplotlib.figure import Figure
 
@@ -64,10 +64,10 @@ def draw(timelines: Timeline | Mapping[str, Timeline], unit: str = "F", in_fligh
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure as PNG or SVG, by the name's ending; the same figure gives the same file.
+    """Write a figure as PNG or SVG, by the file name's suffix; the same figure gives an identical file.
 
     Raises:
-        ValueError: another ending.
+        ValueError: another suffix.
     """
     from matplotlib import rc_context
 
@@ -88,7 +88,7 @@ def title_of(timeline: Timeline) -> str:
 
 
 def _box(total: float, top: float, height: float) -> tuple[float, float, float, float]:
-    """Left, bottom, width, height of axes as shares of the figure, from inches."""
+    """Left, bottom, width and height of axes as fractions of the figure, from inches."""
     left, right = 0.75, 0.2
     return left / _WIDTH, (top - height) / total, (_WIDTH - left - right) / _WIDTH, height / total
 
@@ -99,7 +99,7 @@ def _collectives(timeline: Timeline) -> bool:
 
 
 def _rows(axes: Axes, timeline: Timeline, end: float, row: float) -> None:
-    """The devices' passes, and a lane for the collectives beneath."""
+    """The devices' passes, and a lane for the collectives below."""
     p = timeline.schedule.p
     lane = 0.6 if _collectives(timeline) else 0.0
     axes.set_xlim(0, end * 1.002)
@@ -121,7 +121,7 @@ def _rows(axes: Axes, timeline: Timeline, end: float, row: float) -> None:
 
 
 def _passes(axes: Axes, timeline: Timeline, track: Track, per_unit: float, row: float) -> None:
-    """One instruction's passes on all devices, with microbatch numbers where all of them fit."""
+    """One instruction's passes on all devices, with microbatch numbers if all of them fit."""
     from matplotlib.collections import PolyCollection
 
     schedule, kind = timeline.schedule, KINDS[track.kind]
@@ -150,13 +150,13 @@ def _passes(axes: Axes, timeline: Timeline, track: Track, per_unit: float, row: 
 
 
 def _font(width: float, height: float, digits: int) -> float:
-    """Font size in points at which so many digits fit a box in inches, or 0 where none is readable."""
+    """The font size in points at which this many digits fit a box in inches; 0 if none is readable."""
     size = min(8.0, 72 * height * 0.62, 72 * width * 0.94 / (0.62 * digits))
     return size if size >= 3.8 else 0.0
 
 
 def _held(axes: Axes, timeline: Timeline) -> None:
-    """Activations held over time: the range over all devices, and the first and last of them."""
+    """Activations in flight over time: the range over all devices, and the first and last device."""
     p = timeline.schedule.p
     grid = np.linspace(0, timeline.makespan, 2400)
     values = [_most(timeline.in_flight(d), grid) for d in range(p)]
@@ -184,7 +184,7 @@ def _held(axes: Axes, timeline: Timeline) -> None:
 
 
 def _most(curve: Curve, grid: np.ndarray) -> np.ndarray:
-    """The highest value from each point of a grid to the next, so that no peak falls between two."""
+    """The maximum from each point of a grid to the next, so that no peak falls between two."""
     times, values = curve
     first = np.searchsorted(times, grid, side="right") - 1
     behind = np.maximum(np.searchsorted(times, np.append(grid[1:], np.inf)), first + 1)
@@ -206,7 +206,7 @@ def _plain(axes: Axes) -> None:
 
 
 def _legend(figure: Figure, timelines: list[Timeline], total: float) -> None:
-    """The passes and the collectives that occur, a line each at the top."""
+    """The passes and collectives that occur, one line each at the top."""
     from matplotlib.patches import Patch
 
     for n, op in enumerate(("run", "start")):
@@ -232,7 +232,7 @@ def _legend(figure: Figure, timelines: list[Timeline], total: float) -> None:
 
 
 def _shade(color: str, chunk: int, chunks: int) -> str:
-    """A later chunk's colour: the same, lighter."""
+    """A later chunk's color: the same, lighter."""
     red, green, blue = (int(color[n : n + 2], 16) for n in (1, 3, 5))
     share = 0.45 * chunk / max(1, chunks - 1) if chunks > 1 else 0.0
     return "#" + "".join(f"{round(c + (255 - c) * share):02x}" for c in (red, green, blue))

@@ -1,17 +1,17 @@
-"""Timing a lowered program: an event model of what the compiled program does, instruction by instruction.
+"""Times a lowered program with an event model of the compiled program, instruction by instruction.
 
-Every device runs the same list of instructions in the same order, so the model is a vector of clocks, one a device,
-carried through that list. Rules, for the compiled program (:data:`COMPILED`):
+Every device runs the same list of instructions in the same order, so the model is a vector of clocks, one per device,
+carried through that list. Rules for the compiled program (:data:`COMPILED`):
 
-* ``run`` takes its duration on the devices whose table names a microbatch, and nothing elsewhere;
-* a ``permute`` is a rendezvous: both ends of each pair leave when the later one has come and the data has crossed,
-  also in intervals in which the pair carries nothing, because the program is the same in all of them;
-* a collective begins when the last device has started it and the previous one has ended, and runs beside the passes;
-  a device waits for it where the program says ``done``.
+* ``run`` takes its duration on devices whose table names a microbatch, and no time elsewhere;
+* a ``permute`` is a rendezvous: both ends of each pair continue once both have arrived and the data has crossed, even
+in intervals in which the pair carries nothing, because the program is the same in all of them;
+* a collective begins when the last device has started it and the previous one has ended, and overlaps with passes; a
+device waits for it at the program's ``done``.
 
-:data:`ON_CPUS` has collectives block as transfers do: XLA's CPU runtime runs one thing at a time.
-:data:`FREE` are the rules of a framework that runs one process a device: a sender does not wait, a receiver waits
-where it uses the data, and nothing runs that carries no data.
+:data:`ON_CPUS` makes collectives block as transfers do: XLA's CPU runtime runs one thing at a time. :data:`FREE` models
+a framework with one process per device: a sender does not wait, a receiver waits where it uses the data, and nothing
+runs that carries no data.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ class Rules:
     """What waits for what.
 
     Attributes:
-        transfers: "blocking": both ends of a permute wait for each other and for the data; "asynchronous": both go on
-            and wait where the program lands it; "eager": the sender never waits, and a receiver only where it reads.
-        collectives: "overlapping": devices go on and wait for the result behind its "done"; "blocking": all wait at its
-            "start" until it is through, as on CPUs.
-        one_stream: whether a device's transfers and collectives run one after the other, in the order in which the
-            program starts them, or only the collectives do.
+        transfers: "blocking": both ends of a permute wait for each other and for the data; "asynchronous": both
+            continue and wait where the program lands it; "eager": the sender never waits, and a receiver only where it
+            reads.
+        collectives: "overlapping": devices continue and wait for the result at its "done"; "blocking": all wait at its
+            "start" until it completes, as on CPUs.
+        one_stream: whether a device's transfers and collectives run one after the other, in program order, or only its
+            collectives do.
         idle: whether transfers and collectives also run in intervals in which they carry nothing.
     """
 
@@ -54,7 +55,7 @@ FREE = Rules(transfers="eager", idle=False)
 
 
 def simulate(program: Program, durations: Durations | None = None, rules: Rules = COMPILED) -> Timeline:
-    """When every pass, transfer and collective of one iteration runs; F=1, B=2 and all else 0 if nothing is said.
+    """When every pass, transfer and collective of one iteration runs; by default F=1, B=2 and everything else 0.
 
     Time and memory grow with intervals x instructions x devices; p=64, m=512 takes about a second.
     """
@@ -72,12 +73,12 @@ class _Engine:
         p = self.schedule.p
         transfer = np.asarray(durations.transfer, float)
         if transfer.shape not in ((), (p, p)):
-            raise ValueError(f"transfer has shape {transfer.shape}; give one number, or one a pair, ({p}, {p})")
+            raise ValueError(f"transfer has shape {transfer.shape}; give one number, or one per pair, ({p}, {p})")
         self.transfer = np.broadcast_to(transfer, (p, p))
         self.devices = np.arange(p)
         self.stages = self.schedule.stage_of
         self.clock = np.zeros(p)
-        self.stream = np.zeros(p)  # until when each device's communication stream is taken
+        self.stream = np.zeros(p)  # when each device's communication stream becomes free
         self.arrival = np.zeros((p, max(1, program.rings.get("inbox", 0))))
         self.collectives_end = 0.0  # two collectives over the same devices do not overlap
         self.pending: dict[str, float] = {}
@@ -85,7 +86,7 @@ class _Engine:
 
     def run(self, segment: Segment) -> None:
         """One scan."""
-        self.under_way: dict[int, np.ndarray] = {}  # for every transfer under way, until when on each device
+        self.under_way: dict[int, np.ndarray] = {}  # for every transfer in flight, its end on each device
         self.transfers: list[tuple[Track, np.ndarray, ...]] = []
         steps = [self._step(instruction, segment, line) for line, instruction in enumerate(segment.body)]
         for n in range(segment.intervals):
@@ -96,7 +97,7 @@ class _Engine:
                 track.start[:, ends], track.end[:, ends] = started, ended
 
     def _step(self, instruction: Instruction, segment: Segment, line: int) -> Callable[[int], None]:
-        """What one instruction does in interval n, with a track to note when it did."""
+        """The effect of one instruction in interval n, with a track that records when it ran."""
         shape = (segment.intervals, self.schedule.p)
         tables = {"microbatch": np.full(shape, -1, np.int32)} | dict(instruction.tables)
         track = Track(
@@ -210,7 +211,7 @@ class _Engine:
         return step
 
     def _arrived(self, track: Track, n: int) -> np.ndarray | float:
-        """When what an instruction reads from its inbox has come, ``[p]``; a rendezvous has already waited for it."""
+        """When the inbox values that an instruction reads have arrived, ``[p]``; a rendezvous has already waited."""
         if self.rules.transfers != "eager" or "inbox" not in track.tables:
             return 0.0
         cells = track.tables["inbox"][n]

@@ -1,7 +1,7 @@
-"""What a whole training step costs on devices of three mesh axes: ``pipe``, ``tensor`` in a stage, ``data`` for copies.
+"""The cost of a whole training step on three mesh axes: ``pipe``, ``tensor`` within a stage, ``data`` for copies.
 
-:mod:`.cost` has the passes of a pipeline alone. Here a layer's matrices are split over ``tensor``, which sums the
-stream twice in a layer's forward and twice in its backward; gradients are summed over ``data`` once a step; and the
+:mod:`.cost` covers only the passes of a pipeline. Here a layer's matrices are sharded over ``tensor``, which sums the
+stream twice in a layer's forward and twice in its backward; gradients are summed over ``data`` once per step; and the
 optimizer reads and writes all of the state.
 """
 
@@ -17,10 +17,10 @@ from .cost import GPU, Cost, stage_layers
 from .simulator import Durations
 
 OPTIMIZER_BYTES = 40.0
-"""Moved for each parameter, once a step: gradient, weight and both moments read, the last three written (28), the
+"""Bytes moved per parameter, once per step: gradient, weight and both moments read, the last three written (28), the
 gradient read once for its norm and zeroed (8), the copy in the compute dtype written and read (4)."""
 SHARDED_BYTES = 28.0
-"""What of them optimizer sharding divides by the data axis."""
+"""The part of them that optimizer sharding divides by the data axis."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,11 @@ class StepCost:
 
     Attributes:
         cost: of the whole model on one GPU.
-        tensor, data: sizes of those axes. Devices of ``tensor`` are neighbours, then come the stages, then the copies.
-        shard_optimizer: whether master weights and moments are divided over ``data``.
-        recompute: whether a backward makes all of a layer's forward again first.
-        share: what part of a layer's elementwise traffic each device of ``tensor`` has: 1/tensor where all is split.
+        tensor, data: sizes of those axes. Devices along ``tensor`` are neighbors, then come the stages, then the
+            copies.
+        shard_optimizer: whether master weights and moments are sharded over ``data``.
+        recompute: whether a backward first recomputes all of a layer's forward.
+        share: each ``tensor`` device's share of a layer's elementwise traffic: 1/tensor if all of it is sharded.
     """
 
     cost: Cost
@@ -44,7 +45,7 @@ class StepCost:
 
     @cached_property
     def _local(self) -> Cost:
-        """One device's part of a layer; its neighbours in the pipeline are ``tensor`` devices away."""
+        """One device's part of a layer; its pipeline neighbors are ``tensor`` devices away."""
         z, gpu = self.cost.sizes, self.cost.gpu
         part = replace(z, matrices=-(-z.layer_parameters // self.tensor), attended=z.scores / z.tokens / self.tensor)
         near = replace(
@@ -78,7 +79,7 @@ class StepCost:
         )
 
     def tensor_sums(self, schedule: Schedule) -> float:
-        """Seconds of a microbatch's sums over ``tensor``, the mean over devices; nothing runs beside them."""
+        """Seconds of a microbatch's sums over ``tensor``, averaged over devices; nothing overlaps with them."""
         times = (2 + self.recompute * (2 if schedule.splits_backward else 1)) * self.cost.sizes.layers / schedule.p
         return times * self._layer_sums
 
@@ -88,7 +89,7 @@ class StepCost:
         return 2 * self.cost.gpu.all_reduce(2 * self.cost.sizes.bsh, self.tensor)
 
     def _transfers(self, schedule: Schedule) -> tuple[tuple[float, ...], ...]:
-        """Of every pair of stages, in the copy in which they are furthest apart."""
+        """Transfer times of every pair of stages, in the copy in which they are furthest apart."""
         z, gpu, T = self.cost.sizes, self.cost.gpu, self.tensor
         devices = np.arange(self.data * schedule.p).reshape(self.data, schedule.p) * T
         nodes = devices // gpu.gpus_per_node
@@ -97,20 +98,22 @@ class StepCost:
         return tuple(map(tuple, np.where(apart, between, inside).tolist()))
 
     def gradient_sums(self, parameters: float, p: int) -> float:
-        """Seconds to sum the float32 gradients of a device's parameters over ``data``, which waits for the last of
-        them; with optimizer sharding, to scatter the sums and to gather the weights in two bytes."""
+        """Seconds to sum the float32 gradients of a device's parameters over ``data``, after the last of them; with
+        optimizer sharding, to reduce-scatter the gradients and all-gather the weights in two bytes."""
         bytes_moved = parameters * ((4 + 2) / 2 if self.shard_optimizer else 4)
         return _strided(self.cost.gpu, self.data, p * self.tensor).all_reduce(bytes_moved, self.data)
 
     def update(self, parameters: float) -> float:
-        """Seconds of the optimizer, of its norm and of rounding the weights."""
+        """Seconds of the optimizer, the gradient norm and the cast of the weights."""
         divided = SHARDED_BYTES * (1 - 1 / self.data) if self.shard_optimizer else 0.0
         return self.cost.gpu.traffic((OPTIMIZER_BYTES - divided) * parameters)
 
 
 def _strided(gpu: GPU, members: int, stride: int) -> GPU:
-    """The GPU as a group sees it whose members are ``stride`` devices apart: fewer of them to a node. Those in one node
-    share its adapters with the other groups, each of which has as many."""
+    """The GPU as seen by a group whose members are ``stride`` devices apart.
+
+    Fewer members are in one node, and they share its network adapters with the other groups, each of which has as many.
+    """
     there = max(1, gpu.gpus_per_node // stride)
     between = min(gpu.intra_bandwidth, gpu.inter_bandwidth * min(there, members))
     return replace(gpu, gpus_per_node=there, inter_bandwidth=between)

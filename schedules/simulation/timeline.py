@@ -1,6 +1,6 @@
-"""What a simulation returns: who did what when, and the numbers that follow from it.
+"""The result of a simulation: what ran when on each device, and metrics derived from it.
 
-Times are in the unit of the durations that were given; counts are of microbatches held by a stage.
+Times are in the unit of the given durations; counts are of microbatches held by a stage.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..instructions import KINDS
 from ..lowering.program import Program
 from ..schedule import Schedule
 
-Curve = tuple[np.ndarray, np.ndarray]  # times, and the value from each of them to the next
+Curve = tuple[np.ndarray, np.ndarray]  # times, and the value from each time to the next
 
 
 class Span(NamedTuple):
@@ -33,10 +33,10 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Track:
-    """When one instruction ran: ``start`` and ``end`` ``[intervals, p]``, read where ``microbatch`` is not negative.
+    """When one instruction ran: ``start`` and ``end`` ``[intervals, p]``, valid where ``microbatch`` is not negative.
 
-    Of a transfer, on the receiver; of a collective (at its "start"), the time in which it is under way. The instruction
-    is ``line`` of the body of a scan that begins with ``first_interval``; ``stages`` are each device's.
+    For a transfer, the times on the receiver; for a collective (at its "start"), the time in flight. The instruction is
+    ``line`` of the body of a scan that begins with ``first_interval``; ``stages`` are each device's.
     """
 
     op: str
@@ -50,7 +50,7 @@ class Track:
 
     @property
     def microbatch(self) -> np.ndarray:
-        """Whose turn it is, ``[intervals, p]``, -1 where it is nobody's."""
+        """The microbatch it ran for, ``[intervals, p]``; -1 if none."""
         return self.tables["microbatch"]
 
 
@@ -60,8 +60,8 @@ class Timeline:
 
     Attributes:
         program: what ran.
-        tracks: when each of its instructions did.
-        finished: when each device had done all it had to, ``[p]``.
+        tracks: when each of its instructions ran.
+        finished: when each device finished, ``[p]``.
     """
 
     program: Program
@@ -89,7 +89,7 @@ class Timeline:
 
     @property
     def bubbles(self) -> np.ndarray:
-        """The share of the iteration in which each device computes nothing, ``[p]``."""
+        """The fraction of the iteration in which each device computes nothing, ``[p]``."""
         return 1.0 - self.busy / self.makespan
 
     @property
@@ -99,7 +99,7 @@ class Timeline:
 
     @cached_property
     def idle(self) -> np.ndarray:
-        """Time that each device waits between its first pass and its last, ``[p]``; what zero-bubble papers count."""
+        """Time that each device waits between its first and last pass, ``[p]``: the bubble of zero-bubble papers."""
         first, last = np.full(self.schedule.p, np.inf), np.zeros(self.schedule.p)
         for t in self.tracks:
             if t.op == "run":
@@ -110,7 +110,7 @@ class Timeline:
 
     @property
     def longest_wait_ratio(self) -> float:
-        """The largest share, over devices, of the time between first and last pass in which a device waits."""
+        """The largest fraction, over devices, of the time between first and last pass in which a device waits."""
         span = self.idle + self.busy
         return float(np.divide(self.idle, span, out=np.zeros_like(span), where=span > 0).max())
 
@@ -131,7 +131,7 @@ class Timeline:
                 yield Span(t.op, t.kind, d, stage, i, start, end)
 
     def _times(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
-        """Start and end of a pass kind, ``[stages, m]``, NaN where it does not run."""
+        """Start and end of a pass kind, ``[stages, m]``; NaN where it does not run."""
         times = np.full((2, self.schedule.stages, self.schedule.m), np.nan)
         for t in self.tracks:
             if (t.op, t.kind) == ("run", kind):
@@ -142,24 +142,24 @@ class Timeline:
 
     @cached_property
     def steady_interval(self) -> float:
-        """Time per microbatch once all devices are at work: the slope of the backwards' ends, past the warm-up.
+        """Time per microbatch once all devices are busy: the slope of the backwards' ends, after the warm-up.
 
-        Between the middle of the iteration and the last forward of the first stage where m is at least 3p + 8,
-        over the middle half otherwise.
+        Measured between the middle of the iteration and the last forward of the first stage if m is at least 3p + 8,
+        otherwise over the middle half.
         """
         schedule = self.schedule
         p, m = schedule.p, schedule.m
         end = self._times("B" if schedule.trains else "F")[1]
         a, b = (m // 2, m - p - 4) if m >= 3 * p + 8 else (m // 4, max(m // 4 + 1, 3 * m // 4))
         if b - a > p:
-            b = a + (b - a) // p * p  # whole periods of schedules that treat p microbatches as a group
+            b = a + (b - a) // p * p  # whole periods of schedules with groups of p microbatches
         if b >= m:
             return self.makespan / m
         return float((end[:, b] - end[:, a]).mean() / (b - a))
 
     @property
     def steady_bubble(self) -> float:
-        """The mean share of the steady interval in which a device computes nothing."""
+        """The mean fraction of the steady interval in which a device computes nothing."""
         return float(1.0 - self.busy.mean() / self.schedule.m / self.steady_interval)
 
     # --- memory ------------------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ class Timeline:
         return devices.ravel(), begin.ravel(), end.ravel()
 
     def in_flight(self, device: int) -> Curve:
-        """Activations that a device holds, in microbatches of one stage, over time."""
+        """Activations that a device holds over time, in microbatches of one stage."""
         return _count(device, *self._held)
 
     @cached_property
@@ -189,7 +189,7 @@ class Timeline:
         return _count(device, *self._lifetimes[ring])
 
     def bytes(self, cell: Mapping[str, float], device: int) -> Curve:
-        """Bytes alive in the rings over time, from the bytes of one cell of each."""
+        """Live bytes in the rings over time, given the bytes of one cell of each."""
         curves = [self.alive(ring, device) for ring in cell if ring in self.program.rings]
         times = np.unique(np.concatenate([[0.0], *(c[0] for c in curves)]))
         total = np.zeros(len(times))
@@ -198,19 +198,19 @@ class Timeline:
         return times, total
 
     def peak_bytes(self, cell: Mapping[str, float]) -> tuple[float, ...]:
-        """The most bytes alive in the rings at once, one number a device."""
+        """Peak live bytes in the rings, one number per device."""
         return tuple(float(self.bytes(cell, d)[1].max()) for d in range(self.schedule.p))
 
     def allocated_bytes(self, cell: Mapping[str, float]) -> float:
-        """Bytes that every device allocates for the rings: one program has one shape, so the fullest decides."""
+        """Bytes that every device allocates for the rings: all run one program, so the fullest device decides."""
         return sum(cells * cell.get(ring, 0.0) for ring, cells in self.program.rings.items())
 
     @cached_property
     def _lifetimes(self) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """For every ring: device, begin and end of each value, from the start of what writes it to its last reader."""
+        """For every ring: device, begin and end of each value, from the start of its writer to its last reader."""
         touches: dict[str, list[np.ndarray]] = {ring: [] for ring in self.program.rings}
         for t in self.tracks:
-            if t.op == "land":  # the cell has been taken since the transfer left
+            if t.op == "land":  # the cell has been in use since the transfer left
                 continue
             for name, table in t.tables.items():
                 ring = "inbox" if name == "deliver" else name
@@ -218,7 +218,7 @@ class Timeline:
                     continue
                 writes = name == "deliver" if ring == "inbox" else (t.op, t.kind, ring) in _WRITES
                 rows, devices = np.nonzero(table >= 0)
-                # A collective has copied what it reads once it is under way.
+                # A collective has copied its input once it is in flight.
                 end = t.start if t.op == "start" else t.end
                 touches[ring].append(
                     np.stack(
@@ -241,7 +241,7 @@ _WRITES = {(a.op, kind.name, a.ring) for kind in KINDS.values() for a in kind.ac
 
 
 def _lives(touches: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Device, begin and end of each value, from all touches of cells: device, cell, order, whether it writes, times."""
+    """Device, begin and end of each value, from all cell accesses: device, cell, order, whether it writes, times."""
     device, cell, order, writes, start, end = touches
     by_cell = np.lexsort((order, cell, device))
     heads = np.flatnonzero(writes[by_cell])
@@ -249,7 +249,7 @@ def _lives(touches: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _count(device: int, devices: np.ndarray, begin: np.ndarray, end: np.ndarray) -> Curve:
-    """How many of a device's lives are under way, over time; one that ends makes room for one that begins then."""
+    """How many of a device's values are live over time; one that ends makes room for one that begins then."""
     mine = devices == device
     if not mine.any():
         return np.zeros(1), np.zeros(1, int)
@@ -257,6 +257,6 @@ def _count(device: int, devices: np.ndarray, begin: np.ndarray, end: np.ndarray)
     steps = np.concatenate([np.ones(mine.sum(), int), -np.ones(mine.sum(), int)])
     order = np.lexsort((steps, times))
     times, counts = times[order], np.cumsum(steps[order])
-    # Sums of the same durations in another order differ in their last digits; they are one moment.
+    # Sums of the same durations in a different order differ in their last digits; treat them as one moment.
     last = np.append(np.diff(times) > 1e-9 * times.max(initial=0.0), True)
     return np.concatenate([[0.0], times[last]]), np.concatenate([[0], counts[last]])

@@ -1,4 +1,4 @@
-"""Checkpoints that survive: canonical, so that any layout can read them; whole, or not there."""
+"""Crash-safe checkpoints in a canonical form: readable under any layout, and either complete or absent."""
 
 from .canonical import Canonical, fingerprints
 from .folders import folder_path, in_bucket, steps_in

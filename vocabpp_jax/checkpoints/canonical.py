@@ -1,9 +1,9 @@
-"""The form in which a training state is stored: the same arrays whatever pipeline made them.
+"""The canonical form of a training state: the same arrays whichever pipeline layout produced them.
 
 A state becomes one flat dictionary of named arrays: ``params.blocks.3.mlp.up.kernel``, ``optimizer.0.mu.head``,
-``step``. Layers are in depth order and vocabulary tables ``[V, D]``, unpadded and unsharded in their index space; only
-entries move, so a state that goes out and comes back is the same bit for bit. On the devices each array is split over
-the whole mesh where one of its axes allows it, so that no host holds more of it than its share.
+``step``. Layers are in depth order; vocabulary tables are ``[V, D]``, without padding or interleaving across shards.
+Entries are only moved, so a round trip is bit-exact. On the devices, each array is sharded over the whole mesh where
+one of its axes allows it, so no host holds more than its share.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from .. import training
 from ..pipeline.pipeline import Pipeline
 
 Flat = dict[str, Any]
-"""Arrays, or their shapes, by name."""
+"""Arrays or their shapes, by name."""
 SMALL = 2**16
-"""Arrays of fewer entries stay whole: they are cheaper to store so."""
+"""Arrays with fewer entries are not sharded: storing them whole is cheaper."""
 
 
 @dataclass(frozen=True)
 class Canonical:
-    """Takes the training states of a pipeline and an optimizer to the canonical form and back.
+    """Converts the training state of a pipeline and an optimizer to and from the canonical form.
 
     Raises:
-        ValueError: the optimizer keeps arrays that are neither scalars nor shaped like the parameters, such as
-            factored moments; nobody could tell how they go to another layout.
+        ValueError: the optimizer keeps arrays that are neither scalars nor shaped like the parameters, such as factored
+            moments; there is no general way to convert those to another layout.
     """
 
     pipe: Pipeline
@@ -51,7 +51,7 @@ class Canonical:
 
     @cached_property
     def shapes(self) -> Flat:
-        """Every canonical array as a :class:`jax.ShapeDtypeStruct` with the sharding it has on this mesh."""
+        """Every canonical array as a :class:`jax.ShapeDtypeStruct` with its sharding on this mesh."""
         return {
             _name(path): jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(self.pipe.mesh, x.shape))
             for path, x in jax.tree_util.tree_leaves_with_path(self._canonical)
@@ -59,7 +59,7 @@ class Canonical:
 
     @cached_property
     def flatten(self) -> Callable[[training.State], Flat]:
-        """``state -> arrays``, compiled: copies of a state in the canonical form; it may be donated afterwards."""
+        """``state -> arrays``, compiled: copies the state into canonical form; the state may be donated afterwards."""
 
         def flatten(state: training.State) -> Flat:
             return {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(self._unpacked(state))}
@@ -68,7 +68,7 @@ class Canonical:
 
     @cached_property
     def unflatten(self) -> Callable[[Flat], training.State]:
-        """``arrays -> state``, compiled: canonical arrays as a state in this pipeline's layout."""
+        """``arrays -> state``, compiled: canonical arrays to a state in this pipeline's layout."""
         pack, structure = self.pipe.layout.pack, jax.tree.structure(self._canonical.params)
 
         def is_params(tree: Any) -> bool:
@@ -82,12 +82,12 @@ class Canonical:
 
     @cached_property
     def _state(self) -> training.State:
-        """The shapes of the state in the pipeline's layout."""
+        """Shapes of the state in the pipeline's layout."""
         return training.shapes(self.pipe, self.optimizer)
 
     @cached_property
     def _canonical(self) -> training.State:
-        """The shapes of the state with canonical parameters and moments."""
+        """Shapes of the state with canonical parameters and moments."""
         return jax.eval_shape(self._unpacked, self._state)
 
     def _unpacked(self, state: training.State) -> training.State:
@@ -102,16 +102,16 @@ class Canonical:
 
 
 def fingerprints(flat: Flat) -> list[int]:
-    """A 32-bit number for every array, in the order of their names: the same on any number of devices, another after
-    any change of one entry.
+    """A 32-bit fingerprint per array, in name order: independent of the number of devices, and different after a change
+    to any single entry.
 
-    It is ``Σ (2i + 1) · bits_i mod 2³²`` over the entries i, a sum of integers, which no order of adding changes.
+    It is ``Σ (2i + 1) · bits_i mod 2³²`` over the entries i. Integer sums do not depend on the order of addition.
     """
     return np.asarray(make_fingerprints(flat)(flat)).tolist()
 
 
 def make_fingerprints(flat: Flat) -> Callable[[Flat], jax.Array]:
-    """What computes :func:`fingerprints`, compiled for arrays that are sharded as these."""
+    """A compiled :func:`fingerprints` for arrays with these shardings."""
     sharding = next(iter(flat.values())).sharding
     everywhere = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
     return jax.jit(_fingerprints, out_shardings=everywhere)
@@ -131,8 +131,10 @@ def _fingerprint(x: jax.Array) -> jax.Array:
 
 
 def _sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Split along the first axis that the whole mesh divides, or else one of its axes does; else whole. The first is
-    also what a parameter at rest is mostly split along, so that little has to move."""
+    """Shard the first axis that the whole mesh divides, else the first that one mesh axis divides; else replicate.
+
+    The first axis is usually also the one the resident parameter is sharded along, so little data moves.
+    """
     if math.prod(shape) >= SMALL:
         for names in (mesh.axis_names, *((name,) for name in sorted(mesh.axis_names, key=lambda n: -mesh.shape[n]))):
             ways = math.prod(mesh.shape[name] for name in names)

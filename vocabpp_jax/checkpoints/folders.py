@@ -1,7 +1,7 @@
-"""Where checkpoints are kept: a local folder or one in a Cloud Storage bucket, its lock, and what it holds.
+"""Checkpoint folders, local or in a Cloud Storage bucket: paths, locks, listing.
 
-:mod:`etils.epath` gives both the same interface. In a bucket nothing is renamed or locked atomically: orbax marks a
-complete checkpoint with a file, and the lock is a :class:`Lease`.
+:mod:`etils.epath` gives both the same interface. A bucket has no atomic rename or lock: orbax marks a complete
+checkpoint with a file, and the lock is a :class:`Lease`.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ from ..runtime.faults import reason
 Folder = str | os.PathLike[str]
 LOCK = ".lock"
 BEAT, PATIENCE, SETTLE = 10.0, 35.0, 2.0
-"""Seconds between two signs of life of a :class:`Lease`, in which one must come, and in which two takers notice."""
+"""Timings of a :class:`Lease`, in seconds: between heartbeats, until a silent holder counts as dead, and for two
+processes that take it at once to notice each other."""
 _REFUSAL = re.compile("(PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED): ")
-"""How tensorstore, which has one exception type for everything, begins the message of such an error."""
+"""Prefixes of tensorstore's messages for refused access; it has a single exception type for everything."""
 _CLIENTS = ("aiohttp", "gcsfs", "google", "requests", "tensorflow")
-"""Packages with exceptions of their own for a bucket that cannot be reached."""
+"""Packages whose exceptions mean that a bucket cannot be reached."""
 
 
 def folder_path(folder: Folder) -> epath.Path:
-    """The folder with ``~`` expanded, or as it is for ``gs://BUCKET/...``.
+    """The folder with ``~`` expanded; ``gs://BUCKET/...`` is returned unchanged.
 
     Raises:
-        ValueError: another scheme than ``gs``, or nothing installed that can reach a bucket.
+        ValueError: a scheme other than ``gs``, or no package installed that can reach a bucket.
     """
     name = os.fspath(folder)
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", name)
@@ -64,12 +65,12 @@ def in_bucket(folder: epath.Path) -> bool:
 
 
 class Unreadable(ValueError):
-    """The file system or the bucket refuses; nothing is known about what is stored."""
+    """The file system or bucket refuses access, so nothing is known about what is stored."""
 
 
 @contextlib.contextmanager
 def readable(path: epath.Path) -> Iterator[None]:
-    """Turns errors that say nothing about what is stored (permissions, connections, ...) into Unreadable."""
+    """Turn errors that say nothing about the stored data (permissions, connections, ...) into Unreadable."""
     try:
         yield
     except Exception as problem:
@@ -86,10 +87,10 @@ def _refused(problem: Exception) -> bool:
 
 
 def steps_in(folder: Folder) -> list[int]:
-    """The steps of the complete checkpoints in a folder, ascending. An unfinished save is not one.
+    """Steps of the complete checkpoints in a folder, ascending. An unfinished save does not count.
 
     Raises:
-        ValueError: the folder is there and cannot be listed.
+        ValueError: the folder exists but cannot be listed.
     """
     path = folder_path(folder)
     with readable(path):
@@ -103,7 +104,7 @@ class Lock(Protocol):
     """Keeps other runs from writing to a folder."""
 
     token: str
-    """What the holder has written into the lock's file; processes that read another have another folder."""
+    """What the holder wrote into the lock file; a process that reads something else is looking at another folder."""
 
     def check(self) -> None:
         """Raise ValueError if another run has taken the folder."""
@@ -112,7 +113,7 @@ class Lock(Protocol):
 
 
 def lock(folder: epath.Path) -> Lock:
-    """Make the folder and lock it. Raises ValueError where it cannot be written, or another run writes to it."""
+    """Create the folder and lock it. Raises ValueError if it is not writable or another run is writing to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return Lease(folder) if in_bucket(folder) else FileLock(folder)
@@ -127,7 +128,7 @@ def lock(folder: epath.Path) -> Lock:
 
 
 class NoLocks(OSError):
-    """The file system has none, as Lustre without the mount option flock."""
+    """The file system does not support locks, such as Lustre mounted without flock."""
 
 
 class FileLock:
@@ -160,10 +161,10 @@ class FileLock:
 
 
 class Lease:
-    """A lock where the file system has none: a file that its holder rewrites every ``beat`` seconds (:data:`BEAT`).
+    """A lock for file systems without locks: a file that its holder rewrites every ``beat`` seconds (:data:`BEAT`).
 
-    Whoever finds the file reads it again after ``patience`` seconds. If it has changed, its writer lives; if not, the
-    writer is gone and the lease can be taken. Of two that take it at once, the one whose write came last has it.
+    Whoever finds the file reads it again after ``patience`` seconds. If it changed, the holder is alive; if not, the
+    holder is gone and the lease is free. If two processes take it at once, the last to write has it.
     """
 
     def __init__(
@@ -193,12 +194,12 @@ class Lease:
     def release(self) -> None:
         self._end.set()
         self._thread.join()
-        with contextlib.suppress(Exception):  # it runs out by itself
+        with contextlib.suppress(Exception):  # it expires by itself
             if self._mine():
                 self._file.unlink()
 
     def _changes(self, found: str, patience: float) -> bool:
-        """Whether somebody rewrites the file. A holder that releases it meanwhile does not."""
+        """Whether the file is being rewritten. A holder that releases it meanwhile does not count."""
         until = time.monotonic() + patience
         while time.monotonic() < until:
             time.sleep(patience / 20)
@@ -208,7 +209,7 @@ class Lease:
 
     def _keep(self) -> None:
         while not self._end.wait(self._beat):
-            with contextlib.suppress(Exception):  # the next beat may get through
+            with contextlib.suppress(Exception):  # the next heartbeat may get through
                 if not self._mine():
                     self._lost = True
                     return
@@ -229,7 +230,7 @@ class Lease:
 
 
 def sees_lock(folder: epath.Path, token: str, within: float = 10.0) -> None:
-    """Raise ValueError if the lock's file does not appear here with its token: this process has another folder."""
+    """Raise ValueError if the lock file with its token does not appear here: this process has another folder."""
     until = time.monotonic() + within
     while True:
         try:
@@ -247,7 +248,7 @@ def sees_lock(folder: epath.Path, token: str, within: float = 10.0) -> None:
 
 
 def move_aside(folder: epath.Path, step: int) -> epath.Path:
-    """Rename a checkpoint to ``damaged-STEP``, or ``damaged-STEP-2`` and so on if there is one; the new path."""
+    """Rename a checkpoint to ``damaged-STEP``, or ``damaged-STEP-2`` and so on if that exists; returns the new path."""
     aside, number = folder / f"damaged-{step}", 2
     while aside.exists():
         aside, number = folder / f"damaged-{step}-{number}", number + 1

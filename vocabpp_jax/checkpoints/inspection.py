@@ -1,6 +1,6 @@
-"""Looking into checkpoints without a pipeline: what a folder holds, whether it is whole, its parameters as safetensors.
+"""Inspect checkpoints without a pipeline: list a folder, verify a checkpoint, export parameters as safetensors.
 
-One array after another is read, so that a model may be larger than the memory.
+Arrays are read one at a time, so the model may be larger than memory.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Entry:
 
 
 def entries(folder: Folder) -> list[Entry]:
-    """All checkpoints of a folder, oldest first; reads their records only.
+    """All checkpoints of a folder, oldest first; reads only their records.
 
     Raises:
         ValueError: there are none.
@@ -57,7 +57,7 @@ def entries(folder: Folder) -> list[Entry]:
 
 
 def verify(folder: Folder, step: int, progress: Callable[[int, int], None] = lambda done, of: None) -> list[str]:
-    """Read every array of a checkpoint; a sentence for each that is not as it was written, none where it is whole."""
+    """Read every array of a checkpoint; returns a sentence per array that differs from what was written."""
     try:
         record = read_record(folder, step)
     except ValueError as problem:
@@ -73,14 +73,14 @@ def verify(folder: Folder, step: int, progress: Callable[[int, int], None] = lam
 
 
 def export(folder: Folder, step: int, output: str | Path, shard_bytes: int = 4 * 2**30) -> list[Path]:
-    """Write the parameters of a checkpoint as safetensors, by their canonical names (``blocks.0.mlp.up.kernel``).
+    """Write the parameters of a checkpoint as safetensors, under their canonical names (``blocks.0.mlp.up.kernel``).
 
-    One file if ``output`` ends in ``.safetensors`` and they fit into ``shard_bytes``; else ``output`` is a folder that
-    gets ``model-00001-of-00003.safetensors``, .. and ``model.safetensors.index.json``. Every array is held against its
-    fingerprint. Nothing is overwritten.
+    Writes one file if ``output`` ends in ``.safetensors`` and everything fits into ``shard_bytes``; otherwise
+    ``output`` is a folder that gets ``model-00001-of-00003.safetensors``, ... and ``model.safetensors.index.json``.
+    Every array is checked against its fingerprint. Nothing is overwritten.
 
     Raises:
-        ValueError: something in the checkpoint is damaged, the output is there already, or cannot be written.
+        ValueError: the checkpoint is damaged, or the output already exists or cannot be written.
     """
     record, output = read_record(folder, step), Path(output)
     names = [name for name in record["arrays"] if name.startswith(PARAMS)]

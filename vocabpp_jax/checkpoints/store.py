@@ -1,8 +1,8 @@
-"""Checkpoints in a folder: written beside the training, whole or not at all, and read back only if nothing changed.
+"""Checkpoint storage: saved in the background, complete or absent, and verified on load.
 
-A checkpoint is ``FOLDER/STEP``. orbax writes the canonical arrays under ``state`` and puts the folder in its place
-when all of it is on disk; ``run/metadata`` is a record of everything else: step, data position, configuration, and of
-every array its shape and a fingerprint of its entries.
+A checkpoint is ``FOLDER/STEP``. orbax writes the canonical arrays under ``state`` and moves the folder into place once
+everything is on disk. ``run/metadata`` is a record of everything else: step, data position, configuration, and the
+shape and fingerprint of every array.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from .folders import Folder, Unreadable, folder_path, in_bucket, move_aside, rea
 Result = TypeVar("Result")
 FORMAT, VERSION = "vocabpp_jax checkpoint", 1
 RANDOM = "random"
-"""The name of the stored random key; the other arrays are the training state's."""
+"""The name of the stored random key; all other arrays belong to the training state."""
 Record = dict[str, Any]
 
 
 class Damaged(ValueError):
-    """A checkpoint that is ours and cannot be read as it was written."""
+    """One of our checkpoints that cannot be read back as it was written."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,16 @@ class Loaded:
     state: training.State
     key: jax.Array
     rows: int
-    """Sequences of the training data that were consumed."""
+    """Training sequences consumed so far."""
     record: Record
 
 
 def read_record(folder: Folder, step: int) -> Record:
-    """What a checkpoint says about itself.
+    """A checkpoint's record.
 
     Raises:
         Damaged: the record is missing or was changed.
-        ValueError: a checkpoint of another program, or of a later version of this one, or the file system refuses.
+        ValueError: the checkpoint is from another program or a later version of this one, or the file system refuses.
     """
     path = folder_path(folder) / str(step)
     damaged = foreign = False
@@ -69,7 +69,7 @@ def read_record(folder: Folder, step: int) -> Record:
     except (OSError, ValueError, RecursionError):
         damaged = True
     if foreign:
-        raise ValueError(f"{path} is no checkpoint of this program; give another folder, or move it away")
+        raise ValueError(f"{path} is not a checkpoint of this program; give another folder, or move it away")
     if damaged or record.get("checksum") != _checksum(record):
         raise Damaged(f"{path} is damaged: its record cannot be read or was changed")
     if record["version"] != VERSION:
@@ -85,47 +85,47 @@ def load(
     accept_changes: bool = False,
     say: Callable[[str], None] = print,
 ) -> Loaded | None:
-    """The newest checkpoint that is whole, in the pipeline's layout; None where the folder holds none.
+    """The newest intact checkpoint, in the pipeline's layout; None if the folder holds none.
 
-    Newer ones that are damaged are renamed to ``damaged-STEP``; ``say`` gets a sentence about each. All processes call
-    it together, and what is damaged for one of them is damaged for all.
+    Newer ones that are damaged are renamed to ``damaged-STEP``, each reported through ``say``. All processes call this
+    together; a checkpoint that is damaged for one counts as damaged for all.
 
     Args:
-        identity: what must be as it was for the run to go on as if never stopped: JSON values by name.
-        accept_changes: go on although the identity has changed.
+        identity: what must be unchanged for the run to continue as if never stopped: JSON values by name.
+        accept_changes: continue even if the identity has changed.
 
     Raises:
-        ValueError: the identity or the model has changed, the folder holds something else, nothing in it is whole, or
-            the file system refuses to read. If it happens in one process, all raise it.
+        ValueError: the identity or the model has changed, the folder holds something else, none of its checkpoints is
+            intact, or the file system refuses to read. If it happens in one process, all raise it.
     """
     hosts.check_same("the identity of the run", identity)
     path, damaged = hosts.agree(lambda: folder_path(folder)), []
     steps = hosts.agree(lambda: steps_in(path) if jax.process_index() == 0 else None)
     for step in reversed(hosts.from_first(steps)):
-        flat = None  # what was read of a damaged one need not stay in memory
+        flat = None  # free what was read of a damaged one
         record, why = _everywhere(lambda step=step: _checked(path, step, canonical, identity, accept_changes))
         if not why:
             record = hosts.from_first(record)
             hosts.agree(lambda step=step, record=record: _sees(path, step, record))
             shapes = canonical.shapes | {RANDOM: _random_shape(canonical, record)}
             flat, why = _everywhere(lambda step=step, shapes=shapes: _restored(path, step, shapes))
-        if not why:  # the same answer in all processes, which compute it together
+        if not why:  # the same in all processes, which compute it together
             why = _changed_array(path / str(step), flat, record)
         if why:
             damaged.append((step, why))
             continue
         for bad, why in damaged:
             aside = hosts.agree(lambda bad=bad: str(move_aside(path, bad)) if jax.process_index() == 0 else "")
-            say(f"{why}; it is kept as {hosts.from_first(aside)}, and the run goes on from step {step}")
+            say(f"{why}; it is kept as {hosts.from_first(aside)}, and the run resumes from step {step}")
         key = _random_key(flat.pop(RANDOM), record)
         return Loaded(canonical.unflatten(flat), key, record["rows"], record)
     if damaged:
-        raise ValueError(f"no checkpoint in {folder} is whole: {damaged[0][1]}; give an empty folder to begin anew")
+        raise ValueError(f"no checkpoint in {folder} is whole: {damaged[0][1]}; give an empty folder to start over")
     return None
 
 
 def _everywhere(act: Callable[[], Result]) -> tuple[Result | None, str]:
-    """The result of ``act`` here, and why the checkpoint counts as damaged: because it is in one process."""
+    """The result of ``act`` here, and why the checkpoint counts as damaged: it does if any process finds it damaged."""
     result, sentences = hosts.attempts(act, (Damaged,))
     return result, next(filter(None, sentences), "")
 
@@ -133,7 +133,7 @@ def _everywhere(act: Callable[[], Result]) -> tuple[Result | None, str]:
 def _checked(
     folder: epath.Path, step: int, canonical: Canonical, identity: dict[str, Any], accept: bool
 ) -> Record | None:
-    """The record, read by process 0 alone: what another could not see of it says nothing about the checkpoint."""
+    """The record, read by process 0 only: another process failing to see it says nothing about the checkpoint."""
     if jax.process_index():
         return None
     record = read_record(folder, step)
@@ -142,7 +142,7 @@ def _checked(
 
 
 def _sees(folder: epath.Path, step: int, record: Record, within: float = 10.0) -> None:
-    """Raise ValueError if this process does not see the record that process 0 has read."""
+    """Raise ValueError if this process does not see the record that process 0 read."""
     until = time.monotonic() + within
     while True:
         try:
@@ -157,10 +157,10 @@ def _sees(folder: epath.Path, step: int, record: Record, within: float = 10.0) -
 
 
 def read_arrays(folder: Folder, step: int, shapes: Flat, record: Record) -> Flat:
-    """The named arrays of a checkpoint, sharded as ``shapes`` says, in one process.
+    """The named arrays of a checkpoint, sharded as ``shapes`` says, read in one process.
 
     Raises:
-        Damaged: one is not as it was written.
+        Damaged: an array is not what was written.
         ValueError: the file system refuses.
     """
     path = folder_path(folder)
@@ -171,10 +171,10 @@ def read_arrays(folder: Folder, step: int, shapes: Flat, record: Record) -> Flat
 
 
 def _restored(folder: epath.Path, step: int, shapes: Flat) -> Flat:
-    """Read what this process needs of the arrays, without waiting for other processes."""
+    """Read this process's parts of the arrays without waiting for other processes."""
     path = folder / str(step)
     _ignore_late_callbacks()
-    # Not through ocp.Checkpointer, which waits for all processes at the end: one may have failed before.
+    # Not through ocp.Checkpointer, which ends with a barrier: another process may already have failed.
     handler = ocp.PyTreeCheckpointHandler()
     try:
         with readable(path):
@@ -188,7 +188,7 @@ def _restored(folder: epath.Path, step: int, shapes: Flat) -> Flat:
             )
     except (Unreadable, MemoryError, jax.errors.JaxRuntimeError):
         raise
-    except Exception as problem:  # what orbax and tensorstore raise for a file that is gone or garbage is anything
+    except Exception as problem:  # orbax and tensorstore raise all sorts of exceptions for missing or garbage files
         raise Damaged(f"{path} is damaged: {reason(problem)}") from problem
     finally:
         handler.close()
@@ -216,7 +216,7 @@ def _refuse_changes(
 ) -> None:
     if (changed := changes(record["identity"], identity)) and not accept:
         raise ValueError(
-            f"{path} is of a run in which {', '.join(changed)}; give what was, another --checkpoint-dir, or "
+            f"{path} is from a run in which {', '.join(changed)}; give the old values, another --checkpoint-dir, or "
             "--accept-changes"
         )
     stored = {name: (tuple(x["shape"]), x["dtype"]) for name, x in record["arrays"].items() if name != RANDOM}
@@ -227,12 +227,15 @@ def _refuse_changes(
                 f"{where} {'has none' if x is None else f'has {x[1]}{list(x[0])}'}"
                 for where, x in ((str(path), stored.get(name)), ("this model", wanted.get(name)))
             )
-            raise ValueError(f"the checkpoint is of another model or optimizer: of the array {name}, {told}")
+            raise ValueError(f"the checkpoint is from another model or optimizer: of the array {name}, {told}")
 
 
 def _ignore_late_callbacks() -> None:
-    """When one array cannot be read, orbax closes its event loop; the reads of the others still call back into it, or
-    are thrown away, and each would print a traceback."""
+    """Silence tracebacks of late orbax callbacks.
+
+    When one array cannot be read, orbax closes its event loop. The reads of the others still call back into it or are
+    discarded, and each would print a traceback.
+    """
     before = sys.unraisablehook
     if getattr(before, "ignores_late_callbacks", False):
         return
@@ -254,7 +257,7 @@ def _random_shape(canonical: Canonical, record: Record) -> jax.ShapeDtypeStruct:
 
 
 def _random_key(data: jax.Array, record: Record) -> jax.Array:
-    """The stored key, of the kind it had, whatever jax_default_prng_impl says now."""
+    """The stored key, with its original implementation whatever jax_default_prng_impl is now."""
     return jax.random.wrap_key_data(data, impl=record.get("random_implementation", "threefry2x32"))
 
 

@@ -1,4 +1,4 @@
-"""Writes checkpoints to a folder while the training goes on."""
+"""Saves checkpoints while training continues."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from .store import FORMAT, RANDOM, VERSION, Record, _checksum, read_record
 
 
 class Writer:
-    """Writes checkpoints to a folder, each in the background of the steps that follow it.
+    """Saves checkpoints to a folder, each in the background of the steps that follow.
 
-    With several processes all of them make one, and call its methods together.
+    With several processes, each creates a Writer and they call its methods together.
 
     Args:
-        keep: how many of the newest are kept.
+        keep: how many of the newest to keep.
         keep_every: checkpoints whose step is a multiple of this are never deleted.
 
     Raises:
-        ValueError: the folder cannot be written, another run writes to it, or the processes do not share it.
+        ValueError: the folder is not writable, another run writes to it, or the processes do not share it.
     """
 
     def __init__(self, folder: Folder, keep: int = 3, keep_every: int | None = None):
@@ -48,14 +48,13 @@ class Writer:
             raise
 
     def save(self, canonical: Canonical, state: training.State, key: jax.Array, *, rows: int, **about: Any) -> None:
-        """Begin to write the state; returns when it may be donated. Waits for the save before, if that still runs.
+        """Start saving the state; it may be donated once this returns. Waits for the previous save to finish.
 
-        ``about`` goes into the record: ``identity``, as :func:`load` compares it, and ``config``, for the reader.
-        A state that the folder already holds, array for array, is not written again.
+        ``about`` goes into the record: ``identity``, which :func:`load` compares, and ``config``, for people to read. A
+        state that the folder already holds, array for array, is not written again.
 
         Raises:
-            Stop: this or the save before cannot be written, or the folder holds another state of this step or a later
-                one.
+            Stop: this or the previous save failed, or the folder holds a different state of this step or a later step.
         """
         self._finish()
         everywhere = canonical.shapes["step"].sharding
@@ -73,9 +72,9 @@ class Writer:
             self._guarded(lambda: self._up_to_date(steps).save(record["step"], args=items, force=True))
 
     def _steps_before(self, record: Record) -> list[int] | None:
-        """The checkpoints that the folder has, all of earlier steps; None if it has this one.
+        """The checkpoints in the folder, all from earlier steps; None if it already has this one.
 
-        The folder is listed anew each time: :func:`load` may have renamed some since the last save.
+        The folder is listed each time: :func:`load` may have renamed some since the last save.
         """
 
         def look() -> list[int] | None:
@@ -96,7 +95,7 @@ class Writer:
             raise Stop(f"the checkpoint of step {record['step']} cannot be written: {problem}", agreed=True) from None
 
     def _up_to_date(self, steps: list[int]) -> ocp.CheckpointManager:
-        """orbax's manager, knowing the checkpoints that are in the folder now."""
+        """orbax's manager, aware of the checkpoints that are in the folder now."""
         if self._manager is None:
             options = ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy(self._policy))
             path = self._folder if in_bucket(self._folder) else self._folder.resolve()
@@ -106,14 +105,14 @@ class Writer:
         return self._manager
 
     def check(self) -> None:
-        """Raise Stop if the save in the background has failed in this process, or another run has taken the folder."""
+        """Raise Stop if the background save has failed in this process, or another run has taken the folder."""
         if self._manager:
             self._guarded(self._manager.check_for_errors)
         if self._lock:
             self._guarded(self._lock.check)
 
     def _finish(self) -> None:
-        """Wait for the save in the background. Where it fails in one process, all raise Stop."""
+        """Wait for the background save. If it fails in one process, all raise Stop."""
         if self._manager is None:
             return
         try:
@@ -131,13 +130,13 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         if error is None:
             self.close()
-        elif jax.process_count() == 1 or getattr(error, "agreed", False):  # what was begun may still succeed
+        elif jax.process_count() == 1 or getattr(error, "agreed", False):  # the save in progress may still succeed
             with contextlib.suppress(Stop):
                 self.close()
         # Otherwise another process may be gone: do not wait for it.
 
     def close(self) -> None:
-        """Wait until all is on disk. Raises Stop where that fails."""
+        """Wait until everything is on disk. Raises Stop if that fails."""
         try:
             self._finish()
             if self._manager:
@@ -152,7 +151,7 @@ class Writer:
     def _guarded(self, act: Callable[[], Any]) -> None:
         try:
             act()
-        except Exception as problem:  # orbax and tensorstore raise ValueError, OSError and more for a full disk
+        except Exception as problem:  # for a full disk, orbax and tensorstore raise ValueError, OSError and more
             raise Stop(self._failed(reason(problem))) from problem
 
     def _failed(self, why: str) -> str:

@@ -1,4 +1,4 @@
-"""What a compiler makes of a run's programs for GPUs that need not be there: memory, copies, overlap."""
+"""What XLA makes of a run's programs, for GPUs that need not be present: memory, copies, overlap."""
 
 from ..pipeline.flags import FLAGS
 from .hlo import Collective, Copy, Loop, instruction_count, loops

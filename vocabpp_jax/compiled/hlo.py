@@ -1,6 +1,6 @@
-"""Reading a compiled program: its loops, the copies they make, and what each collective in them hides behind.
+"""Reads a compiled program: its loops, the copies in them, and what each collective overlaps with.
 
-Works on the text of scheduled HLO, in which the order of the lines is the order of execution.
+Works on the text of scheduled HLO, where the order of the lines is the order of execution.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _COLLECTIVES = (
 
 
 class Line(NamedTuple):
-    """One instruction: its name, the shape it makes, its opcode, and all that follows."""
+    """One instruction: its name, result shape, opcode, and the rest of the line."""
 
     name: str
     shape: str
@@ -48,7 +48,7 @@ class Line(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """An array that is copied: its shape, bytes, the computation and the named scopes it is in."""
+    """A copied array: its shape, its bytes, and the computation and named scopes it is in."""
 
     shape: str
     bytes: int
@@ -57,7 +57,7 @@ class Copy(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """A collective: what kind, for which step of the program, its bytes, and the passes between its start and end."""
+    """A collective: its kind, its step of the program, its bytes, and the passes between its start and end."""
 
     kind: str
     step: str
@@ -66,7 +66,7 @@ class Collective(NamedTuple):
 
 
 def shape_bytes(shape: str) -> int:
-    """Bytes of an array shape such as ``bf16[8,128]{1,0}``; of a tuple, of all its arrays together."""
+    """Bytes of an array shape such as ``bf16[8,128]{1,0}``; for a tuple, the sum over its arrays."""
     total = 0
     for kind, dims in _ARRAY.findall(shape):
         size = 1
@@ -78,13 +78,13 @@ def shape_bytes(shape: str) -> int:
 
 
 def instruction_count(text: str) -> int:
-    """Instructions of all computations of a program."""
+    """The number of instructions in all computations of a program."""
     return sum(1 for line in text.splitlines() if _INSTRUCTION.match(line))
 
 
 @dataclass(frozen=True)
 class Loop:
-    """A scan of the program: its body, how often it runs, and all computations of the program."""
+    """A scan of the program: its body, its trip count, and all computations of the program."""
 
     body: str
     trips: int
@@ -92,7 +92,7 @@ class Loop:
 
     @cached_property
     def reached(self) -> tuple[str, ...]:
-        """The body and every computation that it calls, directly or not."""
+        """The body and every computation it calls, directly or indirectly."""
         found, waiting = {}, [self.body]
         while waiting:
             name = waiting.pop()
@@ -102,7 +102,7 @@ class Loop:
         return tuple(found)
 
     def copies(self, at_least: int) -> list[Copy]:
-        """Copies of arrays of so many bytes or more, anywhere in the loop."""
+        """Copies of arrays of at least this many bytes, anywhere in the loop."""
         return [
             Copy(_first_array(line.shape), size, name, "/".join(line.scope))
             for name in self.reached
@@ -116,7 +116,7 @@ class Loop:
         return frozenset(name for line in fusions for name in _called(line))
 
     def _copied(self, name: str) -> list[Line]:
-        """A computation's lines, none where it is a kernel that does more than copy: there a copy is no array."""
+        """The lines of a computation; none for a fusion that does more than copy, as it materializes no copy."""
         lines = self.computations.get(name, [])
         does = {line.op for line in lines} - {"parameter", "bitcast", "copy", "tuple"}
         return [] if name in self._kernels and does else lines
@@ -142,7 +142,7 @@ class Loop:
 
 
 def loops(text: str) -> list[Loop]:
-    """The scans of a program that communicate, longest first: of many microbatches the steady state, then its ends."""
+    """The scans that communicate, longest first: with many microbatches, the steady state comes before its ends."""
     computations = dict(_computations(text))
     found = []
     for lines in computations.values():

@@ -1,4 +1,4 @@
-"""The programs that a training run compiles, compiled for the pipeline's devices, which need not be there."""
+"""The programs of a training run, compiled for the pipeline's devices, which need not be present."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from ..pipeline.mesh import DATA
 from ..pipeline.pipeline import Batch, Pipeline
 
 PROGRAMS = {
-    "init": "draw the parameters and begin the optimizer's state",
+    "init": "draw the parameters and initialize the optimizer state",
     "step": "one training step",
     "evaluate": "the loss of a batch",
-    "save": "copy the state into a checkpoint's form, and fingerprint the copy",
-    "restore": "fingerprint what a checkpoint holds, and turn it into the state",
-    "import": "begin the optimizer's state for parameters that were read from a Hugging Face folder",
+    "save": "copy the state into canonical form and fingerprint the copy",
+    "restore": "fingerprint a checkpoint's arrays and convert them to the state",
+    "import": "initialize the optimizer state for parameters read from a Hugging Face folder",
 }
 """The programs by name, and what each does."""
 
 
 class ProgramReport(NamedTuple):
-    """What the compiler made of one of :data:`PROGRAMS`; bytes are of one device.
+    """What the compiler reports for one of :data:`PROGRAMS`; bytes are per device.
 
     Attributes:
-        peak_bytes: the most memory in use while it runs, with what a run keeps on the device meanwhile.
-        temp_bytes: scratch space, the largest of its parts.
-        output_bytes: what it leaves, of its parts the most.
-        compile_seconds: tracing, lowering and compiling, all parts together.
+        peak_bytes: peak memory while it runs, including what a run keeps on the device meanwhile.
+        temp_bytes: scratch space; the maximum over its parts.
+        output_bytes: bytes of its results; the maximum over its parts.
+        compile_seconds: tracing, lowering and compiling, summed over its parts.
     """
 
     name: str
@@ -48,7 +48,7 @@ class ProgramReport(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One executable of a program, and the bytes that are alive on a device beside its arguments and results."""
+    """One executable of a program, and the bytes live on a device besides its arguments and results."""
 
     lower: Callable[[], jax.stages.Lowered]
     beside: int = 0
@@ -56,11 +56,11 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Programs:
-    """The programs of training ``pipe`` with ``optimizer``.
+    """The programs for training ``pipe`` with ``optimizer``.
 
     Attributes:
-        microbatch_size: sequences of a microbatch on a device.
-        length: tokens of a sequence.
+        microbatch_size: sequences per microbatch and device.
+        length: tokens per sequence.
         without: names of :data:`~vocabpp_jax.pipeline.flags.FLAGS` to leave out.
     """
 
@@ -71,7 +71,7 @@ class Programs:
     without: tuple[str, ...] = ()
 
     def report(self, name: str) -> ProgramReport:
-        """Compiles one of :data:`PROGRAMS` and reads the result. Raises ValueError for another name."""
+        """Compile one of :data:`PROGRAMS` and read the result. Raises ValueError for an unknown name."""
         if name not in PROGRAMS:
             raise ValueError(f"program is {name!r}; the programs are {', '.join(PROGRAMS)}")
         started, read = time.monotonic(), []
@@ -87,7 +87,7 @@ class Programs:
         )
 
     def compile_step(self) -> tuple[jax.stages.Compiled, float]:
-        """The train step, and the seconds that tracing, lowering and compiling it took."""
+        """The train step, and the seconds spent tracing, lowering and compiling it."""
         started = time.monotonic()
         (step,) = self._step()
         return step.lower().compile(), time.monotonic() - started
@@ -131,7 +131,7 @@ class Programs:
     def _import(self) -> list[Part]:
         return [Part(lambda: training.make_start(self.pipe, self.optimizer).lower(self._state.params))]
 
-    # --- what they take ----------------------------------------------------------------------------------------------
+    # --- their arguments ---------------------------------------------------------------------------------------------
 
     @cached_property
     def _canonical(self) -> Canonical:
@@ -159,7 +159,7 @@ class Programs:
 
 
 def _bytes(tree: Any) -> int:
-    """Bytes that arrays take on a device."""
+    """Bytes that the arrays take on one device."""
     return sum(
         jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype).size * x.dtype.itemsize
         for x in jax.tree.leaves(tree)

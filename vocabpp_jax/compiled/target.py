@@ -1,4 +1,4 @@
-"""GPUs that are not there, described for a compiler."""
+"""Compile targets for GPUs that are not present."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..schedules.simulation.cost import GPU
 
 
 class UnsupportedTarget(ValueError):
-    """This machine cannot compile for the GPU that was asked for."""
+    """This machine cannot compile for the requested GPU."""
 
 
 def devices(gpu: GPU, count: int) -> list[jax.Device]:
-    """Descriptions of ``count`` GPUs in full nodes, to make a mesh of. No GPU is needed, but jax's GPU packages are.
+    """Descriptions of ``count`` GPUs in full nodes, to build a mesh from. Needs jax's GPU packages but no GPU.
 
     Raises:
         UnsupportedTarget: those packages are not installed, or the GPU's file does not describe it to a compiler.
-        ValueError: ``count`` is more than one node, and the last is not full.
+        ValueError: ``count`` is more than one node, and the last node is not full.
     """
     nodes, rest = divmod(count, gpu.gpus_per_node)
     if nodes and rest:

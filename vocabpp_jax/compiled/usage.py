@@ -1,4 +1,4 @@
-"""What of a device's memory is the training state's, and how much of what is allocated each device uses."""
+"""How much device memory the training state takes, and how much of its allocation each device uses."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from ..training import shardings
 
 
 class StateBytes(NamedTuple):
-    """Bytes on every device of the float32 parameters and of the optimizer's state, both at rest, of the gradients as
-    they are accumulated, and of the copies of parameters that passes take: rounded to the compute dtype, or gathered
-    from the copies of the model. Where there is nothing to round nor to gather, these are 0."""
+    """Bytes per device of the training state.
+
+    Float32 parameters and optimizer state as stored between steps, accumulated gradients, and the copies of the
+    parameters that passes read: cast to the compute dtype, or gathered over the data axis. Without a cast or a gather,
+    the copies take 0.
+    """
 
     parameters: int
     optimizer: int
@@ -26,7 +29,7 @@ class StateBytes(NamedTuple):
 
 
 def state_bytes(pipe: Pipeline, optimizer: optax.GradientTransformation) -> StateBytes:
-    """What a device allocates for the state of training."""
+    """Bytes that a device allocates for the training state."""
     layout, placed = pipe.layout, shardings(pipe, optimizer)
     params, in_use = layout.shapes(), layout.shapes_in_use()
     copies = jax.tree.map(
@@ -45,7 +48,7 @@ def state_bytes(pipe: Pipeline, optimizer: optax.GradientTransformation) -> Stat
 
 
 def used_parameters(pipe: Pipeline) -> tuple[int, ...]:
-    """Parameters that each device has a use for; one program gives all devices as many as the fullest needs."""
+    """Parameters that each device actually uses. One program runs everywhere, so each allocates the fullest's."""
     layout, p = pipe.layout, pipe.schedule.p
     shapes = layout.shapes_in_use()
     counts = np.zeros(p, int)
@@ -68,10 +71,10 @@ def used_parameters(pipe: Pipeline) -> tuple[int, ...]:
 
 
 def used_bytes(pipe: Pipeline, batch: int, length: int, bytes_a_parameter: float) -> tuple[int, ...]:
-    """Bytes that each device puts something into: state of its own parameters, ring cells that it fills.
+    """Bytes that each device actually fills: the state of its own parameters and the ring cells it writes.
 
-    ``batch`` is sequences a device; ``bytes_a_parameter`` counts, on average, weights, gradient, moments and the copies
-    of them in the compute dtype.
+    ``batch`` is sequences per device; ``bytes_a_parameter`` is the average per parameter over weights, gradient,
+    moments and their copies in the compute dtype.
     """
     buffers, program = pipe.buffer_bytes(batch, length), pipe.program
     total = np.array(used_parameters(pipe)) * bytes_a_parameter

@@ -1,4 +1,4 @@
-"""Text in, batches out: corpus → tokenizer → tokens → batches, each in the module of that name."""
+"""From text to batches: corpus → tokenizer → tokens → batches, each in the module of that name."""
 
 from vocabpp_jax.data.batches import Batch, prefetched, training_batches, validation_batches
 from vocabpp_jax.data.corpus import STANDARD_LIBRARY, Corpus, open_corpus

@@ -1,7 +1,7 @@
-"""Batches of token windows: any batch at any time, a pure function of the seed and its index.
+"""Batches of token windows with random access: each is a pure function of the seed and its index.
 
 Shapes: m microbatches, B sequences in each (over all data-parallel replicas), L tokens in a sequence. A process that
-trains on some of the B columns reads those only.
+trains on some of the B columns reads only those.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import grain
 import numpy as np
 
 Batch = dict[str, Any]
-"""``tokens`` and ``labels`` int32 ``[m, B, L]``, ``mask`` float32 ``[m, B, L]``: 1 where the loss counts a label; with
-document masks also ``aux_inputs``: ``segment_ids`` int32 ``[m, B, L]``, the number of a token's document in its row."""
+"""``tokens`` and ``labels`` int32 ``[m, B, L]``, ``mask`` float32 ``[m, B, L]``: 1 where the label counts in the loss;
+with document masks also ``aux_inputs``: ``segment_ids`` int32 ``[m, B, L]``, the index of each token's document within
+its row."""
 ENDLESS = 2**48
-"""Batches in what repeats for ever."""
+"""Batches from a source that repeats forever."""
 _NO_LABELS = (
     "has no label that counts: with document masks, a document of one token has none; leave document_masks out, or "
     "give longer documents"
@@ -25,10 +26,10 @@ _NO_LABELS = (
 
 
 class Windows:
-    """A stream of tokens cut into windows of L, each with its labels: the same tokens, one later.
+    """A token stream cut into windows of L tokens; the labels are the same tokens shifted by one.
 
-    With ``ends``, where in the stream each document ends (ascending, the first token after it), rows have segment ids,
-    and a label that belongs to the next document does not count.
+    ``ends`` holds the end of each document in the stream (ascending, the index of the first token after it). With it,
+    rows have segment ids, and labels that belong to the next document do not count.
     """
 
     def __init__(self, tokens: np.ndarray, seq: int, ends: np.ndarray | None = None):
@@ -54,7 +55,7 @@ class Windows:
         """Whether any window has a label that counts."""
         if self.ends is None:
             return len(self) > 0
-        labels = len(self) * self.seq  # those of the tokens 1 to this one
+        labels = len(self) * self.seq  # labels are tokens 1 up to and including this one
         first, last = np.searchsorted(self.ends, (1, labels + 1))
         return labels > last - first
 
@@ -64,9 +65,9 @@ class Windows:
 
 @dataclass(frozen=True)
 class Batches:
-    """Rows stacked into batches, from row ``start`` on; rows beyond the last are filled up with masked ones.
+    """Rows stacked into batches, starting at row ``start``; the last batch is padded with masked rows.
 
-    ``columns`` are those of the B sequences of each microbatch that this process wants.
+    ``columns`` are the sequences of each microbatch, out of B, that this process needs.
     """
 
     rows: Any
@@ -103,14 +104,13 @@ def training_batches(
     start: int = 0,
     columns: Sequence[int] | None = None,
 ) -> grain.MapDataset:
-    """An endless sequence of batches: ``result[k]`` is the same for the same arguments, in any order of asking.
+    """An endless sequence of batches: ``result[k]`` depends only on the arguments and k, whatever the access order.
 
-    Every window comes once an epoch, in an order drawn anew for each. ``start`` rows are left out at the beginning: a
-    run goes on where it was, with batches of any size. ``ends`` as in :class:`Windows`, ``columns`` as in
-    :class:`Batches`.
+    Every window appears once per epoch, reshuffled each epoch. ``start`` rows are skipped at the beginning, so a run
+    can resume with batches of any size. ``ends`` as in :class:`Windows`, ``columns`` as in :class:`Batches`.
 
     Raises:
-        ValueError: too few tokens for one batch, or not one label that counts.
+        ValueError: too few tokens for one batch, or no label that counts.
     """
     windows = Windows(tokens, seq, ends)
     rows = microbatches * batch
@@ -136,7 +136,7 @@ def validation_batches(
     ends: np.ndarray | None = None,
     columns: Sequence[int] | None = None,
 ) -> grain.MapDataset:
-    """A fixed sample of the windows, at most ``at_most`` batches of it; the last is filled up with masked rows.
+    """A fixed sample of the windows, at most ``at_most`` batches; the last is padded with masked rows.
 
     Raises:
         ValueError: too few tokens for one sequence, or a sample without a label that counts.
@@ -158,7 +158,7 @@ def validation_batches(
 
 
 def prefetched(batches: grain.MapDataset, threads: int = 2, ahead: int = 4) -> Iterator[Batch]:
-    """The batches in order, up to ``ahead`` of them read before they are asked for."""
+    """The batches in order, with up to ``ahead`` of them read in advance."""
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)))
 
 

@@ -1,4 +1,4 @@
-"""The folder where what is slow to compute is kept between runs."""
+"""The cache folder for results that are slow to compute."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """``$VOCABPP_CACHE``, else ``vocabpp_jax`` in the user's cache folder; made if it is not there."""
+    """``$VOCABPP_CACHE``, else ``vocabpp_jax`` in the user's cache folder; created if missing."""
     named = os.environ.get("VOCABPP_CACHE")
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(named) if named else Path(home) / "vocabpp_jax"
@@ -18,14 +18,14 @@ def cache_folder() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as reason:
         raise ValueError(
-            f"the cache folder {folder} cannot be made ({reason.strerror}); set VOCABPP_CACHE to one that can"
+            f"the cache folder {folder} cannot be created ({reason.strerror}); set VOCABPP_CACHE to one that can"
         ) from None
     return folder
 
 
 @contextlib.contextmanager
 def written_atomically(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes ``path`` when the block succeeds: a reader sees all of the file or none.
+    """A temporary path that replaces ``path`` when the block succeeds: readers see the complete file or none.
 
     Raises:
         ValueError: the file cannot be written, for example because the disk is full.

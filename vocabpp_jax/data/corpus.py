@@ -1,11 +1,11 @@
-"""A corpus: documents in a fixed order, and which of them are held out.
+"""A corpus: documents in a fixed order, split into training and held-out documents.
 
-A file of text is one document; a ``.jsonl`` file holds one a line and a ``.parquet`` file one a row, in the field
-``text``; a folder holds the documents of all its files. Without a source, the corpus is the Python standard library's
-own sources: real text that every machine has.
+A text file is one document; a ``.jsonl`` file holds one per line and a ``.parquet`` file one per row, in the field
+``text``; a folder holds the documents of all its files. Without a source, the corpus is the source code of the Python
+standard library: real text that every machine has.
 
-What is damaged is refused by name, or left out and counted: a whole text file, a line of a ``.jsonl`` file, the
-rest of a ``.parquet`` file.
+Damaged input is refused by name, or left out and counted: a whole text file, one line of a ``.jsonl`` file, the rest of
+a ``.parquet`` file.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ __all__ = ["HELD_OUT", "STANDARD_LIBRARY", "Corpus", "open_corpus"]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents, split into train and validation so that no text is in both. Made by :func:`open_corpus`."""
+    """Documents split into train and validation so that no text is in both. Created by :func:`open_corpus`."""
 
     name: str
     files: tuple[Path, ...]
     documents: int
     fingerprint: str
-    """A hash of every document's text and of how they are split: the same wherever the files are."""
+    """A hash of every document's text and of the split; it does not depend on where the files are."""
     holdout: Holdout
     damaged: tuple[str, ...] = ()
-    """A sentence for each thing that was left out because it is damaged."""
+    """A sentence for each thing left out because it is damaged."""
     notes: tuple[str, ...] = ()
-    """A sentence for each thing that one may not expect of how the source is read."""
+    """A sentence for each choice in how the source is read that may surprise the user."""
 
     def train(self) -> Iterator[str]:
         """The documents to train on."""
         return (part for text in self._texts() if (part := self.holdout.split(text)[0]))
 
     def validation(self) -> Iterator[str]:
-        """The documents held out."""
+        """The held-out documents."""
         return (part for text in self._texts() if (part := self.holdout.split(text)[1]))
 
     def _texts(self) -> Iterator[str]:
@@ -53,17 +53,18 @@ class Corpus:
 
 
 def open_corpus(source: str = STANDARD_LIBRARY, damaged: Literal["refuse", "skip"] = "refuse") -> Corpus:
-    """Read ``source`` once: ``stdlib``, a text, JSON lines or ``.parquet`` file, or a folder of such files. What was
-    found is kept, so that it is not read again while the files are the same.
+    """Read ``source``: ``stdlib``, a text, JSON lines or ``.parquet`` file, or a folder of such files.
+
+    The result is cached and reused while the files are unchanged.
 
     Raises:
-        ValueError: there is nothing to read, something is damaged and not to be left out, or nothing can be held out.
+        ValueError: there is nothing to read, something is damaged and must not be left out, or nothing can be held out.
     """
     left_out: list[str] = []
     on_damage: OnDamage = _refuse
     if damaged == "skip":
         on_damage = lambda problem: left_out.append(str(problem))  # noqa: E731
-    if source == STANDARD_LIBRARY:  # it holds a few files that test other encodings
+    if source == STANDARD_LIBRARY:  # it contains a few files that test other encodings
         on_damage = _ignore
     files, notes = files_of(source, on_damage)
     unreadable = tuple(left_out)

@@ -1,6 +1,6 @@
-"""The documents of a file. What is damaged is passed to ``on_damage``, which raises it or records it.
+"""The documents of a file. Damage is passed to ``on_damage``, which raises it or records it.
 
-A text file is one document, a JSON line or a Parquet row another. A byte order mark is not part of the text.
+A document is a text file, a JSON line or a Parquet row. A byte order mark is not part of the text.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vocabpp_jax.data.files import BOM, OnDamage, format_of
 
 
 def read_documents(files: tuple[Path, ...], on_damage: OnDamage) -> Iterator[str]:
-    """Every document of the files that is not blank, in order."""
+    """Every non-blank document of the files, in order."""
     for path in files:
         try:
             for text in _documents(path, on_damage, alone=len(files) == 1):
@@ -24,7 +24,7 @@ def read_documents(files: tuple[Path, ...], on_damage: OnDamage) -> Iterator[str
         except ValueError as problem:
             on_damage(problem)
         except OSError as problem:
-            on_damage(ValueError(f"{path} cannot be read ({problem.strerror}); leave it out or mend it"))
+            on_damage(ValueError(f"{path} cannot be read ({problem.strerror}); leave it out or fix it"))
 
 
 def _documents(path: Path, on_damage: OnDamage, alone: bool) -> Iterator[str]:
@@ -58,13 +58,13 @@ def _json_lines(path: Path, on_damage: OnDamage) -> Iterator[str]:
             where = f"{path}:{number}"
             try:
                 if (text := _decoded(line, where)).strip():
-                    yield _text_of(_parsed(text, where, "give one object with a field 'text' a line"), where)
+                    yield _text_of(_parsed(text, where, "give one object with a field 'text' per line"), where)
             except ValueError as problem:
                 on_damage(problem)
 
 
 def _json_records(path: Path, on_damage: OnDamage) -> Iterator[str]:
-    """A list of records, or a single one."""
+    """A list of records, or a single record."""
     value = _parsed(_decoded(path.read_bytes(), str(path)), str(path), "give JSON lines, or a list of objects")
     for number, record in enumerate(value if isinstance(value, list) else [value], start=1):
         try:
@@ -87,7 +87,7 @@ def _text_of(record: Any, where: str) -> str:
 
 
 def _parquet(path: Path) -> Iterator[str]:
-    import pyarrow as arrow  # an extra
+    import pyarrow as arrow  # optional dependency
     from pyarrow import parquet
 
     try:
@@ -100,7 +100,7 @@ def _parquet(path: Path) -> Iterator[str]:
                 yield from (_encodable(text) for text in batch.column(0).to_pylist() if text)
     except (arrow.ArrowException, OSError, UnicodeDecodeError, MemoryError) as problem:
         reason = (str(problem).splitlines() or [type(problem).__name__])[0]
-        raise ValueError(f"{path} is damaged or no parquet file: {reason}") from None
+        raise ValueError(f"{path} is damaged or not a parquet file: {reason}") from None
 
 
 def _is_string(kind: Any) -> bool:
@@ -112,5 +112,5 @@ def _is_string(kind: Any) -> bool:
 
 
 def _encodable(text: str) -> str:
-    """JSON can spell lone surrogates, which have no UTF-8: they become question marks."""
+    """Replace lone surrogates, which JSON can spell but UTF-8 cannot encode, with question marks."""
     return text.encode(errors="replace").decode()

@@ -1,7 +1,7 @@
-"""Which files a source names, and what is in each: plain text, JSON lines, JSON records or Parquet.
+"""The files of a source and their formats: plain text, JSON lines, JSON records or Parquet.
 
-The suffix decides, whatever its case. Under any other name a file is text, unless its first line is a JSON object with
-a field ``text``: a corpus of JSON lines would otherwise be trained on as raw JSON.
+The suffix decides, ignoring case. A file with any other suffix is text, unless its first line is a JSON object with a
+field ``text``: otherwise training on a corpus of JSON lines would see raw JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Literal
 STANDARD_LIBRARY = "stdlib"
 Format = Literal["text", "jsonl", "json", "parquet"]
 OnDamage = Callable[[ValueError], None]
-"""Called with what is damaged: raises the error, or records it."""
+"""Called with damaged input: raises the error, or records it."""
 
 _SUFFIXES: dict[str, Format] = {
     ".jsonl": "jsonl",
@@ -30,18 +30,18 @@ _SUFFIXES: dict[str, Format] = {
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4")
 _ABOUT = ("readme", "license", "licence", "citation", "notice", "changelog", "contributing")
 _ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-_BEGINNING = 2**16  # bytes that decide whether a first line is worth parsing
+_BEGINNING = 2**16  # bytes to read to decide whether a first line is worth parsing
 BOM = b"\xef\xbb\xbf"
 
 
 def files_of(source: str, on_damage: OnDamage) -> tuple[tuple[Path, ...], tuple[str, ...]]:
-    """The files of ``stdlib``, a file or a folder, in a fixed order; and a sentence on each choice made among them.
+    """The files of ``stdlib``, a file or a folder, in a fixed order; and a sentence per choice made among them.
 
-    In a folder, links to folders are followed, hidden files are not read, and a file that is reachable twice is read
-    once. Beside JSON or Parquet files, files about the data (``README.md``, ``LICENSE``) are left out.
+    In a folder, links to folders are followed, hidden files are skipped, and a file reachable twice is read once. Next
+    to JSON or Parquet files, files about the data (``README.md``, ``LICENSE``) are left out.
 
     Raises:
-        ValueError: there is no such source, or ``.parquet`` files cannot be read without an extra.
+        ValueError: there is no such source, or reading ``.parquet`` files needs an extra that is not installed.
     """
     if source == STANDARD_LIBRARY:
         return _standard_library(), ()
@@ -52,8 +52,8 @@ def files_of(source: str, on_damage: OnDamage) -> tuple[tuple[Path, ...], tuple[
         files, notes = (path,), ()
     else:
         raise ValueError(
-            f"data is {source!r}, no file or folder; give a text, .jsonl or .parquet file, a folder of them, or the "
-            "name of a Megatron dataset without its suffix"
+            f"data is {source!r}, which is not a file or folder; give a text, .jsonl or .parquet file, a folder "
+            "of them, or the name of a Megatron dataset without its suffix"
         )
     if any(_suffix(path) == "parquet" for path in files) and find_spec("pyarrow") is None:
         raise ValueError(f"data is {source!r}; to read .parquet, pip install 'vocabpp-jax[parquet]'")
@@ -61,8 +61,10 @@ def files_of(source: str, on_damage: OnDamage) -> tuple[tuple[Path, ...], tuple[
 
 
 def format_of(path: Path, alone: bool = False) -> Format:
-    """How to read a file. ``alone``: the file is the whole source, so ``.json`` must hold records; in a folder of code
-    it may be a document like any other.
+    """How to read a file.
+
+    ``alone`` means that the file is the whole source, so a ``.json`` file must hold records; in a folder of code it may
+    be a document like any other.
 
     Raises:
         ValueError: a compressed file.
@@ -87,7 +89,7 @@ def format_of(path: Path, alone: bool = False) -> Format:
 
 
 def _object(line: bytes) -> dict | None:
-    """The JSON object that a line is, else None."""
+    """The line parsed as a JSON object, or None."""
     try:
         value = json.loads(line.removeprefix(BOM))
     except (ValueError, RecursionError):
@@ -112,7 +114,7 @@ def _suffix(path: Path) -> Format | None:
 def _kind(path: Path) -> Literal["file", "folder"] | None:
     try:
         return "folder" if path.is_dir() else "file" if path.is_file() else None
-    except (OSError, ValueError):  # a name that is too long, or has a NUL
+    except (OSError, ValueError):  # a name that is too long, or contains a NUL
         return None
 
 
@@ -122,19 +124,19 @@ def _of_folder(folder: Path, on_damage: OnDamage) -> tuple[tuple[Path, ...], tup
     again = 0
     for path in sorted(_walk(folder, on_damage)):
         if not path.is_file():
-            problem = "is a link to nothing" if path.is_symlink() else "is no regular file"
-            on_damage(ValueError(f"{path} {problem}; remove it, or mend it"))
+            problem = "is a link to nothing" if path.is_symlink() else "is not a regular file"
+            on_damage(ValueError(f"{path} {problem}; remove it, or fix it"))
         elif (real := os.path.realpath(path)) in seen:
             again += 1
         else:
             seen.add(real)
             found.append(path)
     if again:
-        notes.append(f"{again} links in {folder} lead to files that are read already")
+        notes.append(f"{again} links in {folder} lead to files that are already read")
     about = [path for path in found if _is_about(path)]
     has_records = any(_suffix(path) or (path.suffix.lower() == ".json" and _reads_as_records(path)) for path in found)
     if about and has_records:
-        notes.append(f"left out beside the records in {folder}: {_listed(path.name for path in about)}")
+        notes.append(f"left out next to the records in {folder}: {_listed(path.name for path in about)}")
         found = [path for path in found if not _is_about(path)]
     elif about:
         notes.append(f"read as documents in {folder}: {_listed(path.name for path in about)}")
@@ -146,10 +148,10 @@ def _of_folder(folder: Path, on_damage: OnDamage) -> tuple[tuple[Path, ...], tup
 
 
 def _walk(folder: Path, on_damage: OnDamage) -> Iterable[Path]:
-    """Everything in a folder but folders and what is hidden; each folder once, though links may lead back to it."""
+    """Everything in a folder except folders and hidden files; each folder once, even if links lead back to it."""
 
     def unreadable(problem: OSError) -> None:
-        on_damage(ValueError(f"{problem.filename} cannot be read ({problem.strerror}); leave it out or mend it"))
+        on_damage(ValueError(f"{problem.filename} cannot be read ({problem.strerror}); leave it out or fix it"))
 
     entered = {os.path.realpath(folder)}
     for root, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):

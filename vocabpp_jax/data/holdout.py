@@ -1,8 +1,8 @@
 """Which part of a corpus is held out: about a twentieth of its bytes, and no text that is also trained on.
 
-Documents go to one side or the other by a hash of their text, so that copies stay together. Usually those with the
-smallest hashes are held out. Where that would be far from what is asked for, as with few documents or with sizes that
-differ widely, documents that are larger than the whole share are cut near their end, and others are chosen by size.
+Documents are assigned by a hash of their text, so copies stay together. Usually those with the smallest hashes are held
+out. Where that would miss the target by far, as with few documents or widely differing sizes, documents larger than the
+whole share are cut near their end, and others are chosen by size.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 HELD_OUT = 0.05
-"""The part of the tokens that validation gets."""
-_BUCKETS = 2**20  # of hashes: copies of a document share one, and in a small corpus hardly anything else does
-_LARGEST = int(1 / HELD_OUT)  # more documents than these cannot each be larger than the share
-_LEAST_TO_CUT = 400  # bytes: a twentieth of less is no text
+"""Fraction of the tokens that is held out for validation."""
+_BUCKETS = 2**20  # hash buckets: copies of a document share one; in a small corpus different documents hardly ever do
+_LARGEST = int(1 / HELD_OUT)  # with more documents than this, not all can be larger than the share
+_LEAST_TO_CUT = 400  # bytes: a twentieth of less is too short to be text
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Holdout:
     """Documents of more bytes are cut near their end instead."""
 
     def as_json(self) -> dict[str, Any]:
-        """The rule in JSON values, for :meth:`from_json`."""
+        """The rule as JSON values, for :meth:`from_json`."""
         return {"limit": self.limit, "buckets": sorted(self.buckets), "cut_above": self.cut_above}
 
     @classmethod
@@ -42,11 +42,11 @@ class Holdout:
 
     @property
     def name(self) -> bytes:
-        """What distinguishes the rule from that of the smallest hashes; empty for the latter."""
+        """What distinguishes the rule from the smallest-hashes rule; empty for the latter."""
         return b"" if self.limit >= 0 or self.cut_above == 0 else repr((sorted(self.buckets), self.cut_above)).encode()
 
     def split(self, text: str) -> tuple[str, str]:
-        """What of a document is trained on, and what is held out."""
+        """The parts of a document that are trained on and held out."""
         digest, size = digest_of(text)
         if self.cut_above is not None and size > self.cut_above:
             at = _cut(text)
@@ -56,7 +56,7 @@ class Holdout:
 
 
 def digest_of(text: str) -> tuple[int, int]:
-    """A 64-bit hash of a document, and its bytes."""
+    """A 64-bit hash of a document, and its size in bytes."""
     raw = text.encode()
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big"), len(raw)
 
@@ -68,11 +68,11 @@ class Sizes:
         self.documents = self.total = 0
         self._weights = np.zeros(_BUCKETS, np.int64)
         self._largest: list[tuple[int, int]] = []
-        self._below = 0  # bytes of documents that the usual rule holds out
+        self._below = 0  # bytes of documents that the smallest-hashes rule holds out
         self._least, self._least_weight = 2**64, 0
 
     def add(self, digest: int, size: int) -> None:
-        """Count a document."""
+        """Add a document."""
         self.documents += 1
         self.total += size
         self._weights[digest % _BUCKETS] += size
@@ -86,10 +86,10 @@ class Sizes:
         keep(self._largest, (size, digest))
 
     def holdout(self) -> Holdout:
-        """The rule that holds out about :data:`HELD_OUT` of the bytes, as nearly as whole documents allow.
+        """The rule whose held-out share is as close to :data:`HELD_OUT` of the bytes as whole documents allow.
 
         Raises:
-            ValueError: the corpus is copies of one short document.
+            ValueError: the corpus consists of copies of one short document.
         """
         if self.documents == 1:
             return Holdout(cut_above=0)
@@ -107,7 +107,7 @@ class Sizes:
         if chosen or cut:
             return Holdout(buckets=frozenset(chosen), cut_above=cut_above)
         (units,) = np.nonzero(self._weights)
-        if len(units) > 1:  # a few short documents, or one many times: the lightest part is held out
+        if len(units) > 1:  # a few short documents, or one repeated many times: hold out the lightest part
             return Holdout(buckets=frozenset([int(units[np.argmin(self._weights[units])])]))
         if self._largest[0][0] >= _LEAST_TO_CUT:
             return Holdout(cut_above=_LEAST_TO_CUT - 1)
@@ -118,7 +118,7 @@ class Sizes:
 
 
 def _choose(weights: np.ndarray, wanted: float, largest: float) -> list[int]:
-    """Buckets that together weigh about as much as wanted, none more than ``largest``; at most half of all those."""
+    """Buckets whose total weight is close to ``wanted``, none heavier than ``largest``; at most half of the buckets."""
     (units,) = np.nonzero(weights)
     units = units[weights[units] <= largest]
     wanted = min(wanted, weights[units].sum() / 2)
@@ -133,7 +133,7 @@ def _choose(weights: np.ndarray, wanted: float, largest: float) -> list[int]:
 
 
 def _cut(text: str) -> int:
-    """Where the last twentieth of a document begins: at the line end or space before it, if one is near."""
+    """Where the last twentieth of a document begins: at the preceding line end or space, if one is near."""
     at, least = int(len(text) * (1 - HELD_OUT)), int(len(text) * (1 - 2 * HELD_OUT))
     return text.rfind("\n", least, at) + 1 or text.rfind(" ", least, at) + 1 or at
 

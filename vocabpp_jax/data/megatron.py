@@ -1,8 +1,8 @@
-"""Megatron's indexed datasets: token ids in ``NAME.bin``, and in ``NAME.idx`` which of them make a document.
+"""Megatron's indexed datasets: token ids in ``NAME.bin``, document boundaries in ``NAME.idx``.
 
-``.idx``, little-endian: the magic ``MMIDIDX\\0\\0``, version 1 as uint64, a code for the tokens' type as uint8, the
+``.idx``, little-endian: the magic ``MMIDIDX\\0\\0``, version 1 as uint64, a code for the token type as uint8, the
 numbers of sequences and of document bounds as uint64; then int32 lengths of the sequences in tokens, int64 offsets of
-them in bytes, and int64 bounds: document i is the sequences ``bounds[i]`` to ``bounds[i + 1]``.
+the sequences in bytes, and int64 bounds: document i is the sequences ``bounds[i]`` to ``bounds[i + 1]``.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 SUFFIXES = (".idx", ".bin")
-_EDGE = 2**20  # bytes of the .bin, at its beginning and end, that tell it from another
+_EDGE = 2**20  # bytes at the beginning and end of the .bin that identify it
 
 
 @dataclass(frozen=True)
 class IndexedDataset:
-    """The tokens of all documents one after another, memory-mapped, and where each document ends."""
+    """The tokens of all documents back to back, memory-mapped, and where each document ends."""
 
     tokens: np.ndarray
     ends: np.ndarray
@@ -35,26 +35,27 @@ class IndexedDataset:
 
 
 def is_megatron(source: str) -> bool:
-    """Whether it names an indexed dataset: its ``.idx``, its ``.bin``, or both by their name without a suffix."""
+    """Whether the source names an indexed dataset: its ``.idx``, its ``.bin``, or both by the name without suffix."""
     try:
         return Path(source).suffix.lower() in SUFFIXES or (
             not Path(source).exists() and all(_beside(source, suffix).is_file() for suffix in SUFFIXES)
         )
-    except (OSError, ValueError):  # a name that is too long, or has a NUL
+    except (OSError, ValueError):  # a name that is too long, or contains a NUL
         return False
 
 
 def _beside(stem: str, suffix: str) -> Path:
-    """A file of the dataset, whichever case its suffix has."""
+    """A file of the dataset, whatever the case of its suffix."""
     paths = [Path(stem + suffix), Path(stem + suffix.upper())]
     return next((path for path in paths if path.is_file()), paths[0])
 
 
 def read_indexed(source: str, damaged: Literal["refuse", "skip"] = "refuse") -> IndexedDataset:
-    """Map the dataset; of a ``.bin`` that was cut off, the documents that are there whole if ``damaged`` is "skip".
+    """Map the dataset; of a truncated ``.bin``, the complete documents if ``damaged`` is "skip".
 
     Raises:
-        ValueError: a file is missing, is no such index, contradicts itself, or is shorter than the other says.
+        ValueError: a file is missing, the index is not a Megatron index or contradicts itself, or index and ``.bin``
+            differ in length.
     """
     stem = source[:-4] if source.lower().endswith(SUFFIXES) else source
     index, data = (_beside(stem, suffix) for suffix in SUFFIXES)
@@ -77,15 +78,15 @@ def read_indexed(source: str, damaged: Literal["refuse", "skip"] = "refuse") -> 
         sentence = f"{data} is {size} bytes long; the {total} tokens of its index take {total * kind.itemsize}"
         if damaged == "refuse":
             raise ValueError(f"{sentence}; give the index that belongs to it, or leave out what is damaged")
-        left_out = (f"{sentence}, and what follows them is left out",)
+        left_out = (f"{sentence}, and the rest is left out",)
     if held < total:
         sentence = f"{data} holds {held} tokens; its index says {total}: it was cut off"
         if damaged == "refuse":
-            raise ValueError(f"{sentence}; mend it, or leave out what is damaged")
+            raise ValueError(f"{sentence}; fix it, or leave out what is damaged")
         whole = ends[ends <= held]
         left_out = (f"{sentence}, and {len(ends) - len(whole)} documents are left out",)
         ends = whole
-    ends = ends[np.diff(ends, prepend=0) > 0]  # empty documents end where the one before does
+    ends = ends[np.diff(ends, prepend=0) > 0]  # drop empty documents, which end where the previous one does
     if not len(ends):
         raise ValueError(f"{data} holds no whole document; give another dataset")
     tokens = np.memmap(data, kind, mode="r", shape=(int(ends[-1]),))
@@ -93,16 +94,14 @@ def read_indexed(source: str, damaged: Literal["refuse", "skip"] = "refuse") -> 
 
 
 def _parse(raw: bytes, path: Path) -> tuple[np.ndarray, np.ndarray, np.dtype]:
-    """Lengths of the sequences, document bounds, type of the tokens."""
+    """Sequence lengths, document bounds, and the token type."""
     if len(raw) < HEADER.size or not raw.startswith(MAGIC):
-        raise ValueError(f"{path} is no index of a Megatron dataset: it does not begin with {MAGIC[:7].decode()}")
+        raise ValueError(f"{path} is not the index of a Megatron dataset: it does not begin with {MAGIC[:7].decode()}")
     _, version, code, sequences, documents = HEADER.unpack_from(raw)
     if version != 1:
         raise ValueError(f"{path} has version {version}; version 1 can be read")
     if code not in TYPES:
-        raise ValueError(
-            f"{path} has tokens of type code {code}; those of whole numbers are {', '.join(map(str, TYPES))}"
-        )
+        raise ValueError(f"{path} has tokens of type code {code}; the integer types are {', '.join(map(str, TYPES))}")
     if len(raw) < HEADER.size + 12 * sequences + 8 * documents:
         raise ValueError(f"{path} was cut off: it has {len(raw)} bytes, too few for {sequences} sequences")
     kind = np.dtype(TYPES[code]).newbyteorder("<")

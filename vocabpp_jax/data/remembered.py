@@ -1,4 +1,4 @@
-"""What was found in large files, kept between runs: a restart does not read all of the data again."""
+"""Caches what was found in large files, so that a restart does not read all the data again."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _SETTLED = 2.0  # seconds
 
 
 def remembered(about: dict[str, Any], files: Sequence[Path], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What ``compute`` finds in the files, from the cache if they are what they were.
+    """The result of ``compute``, cached while the files are unchanged.
 
-    They are if each has the path, size and time of its last change that it had, and a sample of their bytes is the
-    same. Then nothing else of them is read. Nothing is kept of files that are younger than 2 seconds, which may change
-    again without their time showing it; the cache's own files never change in place.
+    They count as unchanged if path, size and modification time of each are the same, and so is a sample of their bytes;
+    nothing else is read then. Results for files younger than 2 seconds are not cached, because such a file may change
+    again without changing its modification time; files of the cache itself never change in place.
 
     Args:
         about: whatever else the result depends on, JSON.
@@ -48,7 +48,7 @@ def remembered(about: dict[str, Any], files: Sequence[Path], compute: Callable[[
         if kept["sample"] == sample and kept["check"] == _hash(kept["facts"]):
             return kept["facts"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass  # there is none, or it is damaged
+        pass  # missing or damaged
     facts = compute()
     newest = max((changed for path, _, changed in before if Path(path).parent != folder.absolute()), default=0)
     if newest / 1e9 < began - _SETTLED and _unchanged(files, before):
@@ -59,13 +59,13 @@ def remembered(about: dict[str, Any], files: Sequence[Path], compute: Callable[[
 
 @functools.cache
 def _version() -> str:
-    """A hash of the code that reads data: another version may find something else."""
+    """A hash of the code that reads data: another version may compute something else."""
     sources = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.blake2b(b"".join(path.read_bytes() for path in sources), digest_size=8).hexdigest()
 
 
 def _stats(files: Sequence[Path]) -> list[tuple[str, int, int]]:
-    """Path, bytes and time of last change of each file."""
+    """Path, size and modification time of each file."""
     return [(os.path.abspath(path), (stat := os.stat(path)).st_size, stat.st_mtime_ns) for path in files]
 
 
@@ -77,7 +77,7 @@ def _unchanged(files: Sequence[Path], before: list[tuple[str, int, int]]) -> boo
 
 
 def _sample(stats: list[tuple[str, int, int]], seed: str) -> str:
-    """A hash of blocks from random places of the files, more of them from larger ones, and of where files end."""
+    """A hash of blocks at random places in the files, more of them in larger ones, and of the files' ends."""
     ends = np.cumsum([size for _, size, _ in stats], dtype=np.int64)
     digest = hashlib.blake2b(digest_size=16)
     if len(ends) and ends[-1]:

@@ -1,7 +1,7 @@
-"""Tokenizers: a byte-level BPE trained on the corpus and kept in the cache, or one from a ``tokenizer.json``.
+"""Tokenizers: a byte-level BPE trained on the corpus and cached, or one loaded from a ``tokenizer.json``.
 
-Documents are tokenised whole, and as text: truncation, padding and BPE dropout that a file stores are switched off, and
-text that happens to spell a special token becomes the tokens of its letters.
+Documents are tokenized whole and as plain text: truncation, padding and BPE dropout stored in the file are switched
+off, and text that happens to spell a special token is encoded letter by letter.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from vocabpp_jax.data.corpus import Corpus
 from vocabpp_jax.data.files import BOM
 
 END_OF_TEXT = "<|endoftext|>"
-"""Follows every document. Its token is 0 in the tokenizers trained here."""
+"""Follows every document. It is token 0 in the tokenizers trained here."""
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "<eos>", "</s>")
-"""What tokenizers call it: GPT-2 and Qwen, Llama 3, Gemma, Llama 2 and Mistral."""
+"""Its name in GPT-2 and Qwen, Llama 3, Gemma, Llama 2 and Mistral."""
 SMALLEST_VOCABULARY = 257
 """Every byte and the end of text."""
 
-# GPT-2's pattern, with an upper bound on each run: BPE training takes quadratic time in the longest word.
+# GPT-2's pattern, with an upper bound on each run: BPE training time is quadratic in the longest word.
 _RUN = "{1,256}"
 _BOUNDED_WORDS = (
     rf"'(?:[sdmt]|ll|ve|re)| ?\p{{L}}{_RUN}| ?\p{{N}}{_RUN}| ?[^\s\p{{L}}\p{{N}}]{_RUN}|\s{_RUN}(?!\S)|\s{_RUN}"
@@ -33,7 +33,7 @@ _BOUNDED_WORDS = (
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE of at most ``vocab_size`` tokens; little text may not have that many pairs to merge."""
+    """Train a byte-level BPE of at most ``vocab_size`` tokens; a small corpus may not have that many pairs to merge."""
     if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(
             f"vocab_size is {vocab_size}; byte-level BPE needs at least {SMALLEST_VOCABULARY}, "
@@ -53,14 +53,14 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer=trainer)
-    # Encoding takes no such time, so words are as long as GPT-2's.
+    # Encoding does not have that cost, so words are as long as GPT-2's.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
 def tokenizer_for(corpus: Corpus, vocab_size: int) -> Tokenizer:
-    """The tokenizer of the corpus' train split: from the cache, or trained and put there."""
+    """The tokenizer of the corpus' train split: from the cache, or trained and cached."""
     path = cache_folder() / f"tokenizer-{corpus.fingerprint}-{vocab_size}.json"
     if not path.exists():
         with written_atomically(path) as partial:
@@ -69,10 +69,10 @@ def tokenizer_for(corpus: Corpus, vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path, end: str | None = None) -> Tokenizer:
-    """A tokenizer from a ``tokenizer.json``, for whole documents.
+    """Load a ``tokenizer.json`` and set it up for whole documents.
 
     Raises:
-        ValueError: no such file, not a tokenizer, or no token that ends a text: ``end`` if given, else what
+        ValueError: no such file, not a tokenizer, or no end-of-text token: ``end`` if given, else what
             :func:`end_token` finds.
     """
     if not Path(path).is_file():
@@ -94,10 +94,10 @@ def load_tokenizer(path: str | Path, end: str | None = None) -> Tokenizer:
 
 
 def stored_end(path: str | Path) -> str | None:
-    """The ``eos_token`` in the ``tokenizer_config.json`` beside a ``tokenizer.json``; None where there is none.
+    """The ``eos_token`` in the ``tokenizer_config.json`` next to a ``tokenizer.json``; None if there is none.
 
     Raises:
-        ValueError: the file is there and cannot be read.
+        ValueError: the file exists but cannot be read.
     """
     config = Path(path).with_name("tokenizer_config.json")
     if not config.is_file():
@@ -106,14 +106,14 @@ def stored_end(path: str | Path) -> str | None:
         token = json.loads(config.read_bytes().removeprefix(BOM)).get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token
     except (OSError, ValueError, RecursionError, AttributeError):
-        raise ValueError(f"{config} is not a JSON object; mend it, or move it away") from None
+        raise ValueError(f"{config} is not a JSON object; fix it, or move it away") from None
     if not isinstance(token, str | None):
         raise ValueError(f"{config} has eos_token {token!r}; it must be a string")
     return token
 
 
 def end_token(tokenizer: Tokenizer, name: str | None = None) -> int:
-    """The token that follows every document: the one called ``name``, else the first of :data:`ENDS_OF_TEXT`.
+    """The token that follows every document: ``name`` if given, else the first of :data:`ENDS_OF_TEXT` it has.
 
     Raises:
         ValueError: the tokenizer has no such token.
@@ -123,22 +123,22 @@ def end_token(tokenizer: Tokenizer, name: str | None = None) -> int:
         if token is not None:
             return token
     if name is not None:
-        raise ValueError(f"end_of_text is {name!r}, which is no token of the tokenizer; name one that it has")
+        raise ValueError(f"end_of_text is {name!r}, which is not a token of the tokenizer; name one that it has")
     raise ValueError(
-        f"there is no token for the end of a text, {', '.join(ENDS_OF_TEXT[:-1])} or {ENDS_OF_TEXT[-1]}; name it with "
-        "end_of_text, or as eos_token in the tokenizer_config.json beside it"
+        f"there is no end-of-text token, {', '.join(ENDS_OF_TEXT[:-1])} or {ENDS_OF_TEXT[-1]}; name it with "
+        "end_of_text, or as eos_token in the tokenizer_config.json next to it"
     )
 
 
 def special_tokens(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    """A pattern of the special tokens' names, longest first; None where there are none."""
+    """A pattern matching the special tokens, longest first; None if there are none."""
     added = tokenizer.get_added_tokens_decoder().values()
     names = sorted({token.content for token in added if token.special and token.content.strip()}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names))) if names else None
 
 
 def fingerprint(tokenizer: Tokenizer, end: int | None = None) -> str:
-    """A hash of all that decides which tokens a text becomes, with the token ``end`` after each document."""
+    """A hash of everything that determines the tokens of a text, including the token ``end`` after each document."""
     digest = hashlib.blake2b(tokenizer.to_str().encode(), digest_size=16)
     usual = [token for token in map(tokenizer.token_to_id, ENDS_OF_TEXT) if token is not None]
     if end is not None and end != (usual or [None])[0]:

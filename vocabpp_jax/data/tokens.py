@@ -1,4 +1,4 @@
-"""A corpus as two memory-mapped arrays of token ids: what training reads."""
+"""A corpus as two memory-mapped arrays of token ids, which training reads."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ class TokenizedCorpus:
     fingerprint: str
     """A hash of the documents."""
     tokenizer: Tokenizer | None
-    """What made the tokens; None where they came as tokens."""
+    """The tokenizer that produced the tokens; None if the source was already tokenized."""
     documents: int
     damaged: tuple[str, ...]
-    """A sentence for each thing that was left out because it is damaged."""
+    """A sentence for each thing left out because it is damaged."""
     train: np.ndarray
     validation: np.ndarray
     find_ends: Callable[[], tuple[np.ndarray, np.ndarray]]
     end: int | None = None
-    """The token that follows every document; None where they came as tokens."""
+    """The token that follows every document; None if the source was already tokenized."""
     notes: tuple[str, ...] = ()
-    """A sentence for each thing that one may not expect of how the source is read and split."""
+    """A sentence for each choice in how the source is read and split that may surprise the user."""
     files: tuple[Path, ...] = ()
     """The files that the tokens are mapped from."""
 
     @cached_property
     def ends(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where in each split its documents end: ascending, each the index of the first token after one."""
+        """The document ends in each split: ascending, each the index of the first token after a document."""
         return self.find_ends()
 
     @cached_property
@@ -79,16 +79,17 @@ def load_tokens(
     end_of_text: str | None = None,
     damaged: Literal["refuse", "skip"] = "refuse",
 ) -> TokenizedCorpus:
-    """Tokenise ``source`` (see :func:`open_corpus`), or find it tokenised in the cache; a Megatron dataset holds tokens
-    already. Every document is followed by a token for the end of a text.
+    """Tokenize ``source`` (see :func:`open_corpus`) or load its tokens from the cache.
+
+    Every document is followed by an end-of-text token; a Megatron dataset is used as it is.
 
     Args:
         tokenizer: a ``tokenizer.json``; without it, one is trained on the train split.
         end_of_text: the token that follows every document. Without it, the ``eos_token`` of the
-            ``tokenizer_config.json`` beside the tokenizer, else the first of :data:`ENDS_OF_TEXT` that it has.
+            ``tokenizer_config.json`` next to the tokenizer, else the first of :data:`ENDS_OF_TEXT` that it has.
 
     Raises:
-        ValueError: what cannot be read, options that contradict each other, token ids not below ``vocab_size``.
+        ValueError: unreadable input, contradictory options, or token ids not below ``vocab_size``.
     """
     if is_megatron(source):
         for name, value in (("tokenizer", tokenizer), ("end_of_text", end_of_text)):
@@ -126,7 +127,7 @@ def load_tokens(
 
 
 def _surprises(found: Counter[str], documents: int) -> Iterator[str]:
-    """Sentences on what of the text is not in the tokens as one may expect."""
+    """Sentences about text that did not become the tokens one may expect."""
     if special := sorted(name.removeprefix(_SPECIAL) for name in found if name.startswith(_SPECIAL)):
         some = ", ".join(special[:3]) + (", ..." if len(special) > 3 else "")
         yield f"{found['special']:,} of {documents:,} documents spell special tokens ({some}), which are read as text"
@@ -146,13 +147,13 @@ def _far_from_asked(train: np.ndarray, validation: np.ndarray) -> Iterator[str]:
 
 
 def _megatron(source: str, vocab_size: int, damaged: Literal["refuse", "skip"]) -> TokenizedCorpus:
-    """The last documents are held out; where that is far from :data:`HELD_OUT` of the tokens, a document is cut."""
+    """Hold out the last documents; where that is far from :data:`HELD_OUT` of the tokens, cut a document."""
     dataset = read_indexed(source, damaged)
     check_vocabulary(dataset.tokens, vocab_size, where=source, file=dataset.file)
     total, fingerprint = len(dataset.tokens), dataset.fingerprint
     cut = int(total * (1 - HELD_OUT))
     if len(dataset.ends) > 1:
-        between = dataset.ends[:-1]  # the last document at least is held out
+        between = dataset.ends[:-1]  # always hold out at least the last document
         whole = int(between[min(np.searchsorted(between, cut), len(between) - 1)])
         if not HELD_OUT / 2 <= (total - whole) / total <= 2 * HELD_OUT:
             whole = int(between[np.argmin(np.abs(between - cut))])
@@ -177,7 +178,7 @@ def _megatron(source: str, vocab_size: int, damaged: Literal["refuse", "skip"]) 
 
 
 def encode(documents: Iterable[str], tokenizer: Tokenizer, end: int | None = None) -> np.ndarray:
-    """All documents as one array ``[tokens]``, each followed by the token ``end``, or by that for the end of a text.
+    """All documents as one array ``[tokens]``, each followed by the token ``end``, or the end-of-text token if None.
 
     Raises:
         ValueError: the tokenizer cannot encode a document, or encodes part of one as ``end``.
@@ -189,7 +190,7 @@ _SPECIAL = "special:"
 
 
 def _encoded(documents: Iterable[str], tokenizer: Tokenizer, end: int) -> tuple[np.ndarray, Counter[str]]:
-    """Also counts what :func:`_surprises` speaks of."""
+    """Also counts what :func:`_surprises` reports."""
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
     dtype = np.uint16 if largest < 2**16 else np.uint32
     special, pieces, found = special_tokens(tokenizer), [np.zeros(0, dtype)], Counter()
@@ -217,8 +218,10 @@ def _encoded(documents: Iterable[str], tokenizer: Tokenizer, end: int) -> tuple[
 
 
 def check_vocabulary(tokens: np.ndarray, vocab_size: int, where: str, file: Path | None = None) -> None:
-    """Raise ValueError where a token id is not below ``vocab_size``. What was found in ``file``, which the tokens are
-    mapped from, is kept, so that it is not read again."""
+    """Raise ValueError if a token id is not below ``vocab_size``.
+
+    The extremes found in ``file``, which the tokens are mapped from, are cached so that it is not read again.
+    """
 
     def extremes() -> dict[str, int]:
         pieces = [tokens[i : i + _AT_ONCE] for i in range(0, len(tokens), _AT_ONCE)]
@@ -259,7 +262,7 @@ def _cached(path: Path, documents: Iterable[str], tokenizer: Tokenizer, end: int
     try:
         return np.load(path, mmap_mode="r"), {str(k): int(v) for k, v in json.loads(about.read_bytes()).items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{path} is damaged; delete it, and it is made again") from None
+        raise ValueError(f"{path} is damaged; delete it, and it is computed again") from None
 
 
 def _cached_ends(path: Path, tokens: np.ndarray, end: int) -> np.ndarray:
@@ -271,7 +274,7 @@ def _cached_ends(path: Path, tokens: np.ndarray, end: int) -> np.ndarray:
     try:
         return np.load(ends, mmap_mode="r")
     except (OSError, ValueError):
-        raise ValueError(f"{ends} is damaged; delete it, and it is made again") from None
+        raise ValueError(f"{ends} is damaged; delete it, and it is computed again") from None
 
 
 def _write(path: Path, array: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""From GPUs and a model to a plan: every choice enumerated, what cannot fit dropped, the rest ranked by simulated time.
+"""The planner: enumerates every choice for a model on given GPUs, drops what cannot fit, ranks by simulated time.
 
 Imported as ``vocabpp_jax.plan``. Nothing is compiled and no GPU is needed; ``experiments/plan.py`` compiles the best.
 """
@@ -16,9 +16,9 @@ __all__ = ["MARGIN", "RESIDUALS", "Bytes", "Choice", "Dropped", "Plan", "Ranked"
 
 
 def rank(request: Request, wanted: int = 10, say: Callable[[str], None] = lambda line: None) -> Ranked:
-    """The ``wanted`` best plans of a request, best first; ``say`` is told of progress.
+    """The ``wanted`` best plans of a request, best first; ``say`` receives progress messages.
 
     Raises:
-        ValueError: nothing can run, or nothing fits, with the nearest that would.
+        ValueError: nothing can run or nothing fits; the message names the nearest request that would.
     """
     return Ranking(request, say).best(wanted)

@@ -1,4 +1,4 @@
-"""The least time that a step's passes can take, from their durations alone."""
+"""A lower bound on the time of a step's passes, from their durations alone."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import numpy as np
 from ..schedules import Durations, Schedule
 from ..schedules.instructions import COLLECTIVES
 
-ON_ALL = ("S", "T", "S1", "S2", "IF", "IB")  # passes of a sharded vocabulary that every device runs
+ON_ALL = ("S", "T", "S1", "S2", "IF", "IB")  # passes of a sharded vocabulary, which every device runs
 
 
 def least_seconds(schedule: Schedule, durations: Durations, m: int, overlaps: bool = True) -> float:
-    """Seconds that ``m`` microbatches take at least under a schedule, whose own number does not matter.
+    """A lower bound on the seconds that ``m`` microbatches take under a schedule; the schedule's own m does not matter.
 
-    Every device does its passes one after the other, not before its first stage's first input can be there; and what
-    leaves its first stage backward has all stages before it to pass.
+    Every device runs its passes one after the other, starting no earlier than its first stage's first input can arrive;
+    and the last gradient that leaves its first stage still has to pass through all stages before it.
     """
     p, stages = schedule.p, np.array(schedule.placement)
     F, B, W = (np.broadcast_to(getattr(durations, kind), len(stages)) for kind in "FBW")

@@ -1,8 +1,8 @@
 """Bytes that a device allocates for a training step, estimated without compiling.
 
-The state, the rings and what each layer leaves in them are counted as the program allocates them: one program has one
-shape, so every device has what the fullest needs. What the compiler adds is a formula fitted to compiled programs;
-docs/planner.md says to which, and how far off it is.
+The state, the rings and each layer's residuals in them are counted as the program allocates them: all devices run one
+program with the same shapes, so each has what the fullest needs. What the compiler adds is a formula fitted to compiled
+programs; docs/planner.md says which, and how far off it is.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from .layer_parts import LayerPart
 from .request import Choice, Request
 
 MARGIN = 0.02
-"""What is left of the memory in case that an estimate is too low."""
+"""Fraction of memory left free in case an estimate is too low."""
 SCRATCH, SCRATCH_OF_A_LAYER = 20.0, 30.0
-"""Scratch space, bytes for each element of a microbatch's stream: in all, and for every layer of a stage, which a
-tensor axis divides."""
+"""Scratch bytes per element of a microbatch's stream: in total, and per layer of a stage, divided by the
+tensor axis."""
 SCRATCH_OF_WHAT_IS_STORED = 0.75
-"""The same of a layer for each byte that it stores, where that is more."""
+"""Scratch bytes of a layer per byte of its residuals, used where that is more."""
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """What the peak is made of, as experiments/memory.py names it."""
+    """The parts of the peak, named as in experiments/memory.py."""
 
     parameters: float
     optimizer: float
@@ -40,23 +40,23 @@ class Bytes:
 
     @property
     def state(self) -> float:
-        """What is there whatever runs."""
+        """Bytes that are always allocated."""
         return self.parameters + self.optimizer + self.gradients + self.rounded
 
     @property
     def peak(self) -> float:
-        """All of it."""
+        """The sum of all parts."""
         return self.state + self.activations + self.buffers + self.scratch
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """A choice on one device: its parameters, counted with those that only the fullest device uses, and its layers."""
+    """What a choice allocates on one device, whose parameters include those that only the fullest device uses."""
 
     request: Request
     choice: Choice
     schedule: Schedule
-    """Of any number of microbatches."""
+    """With any number of microbatches."""
 
     @property
     def part(self) -> LayerPart:
@@ -70,7 +70,7 @@ class Footprint:
 
     @property
     def table_rows(self) -> tuple[int, int]:
-        """Rows of the vocabulary's tables on a device, and of the table of positions."""
+        """Rows per device of the vocabulary tables, and of the position table."""
         z, s = self.request.sizes, self.schedule
         positions = self.request.model.positions or 0
         if not s.sharded:
@@ -82,13 +82,13 @@ class Footprint:
 
     @property
     def parameters(self) -> float:
-        """Parameters on a device."""
+        """Parameters per device."""
         return (
             self.schedule.chunks * self.depth * self.part.parameters + sum(self.table_rows) * self.request.sizes.hidden
         )
 
     def bytes(self, rings: Mapping[str, int]) -> Bytes:
-        """Of a step whose program has so many cells in its rings."""
+        """The estimate for a step whose program has these ring sizes, in cells."""
         z, choice, part = self.request.sizes, self.choice, self.part
         n, copies = self.parameters, choice.data if choice.shard_optimizer else 1
         tokens = choice.microbatch_size * z.seq
@@ -107,8 +107,11 @@ class Footprint:
         )
 
     def _rounded(self) -> float:
-        """Copies of the parameters in the compute dtype: of a sharded embedding that is not the head too there is none,
-        but where the optimizer is sharded, which gathers all that passes read."""
+        """Copies of the parameters in the compute dtype.
+
+        A sharded embedding that is not tied to the head needs none, unless the optimizer is sharded, which gathers
+        everything that passes read.
+        """
         z = self.request.sizes
         if self.request.dtype != "bfloat16":
             return 4 * self.parameters if self.choice.shard_optimizer else 0.0
@@ -119,7 +122,7 @@ class Footprint:
         return 2 * (self.parameters - (0 if self.choice.shard_optimizer else left_out * z.hidden))
 
     def _buffers(self, rings: Mapping[str, int], stream: int, tokens: int, width: int) -> float:
-        """Streams in rings and under way, and what S leaves for T."""
+        """Streams in rings and in flight, and what S leaves for T."""
         cells = rings.get("inbox", 1) + rings.get("outbox", 0) + 1
         if not self.schedule.sharded:
             return cells * stream
@@ -128,7 +131,7 @@ class Footprint:
         return (cells + rings.get("X", 1) + 8) * stream + rings.get("P", 1) * (width * tokens * rows + gradient)
 
     def _scratch(self, tokens: int) -> float:
-        """What a pass has beside what it leaves: of a layer's backward, or of a head that is not sharded."""
+        """Temporaries of a pass: the larger of a layer's backward and an unsharded head."""
         z, choice = self.request.sizes, self.choice
         elements = tokens * z.hidden
         stored = SCRATCH_OF_WHAT_IS_STORED * choice.microbatch_size * self.part.stored

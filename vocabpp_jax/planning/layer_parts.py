@@ -1,4 +1,4 @@
-"""What one device's part of a layer holds: parameters, and what is stored between its passes, from the traced block."""
+"""Parameters and residuals of one device's part of a layer, from the traced block."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..pipeline.tensor import TENSOR
 
 
 class LayerPart(NamedTuple):
-    """One device's part of a layer: its parameters, and the bytes that a sequence leaves in each ring."""
+    """One device's part of a layer: its parameters, and the bytes per sequence in each ring."""
 
     parameters: int
     residual: int
@@ -23,17 +23,19 @@ class LayerPart(NamedTuple):
 
     @property
     def stored(self) -> int:
-        """Bytes of a sequence in flight."""
+        """Bytes per sequence in flight."""
         return self.residual + self.kept
 
 
 @cache
 def layer_part(model: Model, length: int, dtype: str, tensor: int, split: bool, platform: str) -> LayerPart:
-    """A layer on one of ``tensor`` devices, for sequences of a length; ``split`` where weight gradients are a pass of
-    their own. No device is needed. It is what :meth:`vocabpp_jax.Pipeline.activation_bytes` counts.
+    """A layer on one of ``tensor`` devices, for sequences of ``length`` tokens; ``split`` if weight gradients are a
+    separate pass.
+
+    No device is needed. The bytes are those that :meth:`vocabpp_jax.Pipeline.activation_bytes` counts.
 
     Raises:
-        ValueError: cuDNN's attention cannot be traced, as jax's GPU packages are not installed.
+        ValueError: cuDNN's attention cannot be traced because jax's GPU packages are not installed.
     """
     block = model.block if tensor == 1 else model.tensor.block
     block = block.on(platform) if hasattr(block, "on") else block

@@ -1,4 +1,4 @@
-"""What the planner finds: plans, and what does not fit."""
+"""The planner's results: plans, and what does not fit."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .request import Choice, Request
 
 @dataclass(frozen=True)
 class Plan:
-    """A choice that fits, and what is expected of it.
+    """A choice that fits, with its expected performance.
 
     Attributes:
         step_seconds: passes, collectives, and the optimizer.
-        bubble, communication: shares of that in which a device waits for others' passes, and in which nothing but
-            communication is under way: sums over ``tensor`` and ``data``.
-        estimated: bytes of a device.
-        compiled_bytes: the compiler's peak, or None where nothing was compiled.
+        bubble, communication: fractions of that in which a device waits for other devices' passes, and in which only
+            communication is in progress: sums over ``tensor`` and ``data``.
+        estimated: bytes per device.
+        compiled_bytes: the compiler's peak, or None if nothing was compiled.
     """
 
     request: Request = field(repr=False)
@@ -31,17 +31,17 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float:
-        """All devices together."""
+        """Summed over all devices."""
         return self.request.global_batch * self.request.sizes.seq / self.step_seconds
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation, 0 to 1."""
+        """Model FLOPs utilization, 0 to 1."""
         flops = self.request.sizes.iteration_flops(self.request.global_batch)
         return flops / (self.step_seconds * self.request.gpus * self.request.gpu.peak_flops)
 
     def json(self) -> dict[str, Any]:
-        """Numbers and names; ``compiled_bytes`` only where there are any."""
+        """Numbers and names; ``compiled_bytes`` only if the plan was compiled."""
         compiled = {} if self.compiled_bytes is None else {"compiled_bytes": self.compiled_bytes}
         return (
             {name: getattr(self.choice, name) for name in self.choice.__dataclass_fields__}
@@ -60,7 +60,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A choice that would not fit, the least time that it would take, and the bytes that it is estimated to need."""
+    """A choice that does not fit, a lower bound on its step time, and its estimated bytes."""
 
     choice: Choice
     at_least: float
@@ -69,7 +69,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Ranked:
-    """Plans, best first; what looked better than the last of them and does not fit; how many choices there were."""
+    """Plans, best first; faster-looking choices that do not fit; and the total number of choices."""
 
     plans: tuple[Plan, ...]
     dropped: tuple[Dropped, ...]

@@ -1,10 +1,10 @@
-"""Choices ranked by the simulated time of a step, best first, with as few simulations as that takes.
+"""Ranks choices by simulated step time, best first, with as few simulations as possible.
 
-A step takes at least a bound that follows from the durations alone (:func:`.bound.least_seconds`). Choices are taken
-in the order of their bounds: those that do not fit are put aside, the others simulated with few microbatches and the
-rest extrapolated by the steady state. Where the order of passes can be fitted to the durations, that is done once for
-every schedule, method and number of stages, and what was found is simulated with the durations of the others. It ends
-when as many plans are simulated as were asked for, and nothing is expected to be faster than the last of them.
+The durations alone give a lower bound on a step (:func:`.bound.least_seconds`), and choices are visited in the order of
+their bounds. Those that do not fit are set aside. The others are simulated with few microbatches and extrapolated with
+the steady state. Where the order of passes can be fitted to the durations, that is done once per schedule, method and
+number of stages, and the result is simulated with the durations of the other choices. The search ends when the
+requested number of plans has been simulated and no other choice is expected to beat the last of them.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from .footprint import MARGIN, Bytes, Footprint
 from .plans import Dropped, Plan, Ranked
 from .request import Choice, Request
 
-SMALL = 4  # stages with which it is found out what fitting gains
-SMALLEST = 40  # choices of which the smallest is named where none fits
-AHEAD = 4  # choices to look ahead for what will have to be fitted
+SMALL = 4  # stages of the small problem that estimates the gain from fitting
+SMALLEST = 40  # choices among which the smallest is named if none fits
+AHEAD = 4  # choices to look ahead for fits that will be needed
 
 
 class Ranking:
-    """One request being ranked. ``say`` is told of progress: a sentence at a time."""
+    """The ranking of one request. ``say`` receives progress messages, one sentence at a time."""
 
     def __init__(self, request: Request, say: Callable[[str], None] = lambda line: None):
         self.request, self.say = request, say
@@ -50,7 +50,7 @@ class Ranking:
         self._timelines: dict[Any, Timeline] = {}
 
     def best(self, wanted: int, memory_bytes: float | None = None) -> Ranked:
-        """The ``wanted`` best plans, or fewer where fewer fit; in other memory than the request's, if it is given.
+        """The ``wanted`` best plans, or fewer if fewer fit; ``memory_bytes`` overrides the request's.
 
         Raises:
             ValueError: nothing can run, or nothing fits.
@@ -65,7 +65,7 @@ class Ranking:
             seconds, _, known, choice = heapq.heappop(heap)
             if known == "simulated":
                 plan = self.plan(choice)
-                if (needed := plan.estimated.peak) > usable:  # the fitted order has rings of its own
+                if (needed := plan.estimated.peak) > usable:  # the fitted order has other ring sizes
                     dropped.append(Dropped(choice, seconds, needed))
                     continue
                 plans.append(plan)
@@ -87,7 +87,7 @@ class Ranking:
         return Ranked(tuple(plans), tuple(dropped), len(self._bounds), len(self._timelines))
 
     def smaller(self, plan: Plan, steps: int = 8) -> list[Plan]:
-        """Plans that take less and less memory: each the fastest that takes a tenth less than the one before."""
+        """Plans with less and less memory: each the fastest that takes a tenth less than the previous one."""
         found = [plan]
         while len(found) <= steps:
             try:
@@ -98,7 +98,7 @@ class Ranking:
 
     @cached_property
     def _bounds(self) -> list[tuple[float, Choice]]:
-        """Every choice with the least time that it takes."""
+        """Every choice with its lower bound."""
         choices = self.request.choices()
         self.say(f"{len(choices):,} choices")
         for choice in {(c.schedule, c.method): c for c in choices if c.tensor == 1 and self.can_fit(c)}.values():
@@ -107,7 +107,7 @@ class Ranking:
         return [(self.bound(choice), choice) for choice in choices]
 
     def plan(self, choice: Choice) -> Plan:
-        """What is expected of a choice."""
+        """The expected performance of a choice."""
         program, cost, m = self.best_program(choice), self.cost(choice), self.request.microbatches(choice)
         timeline, whole = self.timeline(choice, program), self.seconds(choice, program)
         busy = float(timeline.busy.mean()) * m / program.schedule.m
@@ -125,11 +125,11 @@ class Ranking:
     # --- seconds -----------------------------------------------------------------------------------------------------
 
     def step_seconds(self, choice: Choice) -> float:
-        """Seconds of a step, with the best order of passes that is known."""
+        """Seconds of a step, with the best known order of passes."""
         return self.seconds(choice, self.best_program(choice))
 
     def best_program(self, choice: Choice) -> Program:
-        """The repeated block's, or the fitted one, if that is faster with the choice's durations."""
+        """The repeated block's program, or the fitted one if that is faster with the choice's durations."""
         own = [self.program(choice)]
         if self.can_fit(choice):
             self._begin_fitting([choice])
@@ -137,13 +137,13 @@ class Ranking:
         return min(own, key=lambda program: self.seconds(choice, program))
 
     def seconds(self, choice: Choice, program: Program) -> float:
-        """Seconds of a step whose program is one of fewer microbatches, the others extrapolated."""
+        """Seconds of a step, extrapolated from a program with fewer microbatches."""
         timeline = self.timeline(choice, program)
         more = self.request.microbatches(choice) - timeline.schedule.m
         return timeline.makespan + (more * timeline.steady_interval if more else 0.0) + self._outside(choice)
 
     def _outside(self, choice: Choice) -> float:
-        """Seconds behind the passes: gradients summed over the copies, and the optimizer."""
+        """Seconds after the passes: the gradient all-reduce over the data axis, and the optimizer."""
         n, cost = self.footprint(choice).parameters, self.cost(choice)
         return cost.gradient_sums(n, choice.stages) + cost.update(n)
 
@@ -155,21 +155,21 @@ class Ranking:
         return self._timelines[key]
 
     def bound(self, choice: Choice) -> float:
-        """Seconds that a step takes at least."""
+        """A lower bound on the seconds of a step."""
         passes = least_seconds(
             self.one(choice), self.durations(choice), self.request.microbatches(choice), self.request.gpu.overlaps
         )
         return passes + self._outside(choice)
 
     def durations(self, choice: Choice) -> Durations:
-        """Of the choice's passes."""
+        """Durations of the choice's passes."""
         key = self._of_durations(choice)
         if key not in self._durations:
             self._durations[key] = self.cost(choice).durations(self.one(choice))
         return self._durations[key]
 
     def cost(self, choice: Choice) -> StepCost:
-        """What a step costs."""
+        """The cost of a step."""
         part, whole = (
             self.request.layer_part(n, next(iter(self.request.models)), False).stored for n in (choice.tensor, 1)
         )
@@ -185,25 +185,25 @@ class Ranking:
     # --- programs ----------------------------------------------------------------------------------------------------
 
     def one(self, choice: Choice) -> Schedule:
-        """The schedule of one microbatch, which says what is where."""
+        """The schedule for one microbatch, which gives the placement."""
         key = self._of_schedule(choice)
         if key not in self._ones:
             self._ones[key] = self.request.schedule(choice, 1)
         return self._ones[key]
 
     def program(self, choice: Choice) -> Program:
-        """The repeated block's, of as many microbatches as show the steady state."""
+        """The repeated block's program, with enough microbatches to show the steady state."""
         key = self._of_fit(choice)
         if key not in self._programs:
             self._programs[key] = lower(self.request.schedule(choice, self.trial(choice)))
         return self._programs[key]
 
     def can_fit(self, choice: Choice) -> bool:
-        """Whether the order of passes follows their durations."""
+        """Whether the order of passes can follow their durations."""
         return self.one(choice).splits_backward and self.request.gpu.overlaps
 
     def _begin_fitting(self, choices: Iterable[Choice]) -> None:
-        """Fit the choices' programs, each to the durations of the first choice with this schedule that comes by."""
+        """Fit the choices' programs, each to the durations of the first choice with its schedule."""
         for choice in choices:
             if (key := self._of_fit(choice)) not in self._fitter:
                 self.say(f"fitting {choice.schedule} with {choice.method} on {choice.stages} stages")
@@ -213,7 +213,7 @@ class Ranking:
         return Fit(self.request.arguments(choice, m), durations, self.rules)
 
     def gain(self, choice: Choice) -> float:
-        """What part of the repeated block's time fitting leaves, as found with few stages."""
+        """The fraction of the repeated block's time that remains after fitting, measured with few stages."""
         key = self._of_gain(choice)
         if key not in self._gains:
             few, times = self._few(choice), self._level(choice)
@@ -228,7 +228,7 @@ class Ranking:
         return replace(choice, stages=min(SMALL, choice.stages))
 
     def _level(self, choice: Choice) -> Durations:
-        """A choice's durations, the same for all stages."""
+        """A choice's durations, averaged to be the same for all stages."""
         given = self.durations(choice)
         return Durations(**{name: float(np.mean(getattr(given, name))) for name in Durations.__dataclass_fields__})
 
@@ -239,11 +239,11 @@ class Ranking:
         return self._of_schedule(choice), self.trial(choice)
 
     def trial(self, choice: Choice) -> int:
-        """Microbatches to simulate: enough for the steady state, and a remainder like the whole number's where they
+        """Microbatches to simulate: enough for the steady state, with the same remainder as the full number where they
         come in groups."""
         m, p = self.request.microbatches(choice), choice.stages
         enough = (4 if choice.chunks else 3) * p + 8
-        if choice.schedule == "gpipe" or m <= enough:  # all of gpipe's forwards come first
+        if choice.schedule == "gpipe" or m <= enough:  # gpipe runs all forwards first
             return m
         return enough + (m - enough) % p if choice.chunks else enough
 
@@ -262,13 +262,13 @@ class Ranking:
         return Footprint(self.request, choice, self.one(choice))
 
     def bytes(self, choice: Choice, usable: float = inf) -> Bytes:
-        """The estimate; where the state alone takes more than is ``usable``, no more than that."""
+        """The estimate; if the state alone exceeds ``usable``, only the state."""
         footprint = self.footprint(choice)
         least = footprint.bytes({})
         return least if least.peak > usable else footprint.bytes(self.program(choice).rings)
 
     def _why_none(self, dropped: list[Dropped]) -> str:
-        # Of most only the state has been counted.
+        # For most choices only the state has been counted.
         smallest = sorted(dropped, key=lambda d: d.bytes)[:SMALLEST]
         needed, least = min(((self.bytes(d.choice).peak, d) for d in smallest), key=lambda each: each[0])
         gib = 2**30

@@ -1,4 +1,4 @@
-"""What is asked of the planner, and every choice that there is."""
+"""A planning request, and the enumeration of all choices."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ..schedules.simulation.cost import GPU, Sizes
 from .layer_parts import LayerPart, layer_part
 
 MOST_PASSES = 2**19
-"""Stages times microbatches, as of a run."""
+"""Limit on stages times microbatches, as in a training run."""
 RESIDUALS = ("selective", "full")
-"""What a layer may keep for its backward. ``everything`` is left out: it saves no matrix product, and moves the bytes
-that ``selective`` makes again."""
+"""What a layer may keep for its backward. ``everything`` is left out: it saves no matrix product and moves the bytes
+that ``selective`` recomputes."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to train: how the model is laid over the devices, in what order they work, what they keep."""
+    """One way to train: the model's layout over the devices, the order of work, and what the backward keeps."""
 
     stages: int
     tensor: int
@@ -45,7 +45,7 @@ class Choice:
         )
 
     def differs(self, other: Choice) -> tuple[str, ...]:
-        """What is different: field names, with stages, tensor and data as one, and so schedule and chunks."""
+        """What differs: field names, with stages, tensor and data counted as one, as are schedule and chunks."""
         mine, its = self._parts, other._parts
         return tuple(name for name in mine if mine[name] != its[name])
 
@@ -58,22 +58,22 @@ class Choice:
 
 @dataclass(frozen=True)
 class Request:
-    """A model, the GPUs that it is to be trained on, and a step's batch.
+    """A model, the GPUs to train it on, and the batch of a step.
 
     Attributes:
         sizes: the model's dimensions, for microbatches of one sequence.
-        models: the model as a pipeline sees it, for each choice of residuals by name.
-        dtype: what passes compute in.
-        gpu, gpus: what they are, and how many.
-        memory_bytes: of each, for the compiled program.
-        global_batch: sequences in a step, all copies of the model together.
+        models: the model as a pipeline sees it, by residuals choice.
+        dtype: the compute dtype.
+        gpu, gpus: the kind of GPU, and how many.
+        memory_bytes: per GPU, for the compiled program.
+        global_batch: sequences per step, over all data-parallel copies.
         max_tensor: the largest tensor axis; it never leaves a node.
-        schedules, methods, microbatch_sizes, stages: what may be chosen; of the last two everything, if ().
-        shard_optimizer: whether a choice may divide master weights and moments over ``data``.
+        schedules, methods, microbatch_sizes, stages: the options to choose from; () allows everything for the last two.
+        shard_optimizer: whether a choice may shard master weights and moments over ``data``.
         redis_split: a rule of :data:`vocabpp_jax.schedules.layers.SPLITS`.
 
     Raises:
-        ValueError: a number below 1, or a name that there is not.
+        ValueError: a number below 1, or an unknown name.
     """
 
     sizes: Sizes
@@ -100,7 +100,7 @@ class Request:
                 raise ValueError(f"{name} has {min(getattr(self, name))}; each must be at least 1")
         if self.model.tail:
             raise ValueError(
-                f"mtp_depth is {self.model.tail.depths}; the planner knows models that predict the next token only"
+                f"mtp_depth is {self.model.tail.depths}; the planner only supports models that predict the next token"
             )
         if not self.memory_bytes > 0:
             raise ValueError(f"memory is {self.memory_bytes}; it must be above 0")
@@ -111,11 +111,11 @@ class Request:
 
     @property
     def model(self) -> Model:
-        """The model, whatever it keeps."""
+        """The model, with any residuals choice."""
         return next(iter(self.models.values()))
 
     def microbatches(self, choice: Choice) -> int:
-        """Microbatches in a step."""
+        """Microbatches per step."""
         return self.global_batch // (choice.data * choice.microbatch_size)
 
     def schedule(self, choice: Choice, m: int) -> Schedule:
@@ -123,7 +123,7 @@ class Request:
         return build_schedule(**self.arguments(choice, m))
 
     def arguments(self, choice: Choice, m: int) -> dict[str, Any]:
-        """What :func:`vocabpp_jax.schedules.build` takes for a choice."""
+        """The arguments of :func:`vocabpp_jax.schedules.build` for a choice."""
         return {
             "schedule": choice.schedule,
             "method": choice.method,
@@ -135,7 +135,7 @@ class Request:
         }
 
     def layer_counts(self, choice: Choice) -> tuple[int, ...] | None:
-        """Layers of every stage where they are not even: with method redis."""
+        """Layers of every stage where they are uneven: with method redis."""
         if choice.method != "redis":
             return None
         z = self.sizes
@@ -168,7 +168,7 @@ class Request:
         return found
 
     def layouts(self) -> list[tuple[int, int, int]]:
-        """Stages, tensor, data: everything whose product is all GPUs, with a layer or more a stage."""
+        """Stages, tensor, data: all triples whose product is the number of GPUs, with at least one layer per stage."""
         node = self.gpu.gpus_per_node
         tensors = [T for T in _divisors(self.gpus) if T <= self.max_tensor and node % T == 0 and self._splits(T)]
         found = [(p, T, self.gpus // (p * T)) for T in tensors for p in _divisors(self.gpus // T)]
@@ -197,7 +197,7 @@ class Request:
                     yield name, method, count
 
     def _why_nothing(self) -> str:
-        """What is wrong, and the nearest that would do."""
+        """What is wrong, and the nearest request that would do."""
         layers, layouts = self.sizes.layers, self.layouts()
         if not layouts:
             possible = [n for n in range(1, self.gpus) if replace(self, gpus=n).layouts()]

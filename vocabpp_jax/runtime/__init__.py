@@ -1,1 +1,1 @@
-"""What a long run needs around the step: hosts, faults, metrics, profiles, and what is known of the hardware."""
+"""What a long run needs around the step: hosts, faults, metrics, profiles, hardware data."""

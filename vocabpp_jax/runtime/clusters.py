@@ -1,4 +1,4 @@
-"""What a launcher, SLURM or Open MPI, says about a process: how many there are, and which GPUs are its own."""
+"""What the launcher, SLURM or Open MPI, says about a process: how many there are, and which GPUs it owns."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES
 
 
 def launched_processes(environment: Mapping[str, str] = os.environ) -> int:
-    """How many processes the launcher has started.
+    """The number of processes the launcher started.
 
     Raises:
         ValueError: no launcher, or one from which JAX cannot learn the coordinator's address.
     """
-    # mpirun inside a SLURM job: SLURM's variables then count nodes, not processes.
+    # With mpirun inside a SLURM job, SLURM's variables count nodes, not processes.
     for name in (OPEN_MPI_SIZE, SLURM_SIZE):
         if (value := environment.get(name, "")).isdigit() and int(value):
             break
@@ -35,7 +35,7 @@ def launched_processes(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def explicit_options(processes: str, process_id: str) -> str:
-    """What to do where JAX cannot find the other processes."""
+    """Advice for when JAX cannot find the other processes."""
     return (
         "give coordinator, processes and process_id "
         f"(--coordinator HOST:PORT --processes {processes} --process-id {process_id})"
@@ -45,16 +45,16 @@ def explicit_options(processes: str, process_id: str) -> str:
 def own_gpus(environment: Mapping[str, str] = os.environ) -> list[int] | None:
     """The GPUs this process should use, as indices into those it can see; None leaves the choice to JAX.
 
-    JAX gives the n-th process of a host the n-th GPU, which does not exist where the launcher shows every process only
-    its own. Here, a process that sees its own GPUs takes them all; otherwise those that are visible are split evenly.
+    JAX gives the n-th process of a host the n-th GPU, which does not exist where the launcher shows each process only
+    its own. Here, a process that sees only its own GPUs uses all of them; otherwise the visible GPUs are split evenly.
     """
     visible = next((environment[name] for name in _VISIBLE if name in environment), None)
-    # "NoDevFiles" is SLURM's way to say none.
+    # "NoDevFiles" is SLURM's way of saying none.
     count = len([gpu for gpu in (visible or "").split(",") if gpu.strip() and gpu.strip() not in ("-1", "NoDevFiles")])
     rank = _number(environment, "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
     tasks, each = _tasks_on_this_host(environment), _gpus_per_task(environment)
     if visible is None:
-        count = each or 0  # SLURM then hides the other GPUs in another way
+        count = each or 0  # then SLURM hides the other GPUs by other means
     if not count or rank is None or "JAX_LOCAL_DEVICE_IDS" in environment:
         return None
     if count == 1 or each == count or (tasks is not None and count < tasks):

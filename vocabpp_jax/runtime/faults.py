@@ -1,4 +1,4 @@
-"""What ends a run before its time, said in a sentence: signals, full disks, processes that hang or are gone."""
+"""Early ends of a run, each reported in one sentence: signals, full disks, hung or lost processes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import jax
 from jax.experimental import multihost_utils
 
 SAVED, LOST = 75, 76
-"""Exit statuses of a run that is not at its end and goes on when it is started again: it was asked to leave and has
-saved, or another process or a device failed. Other statuses than 0 are failures that would come again."""
+"""Exit statuses of an unfinished run that resumes when restarted: it was asked to stop and has saved, or another
+process or a device failed. Other nonzero statuses are failures that a restart would repeat."""
 
 
 class Stop(RuntimeError):
-    """The run cannot go on; the message is the sentence that says why.
+    """The run cannot continue; the message is a sentence saying why.
 
     Attributes:
         agreed: all processes raise it at the same point, so they can still wait for each other.
@@ -33,10 +33,10 @@ class Stop(RuntimeError):
 
 
 class Termination:
-    """Notices SIGTERM and SIGINT inside the block, so that the run can save and leave at the end of a step.
+    """Notices SIGTERM and SIGINT inside the block, so that the run can save and exit at the end of a step.
 
-    A second signal ends the process at once. With several processes a SIGTERM to any of them reaches all, and
-    all stop after the same step; ask :meth:`requested` once a step, everywhere.
+    A second signal ends the process at once. With several processes, a SIGTERM to any of them reaches all, and all stop
+    after the same step; call :meth:`requested` once per step in every process.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Termination:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Termination:
-        # Under jax.distributed its service handles SIGTERM and notifies the other processes; of a SIGINT it would not.
+        # With jax.distributed, its service handles SIGTERM and notifies the other processes, but not SIGINT.
         signals = () if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in signals}
@@ -61,15 +61,17 @@ class Termination:
         self._name = signal.Signals(number).name
 
     def requested(self, step: int) -> str | None:
-        """The signal that asked for an end, after ``step`` steps; None while there was none."""
+        """The signal that asked for a stop, after ``step`` steps; None if there was none."""
         if jax.process_count() == 1:
             return self._name
         return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
 
 
 class Watchdog:
-    """Ends the process with a sentence when no step has ended for ``seconds``: a collective whose partner is stuck
-    waits for ever, and nothing in Python could interrupt it. With None it watches nothing.
+    """Ends the process with a sentence when no step has ended for ``seconds``.
+
+    A collective whose partner is stuck waits forever, and nothing in Python could interrupt it. With None, nothing is
+    watched.
     """
 
     def __init__(self, seconds: float | None, status: int = 1):
@@ -89,7 +91,7 @@ class Watchdog:
         self._end.set()
 
     def alive(self, step: int) -> None:
-        """Step ``step`` has ended, or something else that counts as going on."""
+        """Report progress: step ``step`` has ended, or something else that counts as progress."""
         self._step, self._last = step, time.monotonic()
 
     def _watch(self) -> None:
@@ -98,18 +100,18 @@ class Watchdog:
                 since = "the start" if self._step is None else f"step {self._step}"
                 say_and_leave(
                     f"{_who()}no step has ended for {self._seconds:g} seconds after {since}; a process or device "
-                    "hangs. The last checkpoint is good: start again to go on from it",
+                    "hangs. The last checkpoint is good: start again to resume from it",
                     self._status,
                 )
 
 
 class LastWords:
-    """Says a sentence on standard error if the process ends inside the block without leaving it: killed, or ended by
-    a library, as jax.distributed does when another process is gone. A shell that waits for the end says it.
+    """Prints a sentence on standard error if the process dies inside the block: killed, or ended by a library, as
+    jax.distributed does when another process is gone. A shell that waits for the end prints it.
 
     Args:
         wanted: whether to do so at all.
-        who: which process it is; by default its number among several.
+        who: names the process; by default its number, if there are several.
     """
 
     _active: ClassVar[list[LastWords]] = []
@@ -136,31 +138,31 @@ class LastWords:
 
     @classmethod
     def withhold(cls) -> None:
-        """Say nothing any more: another sentence has been said."""
+        """Print nothing after all: another sentence has been printed."""
         for words in list(cls._active):
             words.__exit__(None, None, None)
 
 
 def out_of_memory(problem: BaseException) -> str | None:
-    """The sentence for an error that is a device's lack of memory; None for any other error."""
+    """The sentence for a device's out-of-memory error; None for any other error."""
     signs = r"out[ _]of[ _]memory|resource[ _]?exhausted|failed to allocate|failed to cuda \w*alloc|memoryallocation"
     text = str(problem)
     if not re.search(signs, text, re.IGNORECASE):
         return None
-    do = "let it keep or compute less at once (docs/memory.md)"
+    do = "reduce what it keeps or computes at once (docs/memory.md)"
     if re.search("nccl", text, re.IGNORECASE):
-        do = "NCCL allocates beside XLA's pool, so lower XLA_PYTHON_CLIENT_MEM_FRACTION (docs/memory.md)"
+        do = "NCCL allocates outside XLA's pool, so lower XLA_PYTHON_CLIENT_MEM_FRACTION (docs/memory.md)"
     return f"{_who()}a device is out of memory ({reason(problem)}); {do}"
 
 
 def lost_peer(problem: BaseException) -> str | None:
-    """The sentence for an error that another process' end has caused, itself or as its cause; None for any other."""
+    """The sentence for an error caused, directly or through its cause, by the end of another process; else None."""
     while problem.__cause__ is not None:
         problem = problem.__cause__
     if isinstance(problem, OSError) and not isinstance(problem, ConnectionError):
         return None
     signs = "connection|broken pipe|heartbeat|unavailable|aborted|cancelled|gloo|nccl|socket|peer|distributed"
-    # By NCCL's own classes of errors these arise in this process; one in another is a "system" or a "remote" error.
+    # NCCL's error classes for failures of this process; failures of another are "system" or "remote" errors.
     own = "nccl.*(unhandled cuda error|internal error|invalid argument|invalid usage)"
     text = str(problem)
     if jax.process_count() == 1 or out_of_memory(problem) or not re.search(signs, text, re.IGNORECASE):
@@ -171,7 +173,7 @@ def lost_peer(problem: BaseException) -> str | None:
 
 
 def say_and_leave(sentence: str, status: int = 1) -> NoReturn:
-    """End the process now: no clean-up that would wait for processes that are gone."""
+    """End the process now, without clean-up that would wait for lost processes."""
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     LastWords.withhold()
     sys.stdout.flush()
@@ -179,7 +181,7 @@ def say_and_leave(sentence: str, status: int = 1) -> NoReturn:
 
 
 def reason(problem: BaseException) -> str:
-    """Why an operation failed, in a few words: the system's where the error quotes it, else the error's first line."""
+    """Why an operation failed, in a few words: the system's if the error quotes it, else the error's first line."""
     if isinstance(problem, OSError) and problem.strerror:
         return problem.strerror
     text = str(problem)
@@ -190,7 +192,7 @@ def reason(problem: BaseException) -> str:
 
 
 def as_sentence(problem: BaseException) -> str:
-    """An error in one line: the message of a ValueError or Stop, which are sentences, else also where it is from."""
+    """An error in one line: the message of a ValueError or Stop, which are sentences; else also where it is from."""
     if isinstance(problem, ValueError | Stop):
         return str(problem) or "refused"
     if isinstance(problem, OSError):

@@ -1,4 +1,4 @@
-"""What is known of the devices a run is on: their peak FLOP/s, the memory in use."""
+"""Facts about the devices a run is on: peak FLOP/s, memory in use."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def known_gpu(device: jax.Device) -> GPU | None:
 
 
 def mfu(flops: float, seconds: float, devices: list[jax.Device]) -> float | None:
-    """Model FLOPs utilisation, 0 to 1, against the dense bfloat16 peak; None where the hardware is not known."""
+    """Model FLOPs utilization, 0 to 1, against the dense bfloat16 peak; None if the hardware is unknown."""
     gpu = known_gpu(devices[0])
     return flops / (seconds * len(devices) * gpu.peak_flops) if gpu else None
 
 
 def peak_memory() -> int | None:
-    """The most bytes that any device of this process has had in use; None where the platform does not count them."""
+    """The highest peak memory among this process's devices, in bytes; None if the platform does not report it."""
     statistics = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in statistics if "peak_bytes_in_use" in s]
     return max(peaks, default=None)

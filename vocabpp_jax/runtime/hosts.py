@@ -1,4 +1,4 @@
-"""Several processes that train one model: how they find each other, and which part of a batch each of them needs."""
+"""Multi-process training: how processes find each other, and which part of a batch each needs."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def join(
     heartbeat_timeout: int = 60,
     join_timeout: int | None = None,
 ) -> int:
-    """Find the other processes, as SLURM or Open MPI started them or as the arguments say; returns how many there are.
+    """Find the other processes, as started by SLURM or Open MPI or as the arguments say; returns how many there are.
 
-    A process from which nothing is heard for ``heartbeat_timeout`` seconds counts as gone, and the others end. If not
-    all have come within ``join_timeout`` seconds (by default JAX's 300), those that have end, with a sentence.
-    To be called before anything asks JAX for a device.
+    A process that is silent for ``heartbeat_timeout`` seconds counts as lost, and the others end. If not all processes
+    have joined within ``join_timeout`` seconds (by default JAX's 300), those that have end, with a sentence. Call this
+    before anything asks JAX for a device.
 
     Raises:
-        ValueError: some of the arguments without the others, or nothing that says who the others are.
+        ValueError: some of the arguments without the others, or nothing that identifies the other processes.
     """
     explicit = (coordinator, processes, process_id)
     if any(value is not None for value in explicit) and None in explicit:
@@ -76,14 +76,14 @@ def _initialize(*arguments: Any, **settings: Any) -> None:
     where = f"at {arguments[0]}" if arguments else "that the launcher has started"
     begins = f"{socket.gethostname()} cannot join the other processes {where}"
     try:
-        with LastWords(f"{begins}: not all have come in time", who=""):  # JAX ends the process
+        with LastWords(f"{begins}: not all joined in time", who=""):  # JAX ends the process
             jax.distributed.initialize(*arguments, **settings)
-    except ValueError as problem:  # what the launcher says is not enough for JAX
+    except ValueError as problem:  # the launcher's environment is not enough for JAX
         raise ValueError(
             f"JAX cannot tell from the environment how this process was started ({reason(problem)}); start it with "
             f"srun or mpirun, or {clusters.explicit_options('N', 'I')}"
         ) from None
-    except (RuntimeError, OSError) as problem:  # nobody listens, or somebody else does
+    except (RuntimeError, OSError) as problem:  # nobody listens, or someone else does
         raise ValueError(f"{begins}: {reason(problem)}") from None
 
 
@@ -100,7 +100,7 @@ def agree(act: Callable[[], Result]) -> Result:
 
 
 def attempts(act: Callable[[], Result], expected: Errors) -> tuple[Result | None, list[str]]:
-    """As :func:`agree`, but an error of an ``expected`` type is returned: per process its sentence, or "" without."""
+    """Like :func:`agree`, but errors of an ``expected`` type are returned: one sentence per process, "" for success."""
     result, problem = None, None
     try:
         result = act()
@@ -114,7 +114,7 @@ def attempts(act: Callable[[], Result], expected: Errors) -> tuple[Result | None
 
 
 def raise_first(sentences: list[str]) -> None:
-    """Raise Agreed with the first that is not empty, and with the process it is from if others differ."""
+    """Raise Agreed with the first non-empty sentence, naming its process if others differ."""
     for process, said in enumerate(sentences):
         if said:
             raise Agreed(said if len({*sentences}) == 1 else f"process {process} of {len(sentences)}: {said}")
@@ -143,26 +143,28 @@ def from_first(value: Any) -> Any:
 
 
 def gathered(value: Any) -> list[Any]:
-    """The JSON values that all processes pass, in the order of the processes."""
+    """The JSON values that all processes pass, in process order."""
     if jax.process_count() == 1:
         return [value]
     raw = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(raw)))).ravel()
-    longest = -(-int(sizes.max()) // 1024) * 1024  # few sizes: each compiles a program of its own
+    longest = -(-int(sizes.max()) // 1024) * 1024  # few distinct sizes: each compiles its own program
     padded = np.pad(raw, (0, longest - len(raw)))
     buffers = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
     return [json.loads(buffer[:size].tobytes()) for buffer, size in zip(buffers, sizes, strict=True)]
 
 
 def columns(mesh: Mesh, batch: int) -> list[int]:
-    """Which of the ``batch`` sequences of a microbatch the devices of this process train on, ascending."""
+    """Which of a microbatch's ``batch`` sequences this process's devices train on, ascending."""
     indices = NamedSharding(mesh, _PER_MICROBATCH).addressable_devices_indices_map((1, batch)).values()
     return sorted({column for index in indices for column in range(*index[1].indices(batch))})
 
 
 def place(mesh: Mesh, batch: int, local: Batch) -> Batch:
-    """A batch of which this process has its :func:`columns` ``[m, columns, ...]``, as global arrays ``[m, batch, ...]``
-    split over the data axis."""
+    """Global arrays ``[m, batch, ...]``, sharded over the data axis, from this process's :func:`columns`.
+
+    Local arrays are ``[m, columns, ...]``.
+    """
     sharding, mine = NamedSharding(mesh, _PER_MICROBATCH), columns(mesh, batch)
 
     def put(array: np.ndarray) -> jax.Array:
@@ -177,15 +179,15 @@ def place(mesh: Mesh, batch: int, local: Batch) -> Batch:
 
 
 def quiet_libraries() -> None:
-    """Keep the tracebacks that libraries log to themselves: whoever runs training gets the sentence instead."""
+    """Suppress the tracebacks that libraries log: users get the sentence instead."""
     for name in ("absl", "asyncio", "gcsfs", "google.auth"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    # Orbax leaves some behind when what it reads is damaged.
+    # Orbax leaves these behind when what it reads is damaged.
     warnings.filterwarnings("ignore", message="coroutine '.*' was never awaited", category=RuntimeWarning)
 
 
 def quiet_plugins() -> None:
-    """Silence jax's report, with a traceback, that its packages for GPUs find none, on a machine that has none."""
+    """On a machine without GPUs, silence jax's report, with a traceback, that its GPU packages find none."""
     if not any(found for node in _GPU_NODES for found in Path("/dev").glob(node)):
         logging.getLogger("jax._src.xla_bridge").addFilter(_is_no_plugin_report)
 

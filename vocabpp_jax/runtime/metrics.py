@@ -1,4 +1,4 @@
-"""What a run reports: a file of JSON lines, a progress bar or plain lines, a picture of the losses."""
+"""A run's reports: a JSON lines file, a progress bar or plain lines, a plot of the losses."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 Curve = Sequence[tuple[int, float]]
-"""Steps and the losses at them, in nats a token."""
+"""Steps and the losses at them, in nats per token."""
 
 
 class JsonLines:
-    """Appends records to a file, one JSON object a line, each flushed before the call returns.
+    """Appends records to a file, one JSON object per line, each flushed before the call returns.
 
-    With ``after``, the records of later steps than that go first, and a last line that was cut off: a run that goes on
-    from a checkpoint does those steps again.
+    With ``after``, records of later steps and a truncated last line are removed first: a run resumed from a checkpoint
+    repeats those steps.
     """
 
     def __init__(self, path: str | Path, after: int | None = None):
@@ -37,7 +37,7 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, **record: Any) -> None:
-        """Append one record of numbers, strings and None. JSON has no infinity and no NaN: they become null."""
+        """Append one record of numbers, strings and None. JSON has no infinity or NaN; they become null."""
         self._file.write(json.dumps({name: _plain(value) for name, value in record.items()}, allow_nan=False) + "\n")
         self._file.flush()
 
@@ -52,10 +52,10 @@ class JsonLines:
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines; a last line that was cut off is none.
+    """The records of a JSON lines file; a truncated last line is ignored.
 
     Raises:
-        ValueError: another line is no JSON object.
+        ValueError: another line is not a JSON object.
     """
     records = []
     for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], start=1):
@@ -64,15 +64,15 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             records.append(None)
         if not isinstance(records[-1], dict) or not isinstance(records[-1].get("step", 0), int):
-            raise ValueError(f"{path}:{number} is no record of a run; mend it, or give another folder")
+            raise ValueError(f"{path}:{number} is not a record of a run; fix it, or give another folder")
     return records
 
 
 class TensorBoard:
-    """The numbers of each record as TensorBoard scalars. Needs the package tensorboardX.
+    """Writes the numbers of each record as TensorBoard scalars. Needs the package tensorboardX.
 
     Raises:
-        ValueError: the package is not there.
+        ValueError: the package is not installed.
     """
 
     def __init__(self, folder: str | Path, after: int | None = None):
@@ -85,7 +85,7 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder), purge_step=None if after is None else after + 1)
 
     def write(self, step: int, **record: Any) -> None:
-        """A scalar for each finite number of the record."""
+        """Write a scalar for each finite number of the record."""
         for name, value in record.items():
             if isinstance(value := _plain(value), int | float):
                 self._writer.add_scalar(name, value, step)
@@ -95,9 +95,9 @@ class TensorBoard:
 
 
 class StepProgress:
-    """Shows how training goes: a bar on a terminal, a plain line every ``line_every`` seconds elsewhere.
+    """Shows training progress: a bar on a terminal, elsewhere a plain line every ``line_every`` seconds.
 
-    The first step compiles, so speed and time left are counted from the end of it, and without :meth:`paused` time.
+    The first step compiles, so speed and time left are counted from its end, excluding :meth:`paused` time.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class StepProgress:
         self._bar.stop()
 
     def step(self, step: int, loss: float) -> None:
-        """Step ``step`` of 1 to ``steps`` has ended with this loss."""
+        """Step ``step`` (1 to ``steps``) has ended with this loss."""
         if self._first is None:
             self._first, self._start, self._not_training = step, time.perf_counter(), 0.0
         text = f"loss {loss:.4f}"
@@ -141,7 +141,7 @@ class StepProgress:
             self.say(f"step {step}/{self._steps}  {text}")
 
     def tokens_per_second(self, step: int) -> float | None:
-        """The mean speed up to now, None before the second step."""
+        """The mean speed so far; None before the second step."""
         if self._first is None or step == self._first:
             return None
         seconds = time.perf_counter() - self._start - self._not_training
@@ -149,7 +149,7 @@ class StepProgress:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """The block is not training: its time counts for no speed."""
+        """Exclude the block from the speed: it is not training."""
         start = time.perf_counter()
         try:
             yield
@@ -162,7 +162,7 @@ class StepProgress:
 
 
 def draw_losses(path: str | Path, train: Curve, validation: Curve = (), unigram_entropy: float | None = None) -> None:
-    """Draw loss over steps into a picture file; the unigram entropy is what a model without context can reach."""
+    """Plot the losses over steps; the unigram entropy is what a model without context can reach."""
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.plot(*_columns(train), color="tab:blue", alpha=0.7, linewidth=1, label="train")
@@ -172,7 +172,7 @@ def draw_losses(path: str | Path, train: Curve, validation: Curve = (), unigram_
         label = f"unigram entropy, {unigram_entropy:.2f}"
         axes.axhline(unigram_entropy, color="tab:gray", linestyle="--", linewidth=1, label=label)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats a token")
+    axes.set_ylabel("loss, nats per token")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     for side in ("top", "right"):
@@ -185,7 +185,7 @@ def _columns(curve: Curve) -> tuple[list[int], list[float]]:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays and numpy numbers as Python's own."""
+    """Arrays and numpy numbers as Python numbers."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

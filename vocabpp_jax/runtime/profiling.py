@@ -1,4 +1,4 @@
-"""A trace of a few steps, and the timeline that the simulator predicts for them, to lay side by side."""
+"""A trace of a few steps, and the simulator's predicted timeline to compare it with."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..schedules.simulation.cost import GPU, Cost, Sizes, load_gpu
 from .hardware import known_gpu
 
 STANDIN = "a100-80g"
-"""Whose proportions between passes are taken for hardware that is not known."""
+"""The GPU whose relative pass times stand in for unknown hardware."""
 
 
 class Profile:
-    """Traces ``steps`` steps into a folder, from the ``after``-th step of the process on: the first ones compile.
+    """Traces ``steps`` steps into a folder, starting after ``after`` steps of this process: the first ones compile.
 
-    Inside the block, call :meth:`before` and :meth:`ended` around every step. The folder gets
-    ``plugins/profile/...`` with a trace for ui.perfetto.dev and TensorBoard.
+    Inside the block, call :meth:`before` and :meth:`ended` around every step. The folder gets ``plugins/profile/...``
+    with a trace for ui.perfetto.dev and TensorBoard.
     """
 
     def __init__(self, folder: Path, steps: int | None, after: int = 3):
@@ -38,7 +38,7 @@ class Profile:
             jax.profiler.stop_trace()
 
     def before(self, step: int) -> jax.profiler.StepTraceAnnotation:
-        """What the step is to run inside."""
+        """The context to run the step in."""
         self._seen += 1
         if self._steps and self._seen == self._after + 1:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ class Profile:
         return jax.profiler.StepTraceAnnotation("step", step_num=step)
 
     def ended(self) -> bool:
-        """A step has ended, its results waited for; True where the trace has just been written."""
+        """Call when a step has ended and its results are ready; True if the trace has just been written."""
         if not (self._on and self._seen == self._after + self._steps):
             return False
         self._on = False
@@ -58,8 +58,8 @@ class Profile:
 def predicted_trace(schedule: Schedule, sizes: Sizes, device: jax.Device, step_seconds: float | None = None) -> str:
     """The predicted timeline of one iteration, as a trace for ui.perfetto.dev.
 
-    Pass times are the cost model's for the GPU. Of hardware that is not known the proportions are those of
-    :data:`STANDIN`, and the whole is as long as ``step_seconds`` says; the trace says so in ``metadata``.
+    Pass times are the cost model's for the GPU. For unknown hardware, the times of :data:`STANDIN` are scaled so that
+    the total is ``step_seconds``; the trace says so in ``metadata``.
     """
     known = known_gpu(device)
     gpu: GPU = known or load_gpu(STANDIN)
@@ -67,6 +67,6 @@ def predicted_trace(schedule: Schedule, sizes: Sizes, device: jax.Device, step_s
     timeline = simulate(lower(schedule), durations)
     scale = 1.0 if known or not step_seconds else step_seconds / timeline.makespan
     trace = json.loads(formats.to_trace(timeline, microseconds=1e6 * scale))
-    measured = "" if known else f"; {device.device_kind} is not known: its pass times scaled to the measured step"
+    measured = "" if known else f"; {device.device_kind} is not known: its pass times are scaled to the measured step"
     trace["metadata"] = {"predicted": f"{schedule.name} {schedule.method} on {gpu.name}{measured}"}
     return json.dumps(trace)

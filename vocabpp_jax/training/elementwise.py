@@ -1,4 +1,4 @@
-"""Refuses optimizers that would need whole parameters: in a pipeline none is where they would look for it."""
+"""Rejects optimizers that need whole parameters: in a pipeline, no device holds one as they would expect."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _MIXES = re.compile(
     r"(reduce_(?!and$|or$|precision$)|arg(max|min)|cum|sort|top_k|dot_general|conv_general|fft|cholesky|eig|svd|qr|lu$"
     r"|triangular)"
 )
-"""Primitives whose result depends on several entries of an operand. Whether all entries are finite may be asked."""
+"""Primitives whose result depends on several entries of an operand. Testing for finite entries is allowed."""
 
 
 def refuse_mixing(optimizer: optax.GradientTransformation, params: Any) -> None:
-    """Traces an update, of no array but shapes.
+    """Trace an update on shapes alone and check it.
 
     Raises:
-        ValueError: a part of it takes an array as large as a parameter and mixes its entries, as norms of layers,
-            factored moments and matrix products do.
+        ValueError: some operation mixes the entries of an array as large as a parameter, as layerwise norms, factored
+            moments and matrix products do.
     """
     state = jax.eval_shape(optimizer.init, params)
     update = jax.make_jaxpr(optimizer.update)(params, state, params)
@@ -32,8 +32,8 @@ def refuse_mixing(optimizer: optax.GradientTransformation, params: Any) -> None:
         if _MIXES.match(name) and any(x.aval.size in sizes for x in equation.invars if hasattr(x.aval, "size")):
             raise ValueError(
                 f"optimizer mixes the entries of a parameter (by {name}); in a pipeline one array holds a layer of "
-                "every stage, and a device a part of it, so give one that updates every entry by itself, and for a "
-                "limit on the global norm make_step's clip"
+                "every stage, and each device a part of it, so give an elementwise optimizer, and to "
+                "limit the global norm use make_step's clip"
             )
 
 

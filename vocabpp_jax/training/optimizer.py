@@ -1,6 +1,6 @@
-"""AdamW with a warm-up and a cosine, the optimizer that the experiments train with.
+"""AdamW with warm-up and cosine decay, the optimizer that the experiments use.
 
-Nothing here reduces over parameters, so it works on any layout of them. Clipping needs the norm over all stages and
+Nothing here reduces over parameters, so it works with any layout of them. Clipping needs the norm over all stages and
 shards; the train step does it.
 """
 
@@ -13,13 +13,14 @@ import jax
 import optax
 
 DecayMask = Callable[[Any], Any]
-"""``params -> the same tree of bools``: True for what weight decay pulls towards zero, usually the matrices."""
+"""``params -> the same tree of bools``: True for parameters with weight decay, usually the matrices."""
 
 
 def warmup_cosine(peak_lr: float, steps: int, warmup: int, final_lr: float = 0.0) -> optax.Schedule:
-    """The learning rate of step 0, 1, ..: linear up to ``peak_lr`` in ``warmup`` steps, a cosine to ``final_lr``.
+    """The learning rate of step 0, 1, ...: linear warm-up to ``peak_lr`` over ``warmup`` steps, then a cosine to
+    ``final_lr``.
 
-    Step 0 moves too: it gets ``peak_lr / warmup``. From ``steps`` on the rate is ``final_lr``.
+    The rate of step 0 is not zero but ``peak_lr / warmup``. From ``steps`` on it is ``final_lr``.
     """
     if not peak_lr > 0:
         raise ValueError(f"peak_lr is {peak_lr}; it must be above 0")
@@ -36,11 +37,11 @@ def warmup_cosine(peak_lr: float, steps: int, warmup: int, final_lr: float = 0.0
 def matrices(params: Any) -> Any:
     """True where a leaf is a matrix of the model, False for vectors (norms, biases) and scalars.
 
-    Of a pipeline's parameters, whose layers have the devices in front, of canonical ones, and of any other tree.
+    Works on a pipeline's parameters, whose layers have leading device axes, on canonical ones, and on any other tree.
     """
     if not (isinstance(params, dict) and "blocks" in params):
         return jax.tree.map(lambda x: x.ndim >= 2, params)
-    in_front = type(params["blocks"][0]) is tuple  # by chunk, then by layer
+    in_front = type(params["blocks"][0]) is tuple  # tuples by chunk, then by layer
     of_layers = ("blocks", "tail") if in_front else ()
     return {k: jax.tree.map(lambda x, k=k: x.ndim - (k in of_layers) >= 2, branch) for k, branch in params.items()}
 
@@ -57,9 +58,9 @@ def adamw(
     eps: float = 1e-8,
     decay_mask: DecayMask = matrices,
 ) -> optax.GradientTransformation:
-    """AdamW over :func:`warmup_cosine`; ``final_lr`` is a tenth of ``peak_lr`` if not given.
+    """AdamW over :func:`warmup_cosine`; ``final_lr`` defaults to a tenth of ``peak_lr``.
 
-    ``decay_mask`` says which parameters decay: the :func:`matrices`, if it is not given.
+    ``decay_mask`` selects the parameters with weight decay; by default the :func:`matrices`.
     """
     if weight_decay < 0:
         raise ValueError(f"weight_decay is {weight_decay}; it must not be negative")

@@ -1,4 +1,4 @@
-"""The train step: a pipeline's gradients, clipped by their global norm, into an optax optimizer."""
+"""The train step: a pipeline's gradients, clipped by their global norm, passed to an optax optimizer."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ Metrics = dict[str, jax.Array]
 
 
 class State(NamedTuple):
-    """What training carries: steps done, float32 master parameters in the pipeline's layout, optimizer state, and how
-    many of the steps were skipped because their loss or gradient was not finite. Parameters and what the optimizer
-    keeps for each are shared between the copies of the model, if the pipeline says ``shard_optimizer``."""
+    """The training state: steps done, float32 master parameters in the pipeline's layout, optimizer state, and the
+    number of steps skipped because the loss or gradient was not finite.
+
+    With the pipeline's ``shard_optimizer``, parameters and per-parameter optimizer state are sharded over the data
+    axis.
+    """
 
     step: jax.Array
     params: Any
@@ -28,7 +31,7 @@ class State(NamedTuple):
 
 
 def global_norm(pipe: Pipeline, grads: Any) -> jax.Array:
-    """The norm of the whole gradient, over all stages and shards, every parameter counted once."""
+    """The norm of the whole gradient, over all stages and shards, counting every parameter once."""
     squares = jax.tree.map(lambda g, unique: jnp.sum(unique * jnp.square(g)), grads, pipe.layout.unique())
     return jnp.sqrt(jax.tree.reduce(jnp.add, squares))
 
@@ -40,7 +43,7 @@ def shapes(pipe: Pipeline, optimizer: optax.GradientTransformation) -> State:
 
 
 def shardings(pipe: Pipeline, optimizer: optax.GradientTransformation) -> State:
-    """The sharding of every leaf of the state: moments are sharded as their parameters, the rest is replicated."""
+    """The sharding of every leaf: moments are sharded like their parameters; everything else is replicated."""
     everywhere = NamedSharding(pipe.mesh, PartitionSpec())
     whole = shapes(pipe, optimizer)
     moments = optax.tree_utils.tree_map_params(
@@ -55,17 +58,17 @@ def shardings(pipe: Pipeline, optimizer: optax.GradientTransformation) -> State:
 
 
 def init_state(pipe: Pipeline, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
-    """A state at step 0, made where it will live. A key gives the same model, to the bit, whatever the layout."""
+    """A state at step 0, created in its final sharding. The same key gives a bit-identical model under any layout."""
     return start_from(pipe, optimizer, pipe.init(key))
 
 
 def start_from(pipe: Pipeline, optimizer: optax.GradientTransformation, params: Any) -> State:
-    """A state at step 0 with parameters that are there, float32 in the pipeline's layout, whose buffers it takes."""
+    """A state at step 0 with the given parameters, float32 in the pipeline's layout; their buffers are donated."""
     return make_start(pipe, optimizer)(params)
 
 
 def make_start(pipe: Pipeline, optimizer: optax.GradientTransformation) -> Callable[[Any], State]:
-    """``params -> state`` at step 0, compiled, the parameters' buffers donated to the state."""
+    """``params -> state`` at step 0, compiled; the parameters' buffers are donated to the state."""
 
     def begin(params: Any) -> State:
         none = jnp.zeros((), jnp.int32)
@@ -80,19 +83,19 @@ def make_step(
     clip: float | None = 1.0,
     without_flags: tuple[str, ...] = (),
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
-    """``(state, batch) -> state, metrics``, compiled, the old state's buffers donated to the new.
+    """``(state, batch) -> state, metrics``, compiled; the old state's buffers are donated to the new.
 
     Args:
-        clip: the largest global norm of the gradient; a longer one is shortened to it. None for no clipping.
+        clip: the largest global gradient norm; a larger gradient is scaled down to it. None disables clipping.
         without_flags: names of :data:`~vocabpp_jax.pipeline.flags.FLAGS`, which GPUs get, to leave out.
 
-    A step whose loss or gradient is not finite changes no parameter and nothing of the optimizer; it is counted.
+    A step whose loss or gradient is not finite changes neither parameters nor optimizer state; it is counted.
 
     Metrics are scalars, the same on every device: ``loss`` (mean over valid tokens), ``grad_norm`` before clipping,
-    ``skipped`` steps so far; with a tail also ``main_loss``, what of the loss is the next token's.
+    ``skipped`` steps so far; with a tail also ``main_loss``, the next-token part of the loss.
 
     Raises:
-        ValueError: the optimizer does not treat every entry by itself, or what :meth:`.Pipeline.jit` refuses.
+        ValueError: the optimizer is not elementwise, or what :meth:`.Pipeline.jit` rejects.
     """
     refuse_mixing(optimizer, pipe.layout.shapes())
 
