@@ -53,7 +53,7 @@ class MtpOptions:
     """The page whose tables are replaced."""
     microbatches: int = 128
     """Simulated microbatches."""
-    rounds: int = 9
+    rounds: int = 7
     """Measured: rounds in which every pipeline runs one step; fewer if time runs out."""
     minutes: float = 20.0
     """Measured: time limit in minutes."""
@@ -62,7 +62,7 @@ class MtpOptions:
     output: str = "runs/mtp"
     """Trained: folder for the two runs; must not hold any yet."""
     model: ModelOptions = field(
-        default_factory=lambda: ModelOptions(model="gpt-mini", layers=4, hidden=256, seq=128, vocab_size=8192)
+        default_factory=lambda: ModelOptions(model="gpt-mini", layers=4, hidden=512, seq=256, vocab_size=8192)
     )
     """Measured: the model without a tail."""
 

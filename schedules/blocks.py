@@ -24,6 +24,7 @@ class Block:
         backward_slots: slots that a B takes; a forward takes 1, and a B that computes both gradients usually 2.
         group, group_interval: for microbatches that come in groups, the group size and the slots between groups.
         pass_slots: slots in which every device reaches the end of a pass, if slots are finer than passes.
+        stats_slots: slots in which the softmax statistics are exchanged.
     """
 
     interval: int
@@ -35,6 +36,7 @@ class Block:
     group: int = 1
     group_interval: int = 0
     pass_slots: int = 1
+    stats_slots: int = 1
 
     def __post_init__(self) -> None:
         if self.interval < 1:

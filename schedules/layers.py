@@ -48,6 +48,8 @@ SPLITS = {"published": published_split, "optimal": optimal_split}
 
 def redistributed(rule: str, *, layers: int, stages: int, rho: float) -> tuple[int, ...]:
     """Layers of every stage for method redis, by a rule of :data:`SPLITS`; ``rho`` is the head's FLOPs in layers."""
+    if stages < 1:
+        raise ValueError(f"stages is {stages}; a pipeline needs at least 1 device")
     return SPLITS[rule](layers, stages, rho)
 
 

@@ -89,7 +89,7 @@ def _output_steps(block: Block, method: str) -> list[Step]:
     """The broadcast, S, T and their reductions, as soon as inputs allow; in this order if they share a place."""
     K, end, w = block.interval, block.F[-1], block.longest
     after_S = end + w + 1  # S runs before this slot's passes; the reduction of its row sums takes this slot
-    after_T = after_S + 1
+    after_T = after_S + block.stats_slots
 
     def run(name: str, slot: int) -> Step:
         return _everywhere(block, "run", name, slot, BEFORE)
@@ -104,7 +104,7 @@ def _output_steps(block: Block, method: str) -> list[Step]:
         )
         after_T += K
     else:
-        stats, stats_done = _ends(block, "stats", after_S, 1)
+        stats, stats_done = _ends(block, "stats", after_S, block.stats_slots)
         softmax, dones = [run("S", after_S), stats], [broadcast_done, stats_done]
     if not block.B:
         return [broadcast, *softmax, *dones]

@@ -75,6 +75,7 @@ def test_durations_can_be_given(capsys):
         (["--schedule", "2f2b"], "schedule is '2f2b'"),
         (["--method", "magic"], "method is 'magic'"),
         (["--stages", "0"], "p is 0"),
+        (["--stages", "0", "--method", "redis"], "stages is 0"),
         (["--gpu", "v100"], "gpu is 'v100'"),
         (["--model", "5B"], "5B"),
         (["--times", "nowhere.csv"], "no such file"),

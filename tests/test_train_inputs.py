@@ -105,6 +105,7 @@ def test_a_model_from_scratch_is_exported_with_the_tokenizer_that_was_trained():
         (f"--data {CASES}/dup.jsonl", "its 50 documents are one text of 14 bytes"),
         (f"--data {CASES}/ones --document-masks", "the train split has no label that counts"),
         ("--mtp-depth 1 --mtp-weight 0", "mtp_weight is 0.0; it must be above 0 and finite"),
+        ("--data-parallel 256", "stages, data_parallel and tensor_parallel ask for 512 devices per process"),
         ("--microbatches 1000000000", "stages 2 times microbatches 1000000000 is 2000000000"),
     ],
 )

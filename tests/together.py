@@ -33,9 +33,10 @@ def sentence(act):
 END = "\nprint('answers', json.dumps(answers), flush=True)\n"
 
 
-def start_code(code: str, count: int = 2, heartbeat: int = 10) -> list[subprocess.Popen]:
-    """One process for each rank, with one CPU device each. The code knows its rank as ``process``."""
-    port, environment = free_port(), dict(os.environ, XLA_FLAGS=FAST_COMPILE, JAX_PLATFORMS="cpu")
+def start_code(code: str, count: int = 2, heartbeat: int = 10, devices: int = 1) -> list[subprocess.Popen]:
+    """One process for each rank, with so many CPU devices each. The code knows its rank as ``process``."""
+    flags = f"{FAST_COMPILE} --xla_force_host_platform_device_count={devices}"
+    port, environment = free_port(), dict(os.environ, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
     place = {"here": str(HERE), "experiments": str(HERE.parent / "experiments"), "port": port, "heartbeat": heartbeat}
     return [
         subprocess.Popen(
@@ -49,9 +50,9 @@ def start_code(code: str, count: int = 2, heartbeat: int = 10) -> list[subproces
     ]
 
 
-def run_code(code: str, count: int = 2, timeout: float = 240) -> list[dict]:
+def run_code(code: str, count: int = 2, timeout: float = 240, devices: int = 1) -> list[dict]:
     """What the code puts into ``answers``, from each process."""
-    running = start_code(code, count)
+    running = start_code(code, count, devices=devices)
     try:
         said = [process.communicate(timeout=timeout) for process in running]
     finally:

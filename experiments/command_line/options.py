@@ -26,6 +26,8 @@ from vocabpp_jax.vocab import Loss
 
 MOST_PASSES = 2**19
 """Limit on stages times microbatches: a schedule lists every pass, and this many take about a minute to build."""
+MOST_DEVICES = 128
+"""Limit on the devices of a process: simulated ones have threads of their own, and XLA aborts if it can start no more."""
 
 MOST_DEPTHS = 16
 """Maximum multi-token-prediction depth; published models have 1 to 4."""
@@ -263,16 +265,22 @@ class ClusterOptions:
     def join(self, simulated_devices: int) -> None:
         """Find the other processes, if any; on CPU-only machines, have them simulate devices.
 
-        Call this before anything asks JAX for a device. Raises ValueError if there is no device, or not all processes
-        come.
+        Call this before anything asks JAX for a device. Raises ValueError if there is no device, if too many would have
+        to be simulated, or if not all processes come.
         """
         processes = 1
         if self.several:
             timeouts = {"heartbeat_timeout": self.heartbeat_timeout, "join_timeout": self.join_timeout}
             processes = hosts.join(self.coordinator, self.processes, self.process_id, **timeouts)
+        wanted = max(1, simulated_devices // processes)
+        if wanted > MOST_DEVICES:
+            raise ValueError(
+                f"stages, data_parallel and tensor_parallel ask for {wanted} devices per process; "
+                f"a process can have up to {MOST_DEVICES}"
+            )
         # A device count in XLA_FLAGS was set on purpose.
         if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-            jax.config.update("jax_num_cpu_devices", max(1, simulated_devices // processes))
+            jax.config.update("jax_num_cpu_devices", wanted)
         # Here the processes learn of each other's devices, and wait for each other.
         words = "ended while it looked for the devices of all processes; another process may be gone"
         with LastWords(words, wanted=self.several, who=f"{socket.gethostname()}: "):
