@@ -305,6 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with LastWords(f"ended before its time; {STARTS_AGAIN}", wanted=jax.process_count() > 1):
             signal = train_to_the_end(options, config)
+            hosts.leave()
     except Exception as problem:
         if sentence := out_of_memory(problem):
             leave(sentence, 1, agreed=False)

@@ -24,7 +24,7 @@ from .reorder import can_reorder, reorder
 from .repeat import assembled, repeat
 from .schedule import Order, Schedule
 from .simulation.durations import Durations
-from .simulation.simulator import GPU, Rules, simulate
+from .simulation.simulator import GPU, Rules, simulate, steady_interval
 from .steady import KINDS, Refined, refined, steady
 from .vocabulary import insert, unsharded
 
@@ -33,6 +33,7 @@ Times = Durations | Callable[[Schedule], Durations]
 FINER = (1, 2, 3)  # how many times as many slots an interval as the block has
 ROUNDINGS = (0.999, 0.5)
 GRIDS = 2  # grids whose program orders are searched
+STATS, USUAL_STATS = (1, 2, 3), 2  # slots for the softmax statistics
 FILLINGS = (
     Filling(),
     Filling(backwards=True),
@@ -98,6 +99,8 @@ class _Search:
         self.durations = durations if callable(durations) else lambda _: durations
         self.plain = self._repeated(block)(1)
         self.m, self.trial = m, min(m, 3 * block.p + 8)  # long enough for the steady state
+        starts = [x.start for of_device in self.plain.passes for x in of_device]
+        self.short = min(m, (max(starts) - min(starts)) // block.interval + 3)  # one interval of the steady state
         given = self.durations(self.plain)
         stages = range(self.plain.stages)
         self.takes = {
@@ -127,8 +130,7 @@ class _Search:
         """The best of all candidates."""
         plain = _Candidate(self._repeated(self.block))
         found = [self.judged(plain), self.judged(plain.with_order(Order(transfers="behind passes")))]
-        grids = sorted(self.grids(), key=lambda grid: grid[0].score)[:GRIDS]
-        found += [self.deferred(self.filled(candidate, grid, order), order) for candidate, grid, order in grids]
+        found += [self.deferred(self.filled(*grid), grid[2]) for grid in self.grids()]
         if self.plain.sharded and can_reorder(self.block):
             found.append(self.judged(_Candidate(self._reordered)))
         return min(found, key=lambda candidate: candidate.score)
@@ -145,29 +147,39 @@ class _Search:
         more = (self.m - self.trial) * timeline.steady_interval if self.m > self.trial else 0.0
         return replace(candidate, score=timeline.makespan + more + WAITING * float(timeline.idle.max()))
 
-    def grids(self) -> Iterator[tuple[_Candidate, Refined, Order]]:
-        """The repeated block on finer and finer grids."""
+    def grids(self) -> list[tuple[_Candidate, Refined, Order]]:
+        """The grids with the shortest intervals, and how long their collectives may take, the best first."""
         if not self.block.B or self.block.group > 1 or self.block.interval < 2:
-            return
+            return []
         found = steady(self.block, self.takes, self.transfer)
-        for finer in FINER:
-            for rounding in ROUNDINGS:
-                grid = refined(found, finer * self.block.interval, rounding)
-                for slots in self._pass_slots(grid):
-                    sized = replace(grid, block=replace(grid.block, pass_slots=slots))
-                    candidate = _Candidate(self._repeated(sized.block))
-                    try:
-                        order = _order(sized, candidate.build(1))
-                    except ValueError:  # fewer intervals are inserted than its passes need
-                        continue
-                    yield self.judged(candidate.with_order(order)), sized, order
+        grids = [refined(found, finer * self.block.interval, rounding) for finer in FINER for rounding in ROUNDINGS]
+        sized = [self.paced(grid, grid.block.pass_slots, USUAL_STATS) for grid in grids if grid]
+        best = sorted(sized, key=lambda x: x[0])[:GRIDS]
+        if self.plain.sharded:
+            best += [
+                self.paced(grid, slots, stats)
+                for _, grid, _ in best[:GRIDS]
+                for slots in range(max(1, grid.block.pass_slots - 1), grid.block.pass_slots + 2)
+                for stats in STATS
+                if (slots, stats) != (grid.block.pass_slots, USUAL_STATS)
+            ]
+        best = [(self.judged(_Candidate(self._repeated(grid.block)).with_order(order)), grid, order)
+                for pace, grid, order in sorted(best, key=lambda x: x[0])[:GRIDS] if order]
+        return best
 
-    def _pass_slots(self, grid: Refined | None) -> Sequence[int]:
-        """How many slots a large collective may take: those of the longest pass, or fewer or more."""
-        if grid is None:
-            return ()
-        slots = grid.block.pass_slots
-        return sorted({1, slots, slots + 1}) if self.plain.sharded else (1,)
+    def paced(self, grid: Refined, slots: int, stats: int) -> tuple[float, Refined, Order | None]:
+        """The simulated interval of the block on a grid, a large collective taking so many slots."""
+        if self.plain.sharded:
+            grid = replace(grid, block=replace(grid.block, pass_slots=slots, stats_slots=stats))
+        else:
+            grid = replace(grid, block=replace(grid.block, pass_slots=1))
+        build = self._repeated(grid.block)
+        try:
+            order = _order(grid, build(1))
+            program = lower(replace(build(self.short), order=order))
+        except ValueError:  # fewer intervals are inserted than its passes need
+            return inf, grid, None
+        return steady_interval(program, self.durations(program.schedule), self.rules), grid, order
 
     def filled(self, start: _Candidate, grid: Refined, order: Order) -> _Candidate:
         """A grid with the best filling of its ends, where the vocabulary is not sharded."""

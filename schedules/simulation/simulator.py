@@ -17,7 +17,7 @@ runs that carries no data.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -54,6 +54,9 @@ ON_CPUS = Rules(collectives="blocking")
 FREE = Rules(transfers="eager", idle=False)
 
 
+MOMENTS = ("keep", "land", "done")  # instructions that take no time: they end when they start
+
+
 def simulate(program: Program, durations: Durations | None = None, rules: Rules = COMPILED) -> Timeline:
     """When every pass, transfer and collective of one iteration runs; by default F=1, B=2 and everything else 0.
 
@@ -63,6 +66,26 @@ def simulate(program: Program, durations: Durations | None = None, rules: Rules 
     for segment in program.segments:
         engine.run(segment)
     return Timeline(program, tuple(engine.tracks), engine.clock.copy())
+
+
+def steady_interval(program: Program, durations: Durations, rules: Rules, intervals: int = 16) -> float:
+    """Time of an interval of the steady state: the program's fullest interval, repeated until the clocks settle.
+
+    Ignores warm-up and cool-down, so it takes a tenth of the time of :func:`simulate`.
+    """
+    counts = [sum((i.tables["microbatch"] >= 0).sum(1) for i in s.body if i.op == "run") for s in program.segments]
+    k = int(np.argmax([of_segment.max() for of_segment in counts]))
+    n = int(np.argmax(counts[k]))
+    body = tuple(
+        replace(i, tables={name: np.repeat(table[n : n + 1], intervals, axis=0) for name, table in i.tables.items()})
+        for i in program.segments[k].body
+    )
+    engine = _Engine(program, durations, rules)
+    ends = []
+    for _ in range(2):
+        engine.run(Segment(0, intervals, body))
+        ends.append(float(engine.clock.max()))
+    return (ends[1] - ends[0]) / intervals
 
 
 class _Engine:
@@ -92,14 +115,14 @@ class _Engine:
         for n in range(segment.intervals):
             for step in steps:
                 step(n)
-        for track, source, target, started, ended in self.transfers:
+        for track, source, target, started, takes in self.transfers:
             for ends in (source, target):
-                track.start[:, ends], track.end[:, ends] = started, ended
+                track.start[:, ends], track.end[:, ends] = started, started + takes
 
     def _step(self, instruction: Instruction, segment: Segment, line: int) -> Callable[[int], None]:
         """The effect of one instruction in interval n, with a track that records when it ran."""
         shape = (segment.intervals, self.schedule.p)
-        tables = {"microbatch": np.full(shape, -1, np.int32)} | dict(instruction.tables)
+        tables, start = {"microbatch": np.full(shape, -1, np.int32)} | dict(instruction.tables), np.zeros(shape)
         track = Track(
             instruction.op,
             instruction.name,
@@ -107,8 +130,8 @@ class _Engine:
             tables,
             segment.first_interval,
             line,
-            np.zeros(shape),
-            np.zeros(shape),
+            start,
+            start if instruction.op in MOMENTS else np.zeros(shape),
         )
         self.tracks.append(track)
         makers = {
@@ -124,11 +147,14 @@ class _Engine:
     def _run(self, instruction: Instruction, track: Track) -> Callable[[int], None]:
         takes = self.durations.of(self.schedule, instruction.name, instruction.chunk) * (track.microbatch >= 0)
         overhead = self.durations.overhead if self.rules.idle else 0.0
+        waits = self._reads_inbox(track)
 
         def step(n: int) -> None:
-            self.clock = np.maximum(self.clock + overhead, self._arrived(track, n))
-            track.start[n] = self.clock
-            self.clock = track.end[n] = self.clock + takes[n]
+            began = track.start[n]
+            np.add(self.clock, overhead, out=began)
+            if waits:
+                np.maximum(began, self._arrived(track, n), out=began)
+            self.clock = np.add(began, takes[n], out=track.end[n])
 
         return step
 
@@ -136,7 +162,7 @@ class _Engine:
         cells = track.tables["deliver"]
 
         def step(n: int) -> None:
-            track.start[n] = track.end[n] = self.clock
+            track.start[n] = self.clock
             self.arrival[self.devices[cells[n] >= 0], cells[n][cells[n] >= 0]] = 0.0
 
         return step
@@ -145,20 +171,23 @@ class _Engine:
         source, target = np.array(instruction.pairs, int).T
         takes = self.transfer[source, target]
         mode, shared = self.rules.transfers, self.rules.one_stream
-        shape = (len(track.microbatch), len(source))
-        self.transfers.append((track, source, target, started := np.zeros(shape), ended := np.zeros(shape)))
+        pairs = len(source)
+        self.transfers.append((track, source, target, started := np.zeros((len(track.microbatch), pairs)), takes))
+        ends = np.zeros(pairs + 1)  # of every pair, and of none
+        sends, receives = np.full((2, self.schedule.p), pairs)
+        sends[source], receives[target] = np.arange(pairs), np.arange(pairs)
 
         def step(n: int) -> None:
             free = np.maximum(self.clock, self.stream) if shared else self.clock
-            ready = free[source] if mode == "eager" else np.maximum(free[source], free[target])
-            through = ready + takes
-            started[n], ended[n] = ready, through
-            until = np.zeros_like(self.clock)
-            until[target] = through
+            ready = started[n]
             if mode == "eager":
-                self.under_way[instruction.transfer] = until
+                np.add(free[source], takes, out=ends[:-1])
+                ready[:] = free[source]
+                self.under_way[instruction.transfer] = ends[receives]
                 return
-            until[source] = np.maximum(until[source], through)
+            np.maximum(free[source], free[target], out=ready)
+            np.add(ready, takes, out=ends[:-1])
+            until = np.maximum(ends[sends], ends[receives])
             if shared:
                 self.stream = np.maximum(self.stream, until)
             if mode == "blocking":
@@ -178,7 +207,7 @@ class _Engine:
             elif mode == "eager":
                 here = cells[n] >= 0
                 self.arrival[self.devices[here], cells[n][here]] = self.under_way.pop(instruction.transfer)[here]
-            track.start[n] = track.end[n] = self.clock
+            track.start[n] = self.clock
 
         return step
 
@@ -206,13 +235,16 @@ class _Engine:
         def step(n: int) -> None:
             if runs[n]:
                 self.clock = np.maximum(self.clock, self.pending.get(instruction.name, 0.0))
-            track.start[n] = track.end[n] = self.clock
+            track.start[n] = self.clock
 
         return step
 
+    def _reads_inbox(self, track: Track) -> bool:
+        return self.rules.transfers == "eager" and "inbox" in track.tables
+
     def _arrived(self, track: Track, n: int) -> np.ndarray | float:
         """When the inbox values that an instruction reads have arrived, ``[p]``; a rendezvous has already waited."""
-        if self.rules.transfers != "eager" or "inbox" not in track.tables:
+        if not self._reads_inbox(track):
             return 0.0
         cells = track.tables["inbox"][n]
         return np.where(cells >= 0, self.arrival[self.devices, cells], 0.0)

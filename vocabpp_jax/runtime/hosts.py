@@ -71,6 +71,13 @@ def join(
     return processes
 
 
+def leave() -> None:
+    """Wait for the other processes to reach this point too, then disconnect from them. JAX would do so at exit, where
+    nobody could say why a process ends that waits for one that is gone."""
+    if jax.process_count() > 1:
+        jax.distributed.shutdown()
+
+
 def _initialize(*arguments: Any, **settings: Any) -> None:
     keep_launch_order()
     where = f"at {arguments[0]}" if arguments else "that the launcher has started"
