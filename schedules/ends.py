@@ -9,42 +9,18 @@ and so its instruction, and the steady state stays as it is.
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import count
 
 import numpy as np
 
 from .blocks import Block
-
-F, B, W = range(3)
-_KINDS = {"F": F, "B": B, "W": W}
-Starts = dict[str, np.ndarray]  # by kind, slots of the repeated block, [stages, m]
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What a device may hold, in activations of a stage: from F to B, from F to W, and from B to W."""
-
-    residual: int
-    kept: int
-    carried: int
-
-
-@dataclass(frozen=True)
-class Filling:
-    """How warm-up and cool-down are filled.
-
-    Attributes:
-        carried: how many more weight gradients than in the repeated block may wait on a device.
-        patience: in the cool-down, for how much of a W a device rather waits for a B.
-        backwards: whether a B may also run early where the device would wait.
-    """
-
-    carried: int = 0
-    patience: float = 0.5
-    backwards: bool = False
+from .queues import KINDS, B, F, Filling, Queues, Ran, Starts, W
+from .repeat import assembled
+from .schedule import Schedule
+from .vocabulary import insert, unsharded
 
 
 def fill(
@@ -64,204 +40,11 @@ def fill(
         transfer, gap: time of a transfer, and from the last stage's F to when its B can start.
         filling: how.
     """
-    return _moved(block, starts, _Queues(block, starts, durations, transfer, gap, filling).run())
+    taken = Queues(block, starts, durations, transfer, gap, filling).run()
+    return (_moved_weights if filling.weights_only else _moved)(block, starts, taken)
 
 
-def orders_of(block: Block, starts: Starts) -> list[list[tuple[int, int, int]]]:
-    """For every device its passes in order, each a kind, a stage and a microbatch."""
-    found: list[list[tuple[int, int, int, int]]] = [[] for _ in range(block.p)]
-    for kind, slots in starts.items():
-        for stage, device in enumerate(block.placement):
-            found[device] += [(int(slot), _KINDS[kind], stage, i) for i, slot in enumerate(slots[stage])]
-    return [[x[1:] for x in sorted(of_device)] for of_device in found]
-
-
-def held(orders: list[list[tuple[int, int, int]]]) -> Bounds:
-    """What the fullest device holds."""
-    peaks = np.zeros(3, int)
-    for order in orders:
-        kinds = np.array([kind for kind, _, _ in order])
-        steps = np.stack([(kinds == F) - 1 * (kinds == end) for end in (B, W)] + [(kinds == B) - 1 * (kinds == W)])
-        peaks = np.maximum(peaks, np.cumsum(steps, axis=1).max(axis=1))
-    return Bounds(*peaks.tolist())
-
-
-class _Queues:
-    """A process a device that runs its passes in order, but another one where it would only wait."""
-
-    def __init__(self, block: Block, starts: Starts, durations, transfer: float, gap: float, filling: Filling):
-        self.block, self.transfer, self.gap, self.filling = block, transfer, gap, filling
-        self.orders = orders_of(block, starts)
-        self.bounds = held(self.orders)
-        self.takes = [np.asarray(durations[kind], float).tolist() for kind in _KINDS]
-        self.stages = len(block.placement)
-        self.planned = self._as_soon_as_possible()
-
-    def _inputs(self, x: tuple[int, int, int]):
-        """What a pass needs, and how long after that it can start."""
-        kind, stage, i = x
-        if kind == W:
-            return (((B, stage, i), 0.0),)
-        if kind == B and stage == self.stages - 1:
-            return (((F, stage, i), self.gap),)
-        source = stage - 1 if kind == F else stage + 1
-        if source < 0:
-            return ()
-        far = self.block.placement[source] != self.block.placement[stage]
-        return (((kind, source, i), self.transfer * far),)
-
-    def _as_soon_as_possible(self) -> dict[tuple[int, int, int], float]:
-        """When every pass starts if each device keeps to its order."""
-        starts, ends = {}, {}
-        at, free, moved = [0] * self.block.p, [0.0] * self.block.p, True
-        while moved:
-            moved = False
-            for d, order in enumerate(self.orders):
-                while at[d] < len(order):
-                    x = order[at[d]]
-                    inputs = self._inputs(x)
-                    if any(y not in ends for y, _ in inputs):
-                        break
-                    starts[x] = max([free[d], *(ends[y] + wait for y, wait in inputs)])
-                    free[d] = ends[x] = starts[x] + self.takes[x[0]][x[1]]
-                    at[d] += 1
-                    moved = True
-        return starts
-
-    def run(self) -> list[tuple[float, int, tuple[int, int, int]]]:
-        """When which device runs which pass, in the order in which they start."""
-        limit = self.bounds.carried + self.filling.carried
-        devices = [_Device(order, self.bounds) for order in self.orders]
-        ends: dict[tuple[int, int, int], float] = {}
-        taken: list[tuple[float, int, tuple[int, int, int]]] = []
-        events, left = [(0.0, d) for d in range(self.block.p)], sum(map(len, self.orders))
-
-        def ready(x: tuple[int, int, int]) -> float:
-            return max((ends[y] + wait if y in ends else np.inf for y, wait in self._inputs(x)), default=0.0)
-
-        while left:
-            now, d = heapq.heappop(events)
-            device = devices[d]
-            if device.free > now or not device.waiting:
-                continue
-            x = self._choose(device, now, ready, limit)
-            if x is not None:
-                device.free = ends[x] = now + self.takes[x[0]][x[1]]
-                device.take(x)
-                taken.append((now, d, x))
-                left -= 1
-                heapq.heappush(events, (device.free, d))
-                for reader, wait in self._readers(x):
-                    heapq.heappush(events, (device.free + wait, reader))
-        return taken
-
-    def _readers(self, x: tuple[int, int, int]) -> Iterator[tuple[int, float]]:
-        """The devices that wait for a pass, and how long after it they can go on."""
-        kind, stage, _ = x
-        reader = stage + (kind == F) - (kind == B)
-        if kind != W and 0 <= reader < self.stages:
-            yield self.block.placement[reader], self.transfer
-        elif kind == F:
-            yield self.block.placement[stage], self.gap
-
-    def _choose(self, device: _Device, now: float, ready, limit: int) -> tuple[int, int, int] | None:
-        tiny = 1e-9 * max(now, 1.0)
-        if not device.forwards:
-            # Cool-down: a B, which others wait for, before a W.
-            if device.carried < limit:
-                for x in device.next_of(B):
-                    if ready(x) <= now + tiny:
-                        return x
-            weights = next((x for x in device.next_of(W) if ready(x) <= now + tiny), None)
-            if weights is not None and device.carried < limit:
-                patient = now + self.filling.patience * self.takes[W][weights[1]]
-                if any(ready(x) < patient for x in device.next_of(B)):
-                    return None
-            return weights
-        x = device.waiting[0]
-        if (at := ready(x)) <= now + tiny:
-            return x
-        until = min(at, self.planned[x]) if at < np.inf else self.planned[x]
-        early = [y for y in device.next_of(F) if y[1] == device.first_stage]
-        early += device.next_of(B) if self.filling.backwards else []
-        for y in early:
-            fits = y != x and ready(y) <= now + tiny and now + self.takes[y[0]][y[1]] <= until + tiny
-            if fits and device.has_room(y, limit):
-                return y
-        return None
-
-
-class _Device:
-    """What a device has run, holds, and has yet to run, in the order of the repeated block."""
-
-    def __init__(self, order: list[tuple[int, int, int]], bounds: Bounds):
-        self.waiting, self.bounds = _Ordered(order), bounds
-        self.free, self.residual, self.kept, self.carried = 0.0, 0, 0, 0
-        self.forwards = sum(kind == F for kind, _, _ in order)
-        self.first_stage = min(stage for _, stage, _ in order)
-
-    def next_of(self, kind: int) -> list[tuple[int, int, int]]:
-        """The next passes of a kind, one a stage, in order."""
-        return self.waiting.next_of(kind)
-
-    def take(self, x: tuple[int, int, int]) -> None:
-        self.waiting.remove(x)
-        self.forwards -= x[0] == F
-        self.residual, self.kept, self.carried = _after(x, self.residual, self.kept, self.carried)
-
-    def has_room(self, early: tuple[int, int, int], limit: int) -> bool:
-        """Whether this pass can go before those that precede it."""
-        counts = _after(early, self.residual, self.kept, self.carried)
-        for x in self.waiting:
-            if counts[0] > self.bounds.residual or counts[1] > self.bounds.kept or counts[2] > limit:
-                return False
-            if x == early:
-                return True
-            counts = _after(x, *counts)
-        return False
-
-
-class _Ordered:
-    """Passes in order, from which any can be taken."""
-
-    def __init__(self, order: list[tuple[int, int, int]]):
-        self.order, self.at, self.gone = order, 0, set()
-        self.by_stage: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
-        for x in reversed(order):
-            self.by_stage.setdefault(x[:2], []).append(x)
-        self.rank = {x: n for n, x in enumerate(order)}
-
-    def __bool__(self) -> bool:
-        return self.at < len(self.order)
-
-    def __getitem__(self, n: int) -> tuple[int, int, int]:
-        return self.order[self.at + n]
-
-    def __iter__(self):
-        return (x for x in self.order[self.at :] if x not in self.gone)
-
-    def next_of(self, kind: int) -> list[tuple[int, int, int]]:
-        found = [of_stage[-1] for (k, _), of_stage in self.by_stage.items() if k == kind and of_stage]
-        return found if len(found) < 2 else sorted(found, key=self.rank.__getitem__)
-
-    def remove(self, x: tuple[int, int, int]) -> None:
-        self.by_stage[x[:2]].remove(x)
-        self.gone.add(x)
-        while self.at < len(self.order) and self.order[self.at] in self.gone:
-            self.at += 1
-
-
-def _after(x: tuple[int, int, int], residual: int, kept: int, carried: int) -> tuple[int, int, int]:
-    """What a device holds after a pass."""
-    if x[0] == F:
-        return residual + 1, kept + 1, carried
-    return (residual - 1, kept, carried + 1) if x[0] == B else (residual, kept - 1, carried - 1)
-
-
-# --- from orders to slots --------------------------------------------------------------------------------------------
-
-
-def _moved(block: Block, starts: Starts, taken: list[tuple[float, int, tuple[int, int, int]]]) -> Starts:
+def _moved(block: Block, starts: Starts, taken: list[tuple[float, int, Ran]]) -> Starts:
     """Slots in which the devices come to these orders.
 
     Passes are placed in the order in which they start, each in the first slot of its own, ``K`` apart, behind its input
@@ -299,8 +82,81 @@ def _moved(block: Block, starts: Starts, taken: list[tuple[float, int, tuple[int
     return moved
 
 
+def _moved_weights(block: Block, starts: Starts, taken: list[tuple[float, int, Ran]]) -> Starts:
+    """Slots in which the devices run weight gradients, once they have no forward left, where they do in this order.
+
+    Each takes the first slot that is free of those that any device has for the weight gradients of its chunk, after its
+    B and after the pass before it on its device.
+    """
+    K, moved = block.interval, {kind: slots.copy() for kind, slots in starts.items()}
+    forwards = [starts["F"].shape[1] * block.placement.count(d) for d in range(block.p)]
+    latest, used, names = [-(1 << 60)] * block.p, [set() for _ in range(block.p)], tuple(starts)
+    for stage, d in enumerate(block.placement):
+        used[d] |= {*starts["F"][stage].tolist(), *starts["B"][stage].tolist()}
+    for _, d, (kind, stage, i) in taken:
+        own = int(starts[names[kind]][stage, i])
+        if kind == W and not forwards[d]:
+            after = max(latest[d], int(moved["B"][stage, i])) + 1
+            free = (slot for slot in count(after) if slot % K in _usual(block, stage) and slot not in used[d])
+            own = int(next(free))
+            moved["W"][stage, i] = own
+        else:
+            latest[d] = max(latest[d], own)
+        if kind == W:
+            used[d].add(own)
+        forwards[d] -= kind == F
+    return moved
+
+
 @lru_cache(maxsize=1024)
 def _usual(block: Block, stage: int) -> tuple[int, ...]:
     """Slots of the interval in which any device has a W of this stage's chunk: there is an instruction for it."""
     chunks = [block.placement[:s].count(d) for s, d in enumerate(block.placement)]
     return tuple(sorted({t % block.interval for t, c in zip(block.W, chunks, strict=True) if c == chunks[stage]}))
+
+
+@dataclass(frozen=True)
+class Ends:
+    """A block's repetition with its ends filled; the vocabulary is not sharded.
+
+    Attributes:
+        block, filling: what, and how.
+        durations: of F, B and W, ``[stages]``.
+        transfer, gap: as for :func:`fill`.
+    """
+
+    block: Block
+    filling: Filling
+    durations: Mapping[str, np.ndarray]
+    transfer: float
+    gap: float
+
+    def schedule(self, method: str, m: int, name: str) -> Schedule:
+        """The schedule of ``m`` microbatches."""
+        block, vocabulary = insert(self.block, method, m)
+        shifts = np.array([block.shift(i) for i in range(m)])
+        starts = self._starts({kind: np.array(getattr(block, kind))[:, None] + shifts for kind in KINDS})
+        steps = unsharded(block.placement, starts["F"][0], starts["F"][-1], starts["B"][0])
+        return assembled(block, replace(vocabulary, steps=steps), starts, name)
+
+    def _starts(self, starts: Starts) -> Starts:
+        """The slots of every pass; a long iteration has the ends of a short one."""
+        m, probe = starts["F"].shape[1], 4 * self.block.p + 8
+        if m <= probe:
+            return self._filled(starts)
+        moved = self._filled({kind: slots[:, :probe] for kind, slots in starts.items()})
+        half, more = probe // 2, self.block.interval * (m - probe)
+        return {
+            kind: np.concatenate(
+                [
+                    slots[:, :half],
+                    slots[:, half : half + 1] + np.arange(0, more, self.block.interval),
+                    slots[:, half:] + more,
+                ],
+                axis=1,
+            )
+            for kind, slots in moved.items()
+        }
+
+    def _filled(self, starts: Starts) -> Starts:
+        return fill(self.block, starts, self.durations, self.transfer, self.gap, self.filling)

@@ -3,37 +3,40 @@
 A candidate is the block on a grid of slots that follows the durations (:mod:`.steady`) with a program order: the order
 of passes inside a slot, and whether a transfer leaves behind its pass or at the beginning of the next interval. Its
 warm-up and cool-down may be filled (:mod:`.ends`, :mod:`.reorder`). The block as it is, merely repeated, is one of the
-candidates. :func:`.simulate` decides, by the rules of the machine that
-the program is for. The search tries a fixed list of candidates in a fixed order, so it finds the same schedule
-everywhere.
+candidates. :func:`.simulate` decides, by the rules of the machine that the program is for; between grids with a sharded
+vocabulary :func:`.steady_interval`, as their ends are alike. The search tries a fixed list of candidates in a fixed
+order, so it finds the same schedule everywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from math import inf
 
 import numpy as np
 
 from .blocks import Block
-from .ends import Filling, Starts, fill
-from .lowering.program import lower
+from .ends import Ends
+from .lowering.program import Program, lower
+from .queues import Filling
 from .reorder import can_reorder, reorder
-from .repeat import assembled, repeat
+from .repeat import repeat
 from .schedule import Order, Schedule
 from .simulation.durations import Durations
 from .simulation.simulator import GPU, Rules, simulate, steady_interval
 from .steady import KINDS, Refined, refined, steady
-from .vocabulary import insert, unsharded
 
 Times = Durations | Callable[[Schedule], Durations]
+Maker = tuple[int, str, int]
 
 FINER = (1, 2, 3)  # how many times as many slots an interval as the block has
 ROUNDINGS = (0.999, 0.5)
 GRIDS = 2  # grids whose program orders are searched
-STATS, USUAL_STATS = (1, 2, 3), 2  # slots for the softmax statistics
+STATS = (2, 3)  # slots for the softmax statistics
+LATE = (0, 1, 2, 3)  # of how many of an interval's last slots the transfers are deferred
 FILLINGS = (
     Filling(),
     Filling(backwards=True),
@@ -41,9 +44,12 @@ FILLINGS = (
     Filling(carried=2, backwards=True),
     Filling(carried=1 << 20),
     Filling(carried=1 << 20, patience=1.0),
+    Filling(carried=2, weights_only=True),
+    Filling(carried=1 << 20, weights_only=True),
+    Filling(carried=1 << 20, patience=1.0, weights_only=True),
 )
 TOGGLED = 8  # transfers that are deferred or not one by one
-WAITING = 0.25  # what a unit of the longest wait counts, beside one of the whole iteration
+WAITING = 1.0  # what the longest wait counts, beside the whole iteration
 
 
 @dataclass(frozen=True)
@@ -130,68 +136,90 @@ class _Search:
         """The best of all candidates."""
         plain = _Candidate(self._repeated(self.block))
         found = [self.judged(plain), self.judged(plain.with_order(Order(transfers="behind passes")))]
-        found += [self.deferred(self.filled(*grid), grid[2]) for grid in self.grids()]
+        for grid in self.grids():
+            found.append(self.filled(self.judged(self.deferred(grid)), grid))
         if self.plain.sharded and can_reorder(self.block):
             found.append(self.judged(_Candidate(self._reordered)))
         return min(found, key=lambda candidate: candidate.score)
 
     def judged(self, candidate: _Candidate) -> _Candidate:
-        """The candidate with its simulated time; infinite where it cannot run or holds more than the block."""
-        try:
-            program = lower(candidate.build(self.trial))
-        except ValueError:
-            return candidate
-        if max(program.in_flight) > self.in_flight:
-            return candidate
+        """The candidate with its simulated time; infinite if it cannot run or holds more than the block."""
+        program = self._lowered(candidate, self.trial)
+        if program is None:
+            return replace(candidate, score=inf)
         timeline = simulate(program, self.durations(program.schedule), self.rules)
         more = (self.m - self.trial) * timeline.steady_interval if self.m > self.trial else 0.0
         return replace(candidate, score=timeline.makespan + more + WAITING * float(timeline.idle.max()))
 
-    def grids(self) -> list[tuple[_Candidate, Refined, Order]]:
-        """The grids with the shortest intervals, and how long their collectives may take, the best first."""
+    def paced(self, candidate: _Candidate) -> _Candidate:
+        """The candidate with the simulated time of its steady state alone."""
+        program = self._lowered(candidate, self.short)
+        if program is None:
+            return replace(candidate, score=inf)
+        interval = steady_interval(program, self.durations(program.schedule), self.rules)
+        return replace(candidate, score=self.m * interval)
+
+    def _lowered(self, candidate: _Candidate, m: int) -> Program | None:
+        """The candidate's program, or None if it cannot run or holds more than the block."""
+        try:
+            program = lower(candidate.build(m))
+        except ValueError:
+            return None
+        return None if max(program.in_flight) > self.in_flight else program
+
+    def measured(self, candidate: _Candidate) -> _Candidate:
+        """The candidate with what decides between its kind: with a sharded vocabulary, the steady state alone; the
+        ends are the same, and it takes a tenth of the time."""
+        return self.paced(candidate) if self.plain.sharded else self.judged(candidate)
+
+    # --- grids -------------------------------------------------------------------------------------------------------
+
+    def grids(self) -> list[_Grid]:
+        """The grids with the shortest intervals, the best first."""
         if not self.block.B or self.block.group > 1 or self.block.interval < 2:
             return []
         found = steady(self.block, self.takes, self.transfer)
-        grids = [refined(found, finer * self.block.interval, rounding) for finer in FINER for rounding in ROUNDINGS]
-        sized = [self.paced(grid, grid.block.pass_slots, USUAL_STATS) for grid in grids if grid]
-        best = sorted(sized, key=lambda x: x[0])[:GRIDS]
+        choices = product(FINER, ROUNDINGS, (False, True))
+        grids = [refined(found, finer * self.block.interval, *choice) for finer, *choice in choices]
+        sized = [self.sized(grid, grid.block.pass_slots, max(STATS)) for grid in grids if grid]
+        late = LATE if self.plain.sharded else LATE[:1]
+        best = _fastest(_fastest(self.late(grid, slots) for slots in late)[0] for grid in sized if grid)
         if self.plain.sharded:
             best += [
-                self.paced(grid, slots, stats)
-                for _, grid, _ in best[:GRIDS]
-                for slots in range(max(1, grid.block.pass_slots - 1), grid.block.pass_slots + 2)
+                self.late(other, grid.slots)
+                for grid in best
+                for slots in range(max(1, grid.refined.block.pass_slots - 1), grid.refined.block.pass_slots + 2)
                 for stats in STATS
-                if (slots, stats) != (grid.block.pass_slots, USUAL_STATS)
+                if (other := self.sized(grid.refined, slots, stats))
             ]
-        best = [(self.judged(_Candidate(self._repeated(grid.block)).with_order(order)), grid, order)
-                for pace, grid, order in sorted(best, key=lambda x: x[0])[:GRIDS] if order]
-        return best
+        return _fastest(best)
 
-    def paced(self, grid: Refined, slots: int, stats: int) -> tuple[float, Refined, Order | None]:
-        """The simulated interval of the block on a grid, a large collective taking so many slots."""
+    def sized(self, grid: Refined, slots: int, stats: int) -> _Grid | None:
+        """A grid on which a large collective takes so many slots, and the softmax statistics so many."""
         if self.plain.sharded:
             grid = replace(grid, block=replace(grid.block, pass_slots=slots, stats_slots=stats))
-        else:
-            grid = replace(grid, block=replace(grid.block, pass_slots=1))
         build = self._repeated(grid.block)
         try:
-            order = _order(grid, build(1))
-            program = lower(replace(build(self.short), order=order))
+            return _Grid(grid, _order(grid, build(1)), build)
         except ValueError:  # fewer intervals are inserted than its passes need
-            return inf, grid, None
-        return steady_interval(program, self.durations(program.schedule), self.rules), grid, order
+            return None
 
-    def filled(self, start: _Candidate, grid: Refined, order: Order) -> _Candidate:
-        """A grid with the best filling of its ends, where the vocabulary is not sharded."""
+    def late(self, grid: _Grid, slots: int) -> _Grid:
+        """The grid with the transfers of an interval's last slots deferred, and how long it takes."""
+        late = frozenset(maker for maker in grid.makers if maker[0] >= grid.refined.block.interval - slots)
+        return replace(grid, slots=slots, late=late, score=self.measured(grid.candidate(late)).score)
+
+    def filled(self, start: _Candidate, grid: _Grid) -> _Candidate:
+        """A candidate on a grid with the best filling of its ends, if the vocabulary is not sharded."""
         best = start
-        for filling in FILLINGS if self.block.W and not self.plain.sharded else ():
-            ends = _Ends(grid.block, self.takes, self.transfer, self.gap, filling)
-            candidate = _Candidate(partial(self._with_ends, ends)).with_order(order)
+        for filling in () if self.plain.sharded else FILLINGS:
+            ends = Ends(grid.refined.block, filling, self.takes, self.transfer, self.gap)
+            candidate = _Candidate(partial(self._with_ends, ends)).with_order(start.build(1).order)
             best = min(best, self.judged(candidate), key=lambda found: found.score)
         return best
 
-    def _with_ends(self, ends: _Ends, m: int) -> Schedule:
-        return self._counted(ends.schedule(self.method, self.name, m))
+    def _with_ends(self, ends: Ends, m: int) -> Schedule:
+        return self._counted(ends.schedule(self.method, m, self.name))
 
     def _reordered(self, m: int) -> Schedule:
         found = reorder(self.block, self.method, m, self.name, self.inserted)
@@ -199,23 +227,57 @@ class _Search:
             raise ValueError("no order of passes takes fewer slots than the repeated block")
         return self._counted(found)
 
-    def deferred(self, start: _Candidate, order: Order) -> _Candidate:
-        """The candidate with some transfers deferred: those of an interval's last slots, then one more or one less."""
-        slots = [slot for slot, _ in order.passes]
-        makers = [(slot, *kind) for slot, kinds in order.passes for kind in kinds if kind[0] != "W"]
-        best, chosen = start, frozenset()
+    def deferred(self, grid: _Grid) -> _Candidate:
+        """A grid with the best transfers deferred: those of an interval's last slots, then one more or one fewer."""
+        best, chosen = self.measured(grid.candidate(grid.late)), grid.late
 
         def tried(these: frozenset) -> None:
             nonlocal best, chosen
-            candidate = self.judged(start.with_order(replace(order, deferred=these)))
+            candidate = self.measured(grid.candidate(these))
             if candidate.score < best.score * (1 - 1e-9):
                 best, chosen = candidate, these
 
-        for first in slots[len(slots) // 2 :: 1 + len(slots) // 16]:
-            tried(frozenset(maker for maker in makers if maker[0] >= first))
-        for maker in sorted(makers, reverse=True)[:TOGGLED]:
+        if not self.plain.sharded:
+            slots = [slot for slot, _ in grid.order.passes]
+            for first in slots[len(slots) // 2 :: 1 + len(slots) // 16]:
+                tried(frozenset(maker for maker in grid.makers if maker[0] >= first))
+        for maker in sorted(grid.makers, reverse=True)[:TOGGLED]:
             tried(chosen ^ {maker})
         return best
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The block on a grid of slots that follows the durations.
+
+    Attributes:
+        refined: the block.
+        order: of the passes, none of whose transfers is deferred.
+        build: its repetition for any number of microbatches.
+        slots, late: the last slots of an interval whose transfers are deferred, and those transfers.
+        score: how long it takes.
+    """
+
+    refined: Refined
+    order: Order
+    build: Callable[[int], Schedule]
+    slots: int = 0
+    late: frozenset[Maker] = frozenset()
+    score: float = inf
+
+    @property
+    def makers(self) -> list[Maker]:
+        """The passes whose transfers can be deferred: slot, kind and chunk."""
+        return [(slot, *kind) for slot, kinds in self.order.passes for kind in kinds if kind[0] != "W"]
+
+    def candidate(self, deferred: frozenset[Maker]) -> _Candidate:
+        """The repetition, with some transfers deferred."""
+        return _Candidate(self.build).with_order(replace(self.order, deferred=deferred))
+
+
+def _fastest(grids: Iterable[_Grid]) -> list[_Grid]:
+    """The few that take the least time, the first of equals."""
+    return sorted(grids, key=lambda grid: grid.score)[:GRIDS]
 
 
 def _order(grid: Refined, schedule: Schedule) -> Order:
@@ -223,38 +285,3 @@ def _order(grid: Refined, schedule: Schedule) -> Order:
     K = grid.block.interval
     passes = sorted(((slot - schedule.opens) % K, kinds) for slot, kinds in grid.passes.items())
     return Order(tuple(passes), "behind passes")
-
-
-@dataclass(frozen=True)
-class _Ends:
-    """How to fill the ends of a block's repetition."""
-
-    block: Block
-    takes: Mapping[str, np.ndarray]
-    transfer: float
-    gap: float
-    filling: Filling
-
-    def schedule(self, method: str, name: str, m: int) -> Schedule:
-        """The schedule; the vocabulary is not sharded."""
-        block, vocabulary = insert(self.block, method, m)
-        shifts = np.array([block.shift(i) for i in range(m)])
-        starts = self.starts({kind: np.array(getattr(block, kind))[:, None] + shifts for kind in KINDS})
-        steps = unsharded(block.placement, starts["F"][0], starts["F"][-1], starts["B"][0])
-        return assembled(block, replace(vocabulary, steps=steps), starts, name)
-
-    def starts(self, starts: Starts) -> Starts:
-        """The slots of every pass; a long iteration has the ends of a short one."""
-        m, probe = starts["F"].shape[1], 4 * self.block.p + 8
-        if m <= probe:
-            return fill(self.block, starts, self.takes, self.transfer, self.gap, self.filling)
-        short = {kind: slots[:, :probe] for kind, slots in starts.items()}
-        moved = fill(self.block, short, self.takes, self.transfer, self.gap, self.filling)
-        half, more = probe // 2, m - probe
-        found = {}
-        for kind, slots in moved.items():
-            steady = slots[:, half : half + 1] + self.block.interval * np.arange(more)
-            found[kind] = np.concatenate(
-                [slots[:, :half], steady, slots[:, half:] + self.block.interval * more], axis=1
-            )
-        return found

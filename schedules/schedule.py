@@ -86,14 +86,11 @@ class Order:
             slot together, which takes fewer instructions.
         deferred: passes whose transfers leave at the beginning of the next interval instead, each a slot, a kind and a
             chunk.
-        ends_apart: whether warm-up (up to the first stage's first B) and cool-down (from after its last F) are separate
-            scans, whose transfers land where they are needed there; otherwise the scans that cost least.
     """
 
     passes: tuple[tuple[int, tuple[tuple[str, int], ...]], ...] = ()
     transfers: Literal["behind passes", "behind slots"] = "behind slots"
     deferred: frozenset[tuple[int, str, int]] = frozenset()
-    ends_apart: bool = False
 
     def ranks(self, interval: int, words: Sequence[str], chunks: int) -> np.ndarray:
         """The rank of every (slot, word, chunk) among the passes of its slot, ``[interval, words, chunks]``."""

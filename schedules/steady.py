@@ -148,15 +148,16 @@ def _chunks(placement: tuple[int, ...]) -> list[int]:
     return [placement[:stage].count(device) for stage, device in enumerate(placement)]
 
 
-def refined(found: Steady, K: int, rounding: float) -> Refined | None:
-    """The block on a grid of ``K`` slots per interval, every pass in the slot in which it ends.
+def refined(found: Steady, K: int, rounding: float, by_start: bool = False) -> Refined | None:
+    """The block on a grid of ``K`` slots per interval, every pass in the slot in which it ends, or starts.
 
     With ``rounding`` near 1, the slot of the last stage's F ends with it; with 0.5, half a slot later. None if two
     passes of a device would share a slot.
     """
     block = found.block
-    ends = {kind: (end - found.end["F"][-1]) * K / found.interval + rounding for kind, end in found.end.items()}
-    slots = {kind: np.floor(times + 1e-9).astype(int) for kind, times in ends.items()}
+    at = found.start if by_start else found.end
+    when = {kind: (times - at["F"][-1]) * K / found.interval + rounding for kind, times in at.items()}
+    slots = {kind: np.floor(times + 1e-9).astype(int) for kind, times in when.items()}
     first = min(int(of_kind.min()) for of_kind in slots.values()) // K * K
     taken = np.array([of_kind % K + K * np.array(block.placement) for of_kind in slots.values()])
     if len(np.unique(taken)) < taken.size:
@@ -170,5 +171,5 @@ def refined(found: Steady, K: int, rounding: float) -> Refined | None:
             pass_slots=int(np.ceil(longest * K / found.interval - 1e-6)),
             **{kind: tuple((of_kind - first).tolist()) for kind, of_kind in slots.items()},
         ),
-        {kind: ends[kind] - slots[kind] for kind in slots},
+        {kind: when[kind] - slots[kind] for kind in slots},
     )

@@ -27,7 +27,7 @@ from vocabpp_jax.vocab import Loss
 MOST_PASSES = 2**19
 """Limit on stages times microbatches: a schedule lists every pass, and this many take about a minute to build."""
 MOST_DEVICES = 128
-"""Limit on the devices of a process: simulated ones have threads of their own, and XLA aborts if it can start no more."""
+"""Limit on the devices of a process: each simulated one has threads, and XLA aborts if it can start no more."""
 
 MOST_DEPTHS = 16
 """Maximum multi-token-prediction depth; published models have 1 to 4."""

@@ -84,7 +84,7 @@ def lower(schedule: Schedule, order: Order | None = None) -> Program:
     events = events_of(schedule, order)
     cells = allocate(schedule, events)
     lines = _Lines(schedule, events, order)
-    scans = lines.apart() if order.ends_apart else scan_bounds(schedule.p, lines.interval, lines.identity, lines.pair)
+    scans = scan_bounds(schedule.p, lines.interval, lines.identity, lines.pair)
     segments = [_Body(schedule, events, cells, lines, a, b).segment() for a, b in scans]
     return Program(schedule, tuple(s for s in segments if s.body), cells.peaks)
 
@@ -115,14 +115,6 @@ class _Lines:
         )
         self.identity = np.ravel_multi_index([x for x, _ in parts], [n for _, n in parts])
         self.pair = np.where(events.op == events.code("send"), (self.slot * p + events.device) * p + events.peer, -1)
-
-    def apart(self) -> list[tuple[int, int]]:
-        """Warm-up, steady state and cool-down: first interval and end of each."""
-        first = self.events.stage == 0
-        warm = self.interval[first & self.events.are(("run", "B"))].min(initial=self.interval.max() + 1)
-        cool = self.interval[first & self.events.are(("run", "F"))].max() + 1
-        bounds = sorted({0, int(min(warm, cool)), int(cool), int(self.interval.max()) + 1})
-        return list(zip(bounds[:-1], bounds[1:], strict=True))
 
 
 class _Body:
