@@ -211,14 +211,16 @@ def run(options: SimulateOptions, schedule: str, method: str) -> Result:
 def compare(options: SimulateOptions) -> list[Result]:
     """All combinations, fastest first; those that cannot be built are reported on standard error."""
     options.cost()  # an invalid model or GPU would fail all of them
-    results = []
+    results, left_out = [], []
     for schedule, method in [(name, method) for name in SCHEDULES for method in methods_of(name)]:
         try:
             results.append(run(options, schedule, method))
         except ValueError as problem:
-            print(f"left out: {schedule} with {method}: {problem}", file=sys.stderr)
+            left_out.append(f"{schedule} with {method}: {problem}")
     if not results:
-        raise ValueError("nothing could be built")
+        raise ValueError(f"nothing can be built; {left_out[0]}")
+    for line in left_out:
+        print(f"left out: {line}", file=sys.stderr)
     return sorted(results, key=lambda r: r.ms)
 
 

@@ -76,6 +76,7 @@ def test_durations_can_be_given(capsys):
         (["--method", "magic"], "method is 'magic'"),
         (["--stages", "0"], "p is 0"),
         (["--stages", "0", "--method", "redis"], "stages is 0"),
+        (["--stages", "0", "--compare"], "nothing can be built; gpipe with baseline: p is 0"),
         (["--gpu", "v100"], "gpu is 'v100'"),
         (["--model", "5B"], "5B"),
         (["--times", "nowhere.csv"], "no such file"),
