@@ -153,6 +153,10 @@ class TestA100:
         assert gathered and not any("f32" in shape for shape in gathered)
         assert scattered == whole / 2
 
+    def test_nothing_is_copied_with_a_tail(self):
+        model = dataclasses.replace(SMALL, layers=3, hidden=1024, heads=8, mtp_depth=1)
+        assert_hidden_and_not_copied(compile_for("1f1b", "vocab-2", m=8, model=model, p=2))
+
     def test_every_program_is_reported(self, tmp_path, capsys):
         out = tmp_path / "report.json"
         arguments = "--layers 4 --hidden 512 --heads 4 --seq 1024 --vocab-size 8192 --stages 2 --microbatches 8"

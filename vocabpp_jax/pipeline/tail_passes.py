@@ -91,12 +91,13 @@ class Tail:
             residual = get(state["tail_residual"][k], delay_until(cells["tail_residual"], above))
             kept = get(state["tail_kept"][k], delay_until(cells["tail_kept"], above)) if "tail_kept" in cells else ()
             dparams, g_2BLD, carried = self.passes.backward(self.params[k], aux_inputs, residual, kept, g_2BLD)
-            g_2BLD = g_2BLD.at[0].add(returned[k - 1] if k else state["out"])
+            if k:
+                g_2BLD = g_2BLD.at[0].add(returned[k - 1])
             state = self._accumulate(state, k, dparams)
             if "tail_carried" in cells:
                 ring = put(state["tail_carried"][k], cells["tail_carried"], carried)
                 state = state | {"tail_carried": replaced(state["tail_carried"], k, ring)}
-        state = state | {"out": g_2BLD[0]}
+        state = state | {"out": state["out"] + g_2BLD[0]}  # added in place: XLA would copy a slice into the loop's buffer
         if "behind" in cells:
             return state | {"behind": put(state["behind"], cells["behind"], g_2BLD[1])}
         return self.steps.ahead_gradient(state, cells["microbatch"], g_2BLD[1])
