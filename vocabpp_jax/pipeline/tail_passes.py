@@ -97,7 +97,8 @@ class Tail:
             if "tail_carried" in cells:
                 ring = put(state["tail_carried"][k], cells["tail_carried"], carried)
                 state = state | {"tail_carried": replaced(state["tail_carried"], k, ring)}
-        state = state | {"out": state["out"] + g_2BLD[0]}  # added in place: XLA would copy a slice into the loop's buffer
+        # Added in place: a slice alone would be copied into the buffer that the loop carries.
+        state = state | {"out": state["out"] + g_2BLD[0]}
         if "behind" in cells:
             return state | {"behind": put(state["behind"], cells["behind"], g_2BLD[1])}
         return self.steps.ahead_gradient(state, cells["microbatch"], g_2BLD[1])
