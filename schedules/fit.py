@@ -36,7 +36,7 @@ FINER = (1, 2, 3)  # how many times as many slots an interval as the block has
 ROUNDINGS = (0.999, 0.5)
 GRIDS = 2  # grids whose program orders are searched
 STATS = (2, 3)  # slots for the softmax statistics
-LATE = (0, 1, 2, 3)  # of how many of an interval's last slots the transfers are deferred
+LATE = (1, 2)  # of how many of an interval's last slots the transfers are deferred, with a sharded vocabulary
 FILLINGS = (
     Filling(),
     Filling(backwards=True),
@@ -182,7 +182,7 @@ class _Search:
         choices = product(FINER, ROUNDINGS, (False, True))
         grids = [refined(found, finer * self.block.interval, *choice) for finer, *choice in choices]
         sized = [self.sized(grid, grid.block.pass_slots, max(STATS)) for grid in grids if grid]
-        late = LATE if self.plain.sharded else LATE[:1]
+        late = LATE if self.plain.sharded else (0,)
         best = _fastest(_fastest(self.late(grid, slots) for slots in late)[0] for grid in sized if grid)
         if self.plain.sharded:
             best += [
