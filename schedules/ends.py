@@ -1,10 +1,10 @@
-"""Warm-up and cool-down: forwards of the first chunk earlier, weight gradients later, where devices would wait.
+"""Warm-up and cool-down: earlier forwards of the first chunk and later weight gradients, where devices would wait.
 
 A repeated block fills the pipeline at the pace of its steady state. A device that waits in the warm-up can run forwards
 of its first chunk early if it has memory for them; one that waits in the cool-down has run weight gradients too early
-that nothing needs. :func:`fill` runs the repeated block as processes with a queue each would, in real time and within
-the memory of the block, and notes who would wait. Only whole intervals are added: a pass keeps its slot of the interval
-and so its instruction, and the steady state stays as it is.
+that nothing needs. :mod:`.queues` runs the repeated block in real time and within its memory to find who would wait.
+Passes move by whole intervals: each keeps its slot of the interval and so its instruction, and the steady state does not
+change.
 """
 
 from __future__ import annotations

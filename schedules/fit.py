@@ -1,7 +1,7 @@
 """The best schedule for given durations: candidates from a building block, judged by simulating their programs.
 
 A candidate is the block on a grid of slots that follows the durations (:mod:`.steady`) with a program order: the order
-of passes inside a slot, and whether a transfer leaves behind its pass or at the beginning of the next interval. Its
+of passes within a slot, and whether a transfer is issued after its pass or at the start of the next interval. Its
 warm-up and cool-down may be filled (:mod:`.ends`, :mod:`.reorder`). The block as it is, merely repeated, is one of the
 candidates. :func:`.simulate` decides, by the rules of the machine that the program is for; between grids with a sharded
 vocabulary :func:`.steady_interval`, as their ends are alike. The search tries a fixed list of candidates in a fixed
@@ -74,9 +74,9 @@ def fit(
     inserted: int | None = None,
     layer_counts: Sequence[int] | None = None,
 ) -> Schedule:
-    """The schedule of a block that takes the least time, with no more microbatches in flight than the block has.
+    """The fastest schedule of a block, with no more microbatches in flight than the block has.
 
-    A block without W passes is repeated as it is: its transfers have no time to spare, so there is nothing to choose.
+    A block without W passes is repeated unchanged: its transfers have no time to spare, so there is nothing to choose.
 
     Args:
         block: the building block, without its vocabulary passes.

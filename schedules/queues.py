@@ -1,4 +1,4 @@
-"""Devices as processes with a queue each: a repeated block run in real time, with other passes where one would wait.
+"""A repeated block in real time, with one process per device that runs another pass where it would only wait.
 
 Within the memory of the block, a device that would wait runs a forward of its first chunk early, or in the cool-down a
 backward before weight gradients that nothing needs.
@@ -24,7 +24,7 @@ Starts = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a device may hold, in activations of a stage: from F to B, from F to W, and from B to W."""
+    """How much a device may hold, in activations of a stage: from F to B, from F to W, and from B to W."""
 
     residual: int
     kept: int
@@ -68,7 +68,7 @@ def held(orders: list[list[Ran]]) -> Bounds:
 
 
 class Queues:
-    """A process a device that runs its passes in order, but another one where it would only wait."""
+    """One process per device, which runs its passes in order, but another one where it would only wait."""
 
     def __init__(self, block: Block, starts: Starts, durations, transfer: float, gap: float, filling: Filling):
         self.block, self.transfer, self.gap, self.filling = block, transfer, gap, filling
@@ -79,7 +79,7 @@ class Queues:
         self.planned = self._as_soon_as_possible()
 
     def _inputs(self, x: Ran):
-        """What a pass needs, and how long after that it can start."""
+        """The passes that a pass waits for, and the delay after each."""
         kind, stage, i = x
         if kind == W:
             return (((B, stage, i), 0.0),)
@@ -110,7 +110,7 @@ class Queues:
         return starts
 
     def run(self) -> list[tuple[float, int, Ran]]:
-        """When which device runs which pass, in the order in which they start."""
+        """Every pass with its start time and device, in the order in which they start."""
         limit = self.bounds.carried + self.filling.carried
         devices = [_Device(order, self.bounds) for order in self.orders]
         ends: dict[Ran, float] = {}
@@ -137,7 +137,7 @@ class Queues:
         return taken
 
     def _readers(self, x: Ran) -> Iterator[tuple[int, float]]:
-        """The devices that wait for a pass, and how long after it they can go on."""
+        """The devices that wait for a pass, and the delay after it."""
         kind, stage, _ = x
         reader = stage + (kind == F) - (kind == B)
         if kind != W and 0 <= reader < self.stages:
@@ -175,7 +175,7 @@ class Queues:
 
 
 class _Device:
-    """What a device has run, holds, and has yet to run, in the order of the repeated block."""
+    """What a device holds and has yet to run, in the order of the repeated block."""
 
     def __init__(self, order: list[Ran], bounds: Bounds):
         self.waiting, self.bounds = _Ordered(order), bounds
@@ -205,7 +205,7 @@ class _Device:
 
 
 class _Ordered:
-    """Passes in order, from which any can be taken."""
+    """Passes in order, any of which can be removed."""
 
     def __init__(self, order: list[Ran]):
         self.order, self.at, self.gone = order, 0, set()
