@@ -3,8 +3,7 @@
 A repeated block fills the pipeline at the pace of its steady state. A device that waits in the warm-up can run forwards
 of its first chunk early if it has memory for them; one that waits in the cool-down has run weight gradients too early
 that nothing needs. :mod:`.queues` runs the repeated block in real time and within its memory to find who would wait.
-Passes move by whole intervals: each keeps its slot of the interval and so its instruction, and the steady state does not
-change.
+Passes move by whole intervals: each keeps its slot of the interval and so its instruction; the steady state stays.
 """
 
 from __future__ import annotations

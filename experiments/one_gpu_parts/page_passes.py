@@ -76,8 +76,7 @@ def iterations(measured: Measured, size: Size, gpu: GPU) -> str:
     return (
         f"## Iterations\n\n**Simulated**: 1F1B with {MICROBATCHES} microbatches from the passes above, in milliseconds "
         f"and MFU. The network is the one assumed in the file of {gpu.name}, and collectives do not slow down the "
-        "passes that overlap with them. The optimizer is left out.\n\n"
-        + cells(rows, {"GPUs": "d", "s": "d", "V": "d"})
+        "passes that overlap with them. The optimizer is left out.\n\n" + cells(rows, {"GPUs": "d", "s": "d", "V": "d"})
     )
 
 
