@@ -1,6 +1,10 @@
 """The compiled program: its size, its schedules from data, its guards."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +102,30 @@ def test_a_block_without_matrices_runs_under_a_split_backward():
         block=lambda w, x, aux_inputs: jnp.tanh(x * w["gain"]),
     )
     assert_parity(pipeline(schedules.build("zb-h1", "vocab-2", p=2, m=3), model), batch_of(3))
+
+
+TRACED = """
+import hashlib, sys
+sys.path.insert(0, sys.argv[1])
+import conftest, jax
+from test_pipeline import batch_of, pipeline, plain_model
+from vocabpp_jax import schedules
+pipe = pipeline(schedules.build("v-half", "vocab-1", p=2, m=3))
+jaxpr = jax.make_jaxpr(pipe.value_and_grad)(pipe.layout.shapes(), batch_of(3))
+print(hashlib.sha256(str(jaxpr).encode()).hexdigest())
+"""
+
+
+def test_every_process_traces_the_same_program():
+    found = set()
+    for seed in ("1", "2", "3"):
+        command = [sys.executable, "-c", TRACED, str(Path(__file__).parent)]
+        done = subprocess.run(
+            command, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        found.add(done.stdout)
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("method", ["baseline", "vocab-1"])

@@ -39,7 +39,7 @@ class VocabularySteps(InputSteps, OutputSteps):
         if self.trains:
             state["A"] = jnp.zeros(self.summed.shape, self.summed.dtype)
             state |= self.initial_uniform(tokens) | self.initial_span()
-        for name in self.names:
+        for name in sorted(self.names):  # in one order in every process: all must compile the same program
             if isinstance(collective := self.registry[name], Collective):
                 state[flight(name)] = jnp.zeros(collective.result.shape, collective.result.dtype)
                 if collective.sends:
