@@ -137,7 +137,8 @@ class _Search:
         plain = _Candidate(self._repeated(self.block))
         found = [self.judged(plain), self.judged(plain.with_order(Order(transfers="behind passes")))]
         for grid in self.grids():
-            found.append(self.filled(self.judged(self.deferred(grid)), grid))
+            best = self.deferred(grid)
+            found.append(self.judged(best) if self.plain.sharded else self.filled(best, grid))
         if self.plain.sharded and can_reorder(self.block):
             found.append(self.judged(_Candidate(self._reordered)))
         return min(found, key=lambda candidate: candidate.score)
@@ -210,9 +211,9 @@ class _Search:
         return replace(grid, slots=slots, late=late, score=self.measured(grid.candidate(late)).score)
 
     def filled(self, start: _Candidate, grid: _Grid) -> _Candidate:
-        """A candidate on a grid with the best filling of its ends, if the vocabulary is not sharded."""
+        """A candidate on a grid with the best filling of its ends; the vocabulary is not sharded."""
         best = start
-        for filling in () if self.plain.sharded else FILLINGS:
+        for filling in FILLINGS:
             ends = Ends(grid.refined.block, filling, self.takes, self.transfer, self.gap)
             candidate = _Candidate(partial(self._with_ends, ends)).with_order(start.build(1).order)
             best = min(best, self.judged(candidate), key=lambda found: found.score)
@@ -229,7 +230,7 @@ class _Search:
 
     def deferred(self, grid: _Grid) -> _Candidate:
         """A grid with the best transfers deferred: those of an interval's last slots, then one more or one fewer."""
-        best, chosen = self.measured(grid.candidate(grid.late)), grid.late
+        best, chosen = replace(grid.candidate(grid.late), score=grid.score), grid.late
 
         def tried(these: frozenset) -> None:
             nonlocal best, chosen
@@ -281,7 +282,7 @@ def _fastest(grids: Iterable[_Grid]) -> list[_Grid]:
 
 
 def _order(grid: Refined, schedule: Schedule) -> Order:
-    """The program order that follows the times at which passes end."""
+    """The program order that follows the times at which passes end, or start."""
     K = grid.block.interval
     passes = sorted(((slot - schedule.opens) % K, kinds) for slot, kinds in grid.passes.items())
     return Order(tuple(passes), "behind passes")

@@ -234,7 +234,7 @@ class _Ordered:
             self.at += 1
 
 
-def _after(x: Ran, residual: int, kept: int, carried: int) -> Ran:
+def _after(x: Ran, residual: int, kept: int, carried: int) -> tuple[int, int, int]:
     """What a device holds after a pass."""
     if x[0] == F:
         return residual + 1, kept + 1, carried

@@ -125,7 +125,7 @@ class _Constraints:
 
 @dataclass(frozen=True)
 class Refined:
-    """A block on a finer grid, and the fraction of its slot at which every pass ends."""
+    """A block on a finer grid, and the fraction of its slot at which every pass ends, or starts."""
 
     block: Block
     fraction: Mapping[str, np.ndarray]

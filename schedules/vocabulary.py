@@ -88,7 +88,7 @@ def _closes(block: Block, slot: int) -> int:
 def _output_steps(block: Block, method: str) -> list[Step]:
     """The broadcast, S, T and their reductions, as soon as inputs allow; in this order if they share a place."""
     K, end, w = block.interval, block.F[-1], block.longest
-    after_S = end + w + 1  # S runs before this slot's passes; the reduction of its row sums takes this slot
+    after_S = end + w + 1  # S runs before this slot's passes; the reduction of its row sums starts in it
     after_T = after_S + block.stats_slots
 
     def run(name: str, slot: int) -> Step:
