@@ -432,7 +432,8 @@ def test_without_locks_in_the_file_system_a_run_shows_signs_of_life(tmp_path, mo
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(folders.fcntl, "flock", flock)
-    for name, value in {"BEAT": 0.1, "PATIENCE": 1.0, "SETTLE": 0.2}.items():
+    # Patient enough for a machine that writes nothing for a second.
+    for name, value in {"BEAT": 0.1, "PATIENCE": 4.0, "SETTLE": 0.2}.items():
         monkeypatch.setattr(folders, name, value)
     writer = checkpoints.Writer(tmp_path)
     with pytest.raises(ValueError, match="to which another run is writing"):
@@ -442,6 +443,14 @@ def test_without_locks_in_the_file_system_a_run_shows_signs_of_life(tmp_path, mo
     writer._lock._thread.join()
     checkpoints.Writer(tmp_path).close()
     assert not (tmp_path / ".lock").exists()
+
+
+def test_whoever_reads_a_lease_while_it_is_rewritten_finds_its_holder(tmp_path):
+    lease = folders.Lease(folders.folder_path(tmp_path), beat=1e-4, settle=0.01)
+    read = {lease._read().partition(" ")[0] for _ in range(5000)}
+    lease.release()
+    assert read == {lease.token}
+    assert not list(tmp_path.iterdir())
 
 
 def test_numbers_that_keep_nothing_are_refused(tmp_path):

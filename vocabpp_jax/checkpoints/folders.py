@@ -217,7 +217,14 @@ class Lease:
 
     def _write(self) -> None:
         self._count += 1
-        self._file.write_text(f"{self.token} {self._count}")
+        text = f"{self.token} {self._count}"
+        if in_bucket(self._folder):  # where an object is replaced as a whole
+            self._file.write_text(text)
+            return
+        # A file written in place is empty for a moment, and would look like one that its holder has released.
+        new = self._folder / f"{LOCK}-{self.token}"
+        new.write_text(text)
+        new.replace(self._file)
 
     def _mine(self) -> bool:
         return self._read().startswith(self.token)
