@@ -52,6 +52,15 @@ def assert_drawn_in_place(model, stages, method="vocab-2", gpu="a100-80g"):
     return found
 
 
+def streams_of(schedule, method, folder, gpu):
+    """The communication stream of every asynchronous operation of a gradient program, as the runtime gets it."""
+    run = memory.programs(options_for(schedule, method, gpu=gpu))
+    program = run.pipe.jit(run.pipe.value_and_grad).lower(run._state.params, run._batch)
+    program.compile({"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True})
+    (thunks,) = folder.glob("*value_and_grad*.thunk_sequence.txt")
+    return set(re.findall(r"stream=communication_stream\[(\d)\].*\n.*: k(\w+)", thunks.read_text()))
+
+
 @pytest.mark.skipif(HERE, reason="jax's GPU packages are installed")
 def test_without_the_gpu_packages_one_sentence_names_the_extra(capsys):
     with pytest.raises(SystemExit) as stop:
@@ -120,6 +129,12 @@ class TestA100:
         few, many = (dataclasses.replace(SMALL, layers=layers) for layers in (4, 64))
         few, many = (assert_drawn_in_place(model, 2, method) for model in (few, many))
         assert many.temp_bytes <= few.temp_bytes + 2**20
+
+    def test_transfers_have_a_communication_stream_of_their_own(self, tmp_path):
+        streams = streams_of("v-half", "vocab-1", tmp_path, "a100-80g")
+        assert {name for stream, name in streams if stream == "1"} == {"CollectivePermute"}
+        assert {name for stream, name in streams if stream == "0"} >= {"AllReduce", "CollectiveBroadcast"}
+        assert ("0", "CollectivePermute") not in streams
 
     def test_more_microbatches_make_no_more_code(self):
         few, many = (compile_for("1f1b", "vocab-2", m).instructions for m in (128, 512))

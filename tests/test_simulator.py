@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vocabpp_jax.schedules import build, lower
+from vocabpp_jax.schedules.lowering.program import Instruction, Program, Segment
 from vocabpp_jax.schedules.simulation.durations import Durations
 from vocabpp_jax.schedules.simulation.measured import errors, read_pass_times
-from vocabpp_jax.schedules.simulation.simulator import COMPILED, FREE, ON_CPUS, Rules, simulate
+from vocabpp_jax.schedules.simulation.simulator import COMPILED, FREE, GPU, ON_CPUS, Rules, simulate
 
 PUBLISHED = Path(__file__).parent.parent / "docs" / "paper"
 ASYNCHRONOUS = Rules("asynchronous")
@@ -111,6 +112,29 @@ def test_collectives_hide_behind_passes_and_use_the_network_one_at_a_time():
         program(method="vocab-1", p=4, m=24), Durations(S=0.3, T=0.6, hidden_broadcast=2.0, grad_sum=2.0)
     )
     assert exposed.makespan > timeline.makespan + 24
+
+
+@pytest.mark.parametrize(
+    ("collectives", "rules", "lands"),
+    [
+        (("embed_sum",), GPU, 1 + 1),  # beside a collective that devices 0 and 2 have begun
+        (("embed_sum", "stats"), GPU, 5 + 2 + 1),  # not before one that waits for another
+        (("embed_sum",), replace(GPU, streams=1), 5 + 2 + 1),  # behind it
+        (("embed_sum", "stats"), replace(GPU, streams=0), 1 + 1),
+    ],
+)
+def test_a_transfer_overtakes_a_collective_that_waits_for_its_last_device(collectives, rules, lands):
+    here = {"microbatch": np.zeros((1, 3), np.int32)}
+    there = here | {"deliver": np.array([[-1, -1, 0]], np.int32)}
+    body = (
+        Instruction("run", "F", 0, 0, (), here),
+        *(Instruction("start", name, 0, 0, (), here) for name in collectives),
+        Instruction("permute", "F", 0, 0, ((0, 2),), here, 0),
+        Instruction("land", "F", 0, 0, ((0, 2),), there, 0),
+    )
+    given = Program(program(p=3, m=1).schedule, (Segment(0, 1, body),), {"inbox": (0, 0, 1)})
+    timeline = simulate(given, Durations(F=(1, 5, 1), embed_sum=2, stats=9, transfer=1), rules)
+    assert timeline.tracks[-1].start.tolist() == [[lands, 5, lands]]
 
 
 def test_no_collective_takes_time_on_one_device():

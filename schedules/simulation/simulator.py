@@ -37,19 +37,20 @@ class Rules:
             reads.
         collectives: "overlapping": devices continue and wait for the result at its "done"; "blocking": all wait at its
             "start" until it completes, as on CPUs.
-        one_stream: whether a device's transfers and collectives run one after the other, in program order, or only its
-            collectives do.
+        streams: how many a device has for communication. What shares a stream runs one after the other, in program
+            order. With 2, one is for transfers and one for collectives, and each starts no earlier than those before it
+            in the program. With 0 only collectives wait for each other.
         idle: whether transfers and collectives also run in intervals in which they carry nothing.
     """
 
     transfers: Literal["blocking", "asynchronous", "eager"] = "blocking"
     collectives: Literal["overlapping", "blocking"] = "overlapping"
-    one_stream: bool = False
+    streams: Literal[0, 1, 2] = 0
     idle: bool = True
 
 
 COMPILED = Rules()
-GPU = Rules(transfers="asynchronous", one_stream=True)
+GPU = Rules(transfers="asynchronous", streams=2)
 ON_CPUS = Rules(collectives="blocking")
 FREE = Rules(transfers="eager", idle=False)
 
@@ -101,7 +102,9 @@ class _Engine:
         self.devices = np.arange(p)
         self.stages = self.schedule.stage_of
         self.clock = np.zeros(p)
-        self.stream = np.zeros(p)  # when each device's communication stream becomes free
+        streams = np.zeros((max(1, rules.streams), p))  # when each becomes free
+        self.transfer_stream, self.collective_stream = streams[0], streams[-1]
+        self.launched = np.zeros(p)  # when the latest transfer or collective of each device began there
         self.arrival = np.zeros((p, max(1, program.rings.get("inbox", 0))))
         self.collectives_end = 0.0  # two collectives over the same devices do not overlap
         self.pending: dict[str, float] = {}
@@ -170,7 +173,8 @@ class _Engine:
     def _permute(self, instruction: Instruction, track: Track) -> Callable[[int], None]:
         source, target = np.array(instruction.pairs, int).T
         takes = self.transfer[source, target]
-        mode, shared = self.rules.transfers, self.rules.one_stream
+        mode, shared = self.rules.transfers, self.rules.streams > 0
+        involved = np.union1d(source, target)
         pairs = len(source)
         self.transfers.append((track, source, target, started := np.zeros((len(track.microbatch), pairs)), takes))
         ends = np.zeros(pairs + 1)  # of every pair, and of none
@@ -178,7 +182,7 @@ class _Engine:
         sends[source], receives[target] = np.arange(pairs), np.arange(pairs)
 
         def step(n: int) -> None:
-            free = np.maximum(self.clock, self.stream) if shared else self.clock
+            free = self._stream_free(self.transfer_stream) if shared else self.clock
             ready = started[n]
             if mode == "eager":
                 np.add(free[source], takes, out=ends[:-1])
@@ -189,7 +193,8 @@ class _Engine:
             np.add(ready, takes, out=ends[:-1])
             until = np.maximum(ends[sends], ends[receives])
             if shared:
-                self.stream = np.maximum(self.stream, until)
+                np.maximum(self.transfer_stream, until, out=self.transfer_stream)
+                self.launched[involved] = free[involved]
             if mode == "blocking":
                 self.clock = np.maximum(self.clock, until)
             else:
@@ -214,15 +219,17 @@ class _Engine:
     def _start(self, instruction: Instruction, track: Track) -> Callable[[int], None]:
         takes = getattr(self.durations, instruction.name) if self.schedule.p > 1 else 0.0
         runs = (track.microbatch >= 0).any(axis=1) | self.rules.idle
-        shared = self.rules.one_stream
+        shared = self.rules.streams > 0
 
         def step(n: int) -> None:
             if runs[n]:
-                ready = np.maximum(self.clock, self._arrived(track, n)).max()
-                begin = max(float(ready), self.collectives_end, float(self.stream.max()) if shared else 0.0)
+                free = self._stream_free(self.collective_stream) if shared else self.clock
+                ready = np.maximum(free, self._arrived(track, n)).max()
+                begin = max(float(ready), self.collectives_end)
                 self.collectives_end = self.pending[instruction.name] = begin + takes
                 if shared:
-                    self.stream = np.full_like(self.stream, begin + takes)
+                    self.launched = free
+                    self.collective_stream[:] = begin + takes
                 track.start[n], track.end[n] = begin, begin + takes
                 if self.rules.collectives == "blocking":
                     self.clock = np.full_like(self.clock, begin + takes)
@@ -238,6 +245,10 @@ class _Engine:
             track.start[n] = self.clock
 
         return step
+
+    def _stream_free(self, stream: np.ndarray) -> np.ndarray:
+        """When each device could begin what comes next on a stream."""
+        return np.maximum(np.maximum(self.clock, stream), self.launched)
 
     def _reads_inbox(self, track: Track) -> bool:
         return self.rules.transfers == "eager" and "inbox" in track.tables

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from ..schedules import KINDS, Instruction, Program, Segment
 from ..vocab.instructions import VocabularySteps, flight
@@ -42,6 +43,7 @@ from .buffers import (
 from .layout import Layout
 from .linearize import Linearized
 from .mesh import PIPE
+from .nccl import TRANSFER_STREAM
 from .tail_passes import CELL, Tail
 
 
@@ -290,7 +292,8 @@ def _start_transfer(state: State, instruction: Instruction, cells: Cells) -> tup
     with jax.named_scope("transfer"):
         x_BLD = get(state["outbox"], jnp.maximum(cells["outbox"], 0)) if "outbox" in cells else state["out"]
         sent_BLD = wait_for_passes(state, x_BLD)
-        received_BLD = lax.ppermute(sent_BLD, PIPE, instruction.pairs)
+        with set_xla_metadata(**TRANSFER_STREAM):
+            received_BLD = lax.ppermute(sent_BLD, PIPE, instruction.pairs)
     return passes_wait_for(state, sent_BLD), received_BLD
 
 

@@ -1,4 +1,7 @@
-"""NCCL settings that must be in the environment before NCCL starts.
+"""How the communication of a program runs on a GPU: which stream it takes, and in which order NCCL launches it.
+
+XLA runs all asynchronous collectives and permutes of a device on one stream, unless an attribute names another. There,
+a transfer would wait for every collective that started before it, so transfers get a stream of their own.
 
 A pipeline's collectives use several NCCL communicators: all stages, pairs of neighbours, the data axis. A kernel waits
 for its peers on other devices, so kernels of different communicators must launch in the same order everywhere. If asked
@@ -12,6 +15,8 @@ import importlib.util
 import os
 
 LAUNCH_ORDER = "NCCL_LAUNCH_ORDER_IMPLICIT"
+TRANSFER_STREAM = {"_xla_stream_annotation": "1"}
+"""XLA's attribute for the communication stream of an operation; without it, it is stream 0."""
 
 
 def keep_launch_order() -> None:
