@@ -181,8 +181,9 @@ def section(number: int, files: Files, say: Say) -> str:
         f"{clear - len(wrong)} come out in the "
         f"published order." + "".join(f" Not so: {a.row.name} against {b.row.method}." for a, b in wrong),
         "Beside it this library's own program on the same GPUs: one program for all devices, no dense gradient of the "
-        "embedding, its order of passes fitted to the same durations, by the rules of GPUs (on each device, "
-        "transfers share one stream and collectives another) or, as a bound, with transfers that block both ends" + _interlaced(found),
+        "embedding, its order of passes fitted to the same durations, by the rules of GPUs (on each device, transfers "
+        "share one stream and collectives another) or, as a bound, with transfers that block both ends"
+        + _interlaced(found),
         "Peak memory is **compiled** for A100-SXM4-80GB by XLA from the full train step in bfloat16 with float32 "
         "parameters. A dash under *published* means that it ran out of memory; under *compiled*, that the row was "
         f"not compiled. The table shows the smallest and the largest vocabulary; all rows are in {link}:",
