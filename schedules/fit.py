@@ -35,20 +35,26 @@ Maker = tuple[int, str, int]
 FINER = (1, 2, 3)  # how many times as many slots an interval as the block has
 ROUNDINGS = (0.999, 0.5)
 GRIDS = 2  # grids whose program orders are searched
+FEW = 16  # devices up to which they all are if the vocabulary is not sharded, where each takes long
 STATS = (2, 3)  # slots for the softmax statistics
 LATE = (1, 2)  # of how many of an interval's last slots the transfers are deferred, with a sharded vocabulary
-FILLINGS = (
+EARLY = (
     Filling(),
     Filling(backwards=True),
     Filling(carried=1, backwards=True),
     Filling(carried=2, backwards=True),
     Filling(carried=1 << 20),
     Filling(carried=1 << 20, patience=1.0),
+)
+"""Fillings for devices that do not wait for each other's transfers."""
+LATE_WEIGHTS = (
     Filling(carried=2, weights_only=True),
     Filling(carried=1 << 20, weights_only=True),
     Filling(carried=1 << 20, patience=1.0, weights_only=True),
 )
+"""Fillings for devices that do."""
 TOGGLED = 8  # transfers that are deferred or not one by one
+MORE_CODE = 0.002  # what scans for warm-up and cool-down must save at least
 WAITING = 1.0  # what the longest wait counts, beside the whole iteration
 
 
@@ -76,7 +82,7 @@ def fit(
 ) -> Schedule:
     """The fastest schedule of a block, with no more microbatches in flight than the block has.
 
-    A block without W passes is repeated unchanged: its transfers have no time to spare, so there is nothing to choose.
+    A block without W passes keeps its slots: its transfers have no time to spare.
 
     Args:
         block: the building block, without its vocabulary passes.
@@ -92,8 +98,6 @@ def fit(
         ValueError: as :func:`.build.repeat` does.
     """
     counts = None if layer_counts is None else tuple(layer_counts)
-    if not block.W:
-        return replace(repeat(block, method, m, name, inserted), layer_counts=counts)
     search = _Search(block, method, m, durations, name, rules, inserted, counts)
     return min((search.best().build(m), search.repeated(m)), key=search.makespan)
 
@@ -136,12 +140,16 @@ class _Search:
         """The best of all candidates."""
         plain = _Candidate(self._repeated(self.block))
         found = [self.judged(plain), self.judged(plain.with_order(Order(transfers="behind passes")))]
-        for grid in self.grids():
+        both = self.plain.sharded or self.block.p <= FEW
+        for grid in self.grids()[: GRIDS if both else 1]:
             best = self.deferred(grid)
             found.append(self.judged(best) if self.plain.sharded else self.filled(best, grid))
         if self.plain.sharded and can_reorder(self.block):
             found.append(self.judged(_Candidate(self._reordered)))
-        return min(found, key=lambda candidate: candidate.score)
+        best, *others = sorted(found, key=lambda candidate: candidate.score)
+        apart = [self.judged(_Candidate(partial(_apart, c.build))) for c in (best, *others[:1]) if c.score < inf]
+        found = min(apart, key=lambda candidate: candidate.score)
+        return found if found.score < best.score * (1 - MORE_CODE) else best
 
     def judged(self, candidate: _Candidate) -> _Candidate:
         """The candidate with its simulated time; infinite if it cannot run or holds more than the block."""
@@ -177,7 +185,7 @@ class _Search:
 
     def grids(self) -> list[_Grid]:
         """The grids with the shortest intervals, the best first."""
-        if not self.block.B or self.block.group > 1 or self.block.interval < 2:
+        if not self.block.W or self.block.group > 1 or self.block.interval < 2:
             return []
         found = steady(self.block, self.takes, self.transfer)
         choices = product(FINER, ROUNDINGS, (False, True))
@@ -213,7 +221,7 @@ class _Search:
     def filled(self, start: _Candidate, grid: _Grid) -> _Candidate:
         """A candidate on a grid with the best filling of its ends; the vocabulary is not sharded."""
         best = start
-        for filling in FILLINGS:
+        for filling in EARLY if self.rules.transfers == "eager" else LATE_WEIGHTS:
             ends = Ends(grid.refined.block, filling, self.takes, self.transfer, self.gap)
             candidate = _Candidate(partial(self._with_ends, ends)).with_order(start.build(1).order)
             best = min(best, self.judged(candidate), key=lambda found: found.score)
@@ -279,6 +287,12 @@ class _Grid:
 def _fastest(grids: Iterable[_Grid]) -> list[_Grid]:
     """The few that take the least time, the first of equals."""
     return sorted(grids, key=lambda grid: grid.score)[:GRIDS]
+
+
+def _apart(build: Callable[[int], Schedule], m: int) -> Schedule:
+    """A schedule with warm-up and cool-down in scans of their own."""
+    schedule = build(m)
+    return replace(schedule, order=replace(schedule.order, ends_apart=True))
 
 
 def _order(grid: Refined, schedule: Schedule) -> Order:

@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vocabpp_jax.schedules import SCHEDULES, build, evaluation, from_orders, lower, methods_of
+from vocabpp_jax.schedules import GPU, SCHEDULES, Durations, build, evaluation, from_orders, lower, methods_of, simulate
+from vocabpp_jax.schedules.lowering.check_program import check_program
 
 CASES = [(s, method) for s in SCHEDULES for method in methods_of(s)]
 
@@ -32,6 +35,22 @@ def test_1f1b_is_one_scan(method):
 def test_the_two_phases_of_gpipe_are_scans_of_their_own():
     forward, backward = lower(build("gpipe", "baseline", p=4, m=16)).segments
     assert not {i.name for i in forward.body} & {"B"} and not {i.name for i in backward.body} & {"F"}
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "v-zb"])
+def test_ends_apart_run_only_what_they_need_and_take_less_time(schedule):
+    def programs(m):
+        built = build(schedule, "vocab-1", p=16, m=m)
+        return lower(built), lower(replace(built, order=replace(built.order, ends_apart=True)))
+
+    (together, apart), (_, longer) = programs(64), programs(128)
+    check_program(apart)
+    assert apart.peaks == together.peaks
+    assert [s.body for s in apart.segments] == [s.body for s in longer.segments]
+    smaller = [s for s in apart.segments if len(s.body) < len(together.segments[0].body)]
+    assert smaller and not any(i.name == "hidden_broadcast" for s in smaller for i in s.body)
+    slow = Durations(F=1, B=1, W=1, hidden_broadcast=0.2, grad_sum=0.4, embed_sum=0.4, embed_grad_broadcast=0.2)
+    assert simulate(apart, slow, GPU).makespan < simulate(together, slow, GPU).makespan
 
 
 @given(case=st.sampled_from(CASES), p=st.integers(1, 9), m=st.integers(1, 20))

@@ -84,7 +84,7 @@ def lower(schedule: Schedule, order: Order | None = None) -> Program:
     events = events_of(schedule, order)
     cells = allocate(schedule, events)
     lines = _Lines(schedule, events, order)
-    scans = scan_bounds(schedule.p, lines.interval, lines.identity, lines.pair)
+    scans = scan_bounds(schedule.p, lines.interval, lines.identity, lines.pair, order.ends_apart)
     segments = [_Body(schedule, events, cells, lines, a, b).segment() for a, b in scans]
     return Program(schedule, tuple(s for s in segments if s.body), cells.peaks)
 

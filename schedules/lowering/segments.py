@@ -1,9 +1,10 @@
 """Where the warm-up, the steady state and the cool-down begin and end.
 
 A scan runs all instructions of its body in all its intervals, also where they have nothing to do: idle passes cost
-little, idle transfers more; and every further scan has to be compiled. Where one interval needs all that any interval
-needs, one scan is enough. Elsewhere up to three share the intervals so that the whole costs least, a steady
-state counted as if it always had the same length: once there is one, more microbatches do not change the program.
+little, idle transfers and collectives more; and every further scan has to be compiled. Where one interval needs all
+that any interval needs, one scan is enough, unless the ends are to be apart. Otherwise up to three share the intervals
+so that the whole costs least, a steady state counted as if it always had the same length: once there is one, more
+microbatches do not change the program.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ import numpy as np
 IDLE_TRANSFER = 4  # what an idle transfer of all devices costs, in idle passes
 COMPILED = 16  # intervals in which an idle instruction costs as much as compiling it once more
 SCAN = 128  # what one more scan costs, in idle passes
+APART = 16  # the same if the ends are to be apart
 STEADY = 64  # what a run of more than p like intervals counts as
 
 
-def scan_bounds(p: int, interval: np.ndarray, identity: np.ndarray, pair: np.ndarray) -> list[tuple[int, int]]:
+def scan_bounds(
+    p: int, interval: np.ndarray, identity: np.ndarray, pair: np.ndarray, ends_apart: bool = False
+) -> list[tuple[int, int]]:
     """First interval and end of every scan, from each event's interval, instruction and pair of devices (or -1)."""
     needs, cost = _needs(p, interval, identity, pair)
     runs = [(need, len(list(same))) for need, same in groupby(needs)]
@@ -27,10 +31,11 @@ def scan_bounds(p: int, interval: np.ndarray, identity: np.ndarray, pair: np.nda
     for need, _ in runs:
         everything |= need
     starts = np.cumsum([0] + [length for _, length in runs]).tolist()
-    if any(need == everything for need, _ in runs):
+    if not ends_apart and any(need == everything for need, _ in runs):
         return [(0, starts[-1])]
     lengths = [STEADY if length > p else length for _, length in runs]
-    return [(starts[a], starts[b]) for a, b in _cheapest([need for need, _ in runs], lengths, cost, SCAN * p)]
+    scan = APART if ends_apart else SCAN
+    return [(starts[a], starts[b]) for a, b in _cheapest([need for need, _ in runs], lengths, cost, scan * p)]
 
 
 def _needs(
