@@ -1,5 +1,7 @@
 """Named sizes of every architecture, and their parameter and FLOP counts, from their own matrices.
 
+The formulas for FLOPs are in :mod:`vocabpp_jax.schedules.simulation.dimensions`.
+
 Symbols: ``b`` microbatch size, ``s`` sequence length, ``h`` hidden size, ``V`` vocabulary, ``L`` layers. FLOPs are per
 microbatch, forward and backward, without recomputation, with causal attention counted in full.
 """
@@ -79,22 +81,22 @@ def attended(config: Config) -> float:
 
 def layer_flops(config: Config, batch: int = 1) -> float:
     """FLOPs of one layer, averaged over layers. GPT: bsh(72h + 12s) at an MLP ratio of 4."""
-    return batch * config.seq * (6 * layer_matrices(config) + 12 * attended(config))
+    return cost_sizes(config, batch).layer_flops
 
 
 def head_flops(config: Config, batch: int = 1) -> int:
     """FLOPs of the LM head: 6bshV."""
-    return 6 * batch * config.seq * config.hidden * config.vocab_size
+    return cost_sizes(config, batch).head_flops
 
 
 def embedding_flops(config: Config, batch: int = 1) -> int:
     """FLOPs of the embedding: 3bsh."""
-    return 3 * batch * config.seq * config.hidden
+    return cost_sizes(config, batch).embedding_flops
 
 
 def model_flops(config: Config, batch: int = 1) -> float:
     """FLOPs of the model as counted for MFU: layers and head, without the embedding."""
-    return config.layers * layer_flops(config, batch) + head_flops(config, batch)
+    return cost_sizes(config, batch).iteration_flops(1)
 
 
 def cost_sizes(config: Config, microbatch_size: int = 1, mtp_depth: int = 0) -> Sizes:

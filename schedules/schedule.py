@@ -16,6 +16,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 Op = Literal["run", "start", "done"]
+MOST_PASSES = 2**19
+"""Limit on stages times microbatches for what a command builds: a schedule lists every pass, and this many take about a
+minute."""
 
 
 class Pass(NamedTuple):

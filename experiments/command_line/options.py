@@ -21,11 +21,10 @@ from vocabpp_jax.runtime import hosts
 from vocabpp_jax.runtime.faults import LastWords
 from vocabpp_jax.schedules import Rules, Schedule
 from vocabpp_jax.schedules.layers import redistributed
+from vocabpp_jax.schedules.schedule import MOST_PASSES
 from vocabpp_jax.schedules.simulation.cost import GPU, Cost, load_gpu
 from vocabpp_jax.vocab import Loss
 
-MOST_PASSES = 2**19
-"""Limit on stages times microbatches: a schedule lists every pass, and this many take about a minute to build."""
 MOST_DEVICES = 128
 """Limit on the devices of a process: each simulated one has threads, and XLA aborts if it can start no more."""
 

@@ -1,1 +1,1 @@
-"""The parts of ``train.py``: its options, and what a run records."""
+"""The parts of ``train.py``: its options, its preparation, and what a run records."""

@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.xla_metadata import set_xla_metadata
 
 from ..schedules import KINDS, Instruction, Program, Segment
 from ..vocab.instructions import VocabularySteps, flight
@@ -32,7 +31,6 @@ from .buffers import (
     accumulated,
     delay_until,
     get,
-    passes_wait_for,
     put,
     put_if,
     replaced,
@@ -43,8 +41,8 @@ from .buffers import (
 from .layout import Layout
 from .linearize import Linearized
 from .mesh import PIPE
-from .nccl import TRANSFER_STREAM
 from .tail_passes import CELL, Tail
+from .transfers import fill_outbox, land_transfer, start_transfer
 
 
 @dataclass(frozen=True)
@@ -127,9 +125,9 @@ class Executor:
                 cells = {name: row[c] for name, c in column_of.items()}
                 match instruction.op:
                     case "permute":
-                        carry, transfers[instruction.transfer] = _start_transfer(carry, instruction, cells)
+                        carry, transfers[instruction.transfer] = start_transfer(carry, instruction, cells)
                     case "land":
-                        carry = _land_transfer(carry, transfers.pop(instruction.transfer), cells)
+                        carry = land_transfer(carry, transfers.pop(instruction.transfer), cells)
                     case _:
                         carry = self.execute(instruction, cells, carry)
             return {n: carry[n] for n in carried}, None
@@ -182,7 +180,7 @@ class Executor:
 
         names = ("out", *KINDS["F"].rings(self.program.schedule), *self._scalar_names(state))
         state = self._run_tail(self._each_layer(state, c, range(self.layout.depth), layer, names), cells, "F")
-        return self._mark(_fill_outbox(state, cells), cells, True)
+        return self._mark(fill_outbox(state, cells), cells, True)
 
     def backward(self, state: State, cells: Cells, c: int) -> State:
         """B: a stage's layers in reverse order, from the gradient in the inbox."""
@@ -204,7 +202,7 @@ class Executor:
             return s
 
         names = ("out", grads, *KINDS["B"].rings(self.program.schedule))
-        state = _fill_outbox(self._each_layer(state, c, range(self.layout.depth)[::-1], layer, names), cells)
+        state = fill_outbox(self._each_layer(state, c, range(self.layout.depth)[::-1], layer, names), cells)
         return state if self.program.schedule.splits_backward else self._mark(state, cells, False)
 
     def weights(self, state: State, cells: Cells, c: int) -> State:
@@ -277,30 +275,6 @@ class Executor:
             "clobbered": clobbered,
             "in_flight": jnp.maximum(state["in_flight"], flags.sum(dtype=jnp.int32)),
         }
-
-
-def _fill_outbox(state: State, cells: Cells) -> State:
-    """Copies a pass's output to the outbox if its transfer is deferred."""
-    return state | {"outbox": put_if(state["outbox"], cells["outbox"], state["out"])} if "outbox" in cells else state
-
-
-def _start_transfer(state: State, instruction: Instruction, cells: Cells) -> tuple[State, jax.Array]:
-    """Issues a transfer of the latest pass's output, or of an outbox cell filled in the previous interval.
-
-    The send buffer is not written by later passes.
-    """
-    with jax.named_scope("transfer"):
-        x_BLD = get(state["outbox"], jnp.maximum(cells["outbox"], 0)) if "outbox" in cells else state["out"]
-        sent_BLD = wait_for_passes(state, x_BLD)
-        with set_xla_metadata(**TRANSFER_STREAM):
-            received_BLD = lax.ppermute(sent_BLD, PIPE, instruction.pairs)
-    return passes_wait_for(state, sent_BLD), received_BLD
-
-
-def _land_transfer(state: State, received_BLD: jax.Array, cells: Cells) -> State:
-    """Puts a received array into the inbox, after all earlier passes, so that none of them waits for the transfer."""
-    received_BLD = wait_for_passes(state, received_BLD)
-    return state | {"inbox": put_if(state["inbox"], cells["deliver"], received_BLD)}
 
 
 def _stacked_tables(segment: Segment) -> tuple[list[dict[str, int]], np.ndarray]:

@@ -11,12 +11,10 @@ from ..pipeline.model_interface import Model
 from ..schedules import METHODS, SCHEDULES, methods_of
 from ..schedules import build as build_schedule
 from ..schedules.layers import redistributed
-from ..schedules.schedule import Schedule
+from ..schedules.schedule import MOST_PASSES, Schedule
 from ..schedules.simulation.cost import GPU, Sizes
 from .layer_parts import LayerPart, layer_part
 
-MOST_PASSES = 2**19
-"""Limit on stages times microbatches, as in a training run."""
 RESIDUALS = ("selective", "full")
 """What a layer may keep for its backward. ``everything`` is left out: it saves no matrix product and moves the bytes
 that ``selective`` recomputes."""
