@@ -70,7 +70,7 @@ def main() -> None:
         Path(options.output).write_text(
             "# Compile time and code size\n\n"
             "Compiled for simulated CPU devices, one layer per stage, by `python experiments/code_size.py "
-            "--output docs/code-size.md`.\nThe schedules are fitted to the pass times of the 4B model on A100s. Seconds "
+            "--output docs/code-size.md`.\nThe schedules are fitted to the pass times of 4B on A100s. Seconds "
             "cover tracing, lowering and compiling, on a\nshared machine: compare them only with each other.\n\n"
             f"{table}\n"
         )
