@@ -22,7 +22,7 @@ from rich.console import Console
 
 from command_line.options import ClusterOptions
 from command_line.parsing import fail, or_fail, parse
-from paper import beyond, calibration, claims, convergence, layer_balance, memory_section, scaling, tables
+from paper import beyond, calibration, claims, convergence, layer_balance, memory_section, scaling, tables, waits
 from paper.page import Files, Say, update
 
 Section = Callable[[Files, Say], str]
@@ -33,13 +33,17 @@ SECTIONS: dict[str, tuple[str, Section]] = {
     "table6": ("Table 6: V-Half", functools.partial(tables.section, 6)),
     "claims": ("The headline claims", claims.section),
     "beyond": ("Schedules that the tables lack", beyond.section),
+    "waits": ("Waiting, beside the published generators", waits.section),
     "ablation": ("Interlaced without its collectives", beyond.ablation_section),
     "table3": ("Table 3: scaling of the vocabulary layers", scaling.section),
     "table4": ("Table 4, Figure 2, Figure 3: what the vocabulary weighs", layer_balance.section),
     "convergence": ("Appendix E: convergence", convergence.section),
 }
 """Sections by name, in execution order; memory first, since the tables show it."""
-PAGE = ("claims", "table5", "table6", "beyond", "ablation", "table3", "table4", "convergence", "memory", "calibration")
+PAGE = (
+    *("claims", "table5", "table6", "beyond", "waits", "ablation"),
+    *("table3", "table4", "convergence", "memory", "calibration"),
+)
 """The order on the page."""
 
 
