@@ -2,10 +2,10 @@
 
 A candidate is the block on a grid of slots that follows the durations (:mod:`.steady`) with a program order: the order
 of passes within a slot, and whether a transfer is issued after its pass or at the start of the next interval. Its
-warm-up and cool-down may be filled (:mod:`.ends`, :mod:`.reorder`). The block as it is, merely repeated, is one of the
-candidates. :func:`.simulate` decides, by the rules of the machine that the program is for; between grids with a sharded
-vocabulary :func:`.steady_interval`, as their ends are alike. The search tries a fixed list of candidates in a fixed
-order, so it finds the same schedule everywhere.
+warm-up and cool-down may be filled (:mod:`.ends`, :mod:`.reorder`) or be scans of their own. The block as it is,
+merely repeated, is one of the candidates. :func:`.simulate` decides, by the rules of the machine that the program is
+for; between grids with a sharded vocabulary :func:`.steady_interval`, as their ends are alike. The search tries a fixed
+list of candidates in a fixed order, so it finds the same schedule everywhere.
 """
 
 from __future__ import annotations
