@@ -23,7 +23,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import train as script
 from command_line.options import ModelOptions
-from training_run.train_options import CheckpointOptions
+from training_run import train_prepare
+from training_run.train_options import CheckpointOptions, check_output
 from vocabpp_jax import checkpoints, models
 from vocabpp_jax.data import train_tokenizer
 from vocabpp_jax.models import huggingface
@@ -116,7 +117,7 @@ def test_a_named_model_is_that_one_beside_a_folder_that_is_called_so(tmp_path):
 
 
 def test_without_data_parallel_all_devices_are_used(monkeypatch):
-    monkeypatch.setattr(script, "load_tokens", lambda *_, **__: pytest.fail("reads data too early"))
+    monkeypatch.setattr(train_prepare, "load_tokens", lambda *_, **__: pytest.fail("reads data too early"))
     assert jax.device_count() == 8
     assert script.PipelineOptions(stages=2).mesh().shape == {"data": 4, "pipe": 2}
 
@@ -313,7 +314,7 @@ def test_any_bytes_as_an_earlier_configuration_are_refused_and_left_alone(raw, t
     (folder / "config.json").write_bytes(raw)
     options = script.TrainOptions(checkpoint=CheckpointOptions(checkpoint_dir=str(folder)))
     with pytest.raises(ValueError, match="whose config.json cannot be read"):
-        script.check_output(folder, options, {"lr": 1})
+        check_output(folder, options, {"lr": 1})
     assert (folder / "config.json").read_bytes() == raw
 
 
