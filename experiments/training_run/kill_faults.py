@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import train
+from training_run import train_prepare
 from vocabpp_jax import checkpoints
 from vocabpp_jax.checkpoints import store, writer
 from vocabpp_jax.runtime import hosts
@@ -22,8 +23,8 @@ from vocabpp_jax.runtime import hosts
 PHASES: dict[str, tuple[Any, str]] = {
     "comparing options": (hosts, "check_same"),
     "laying out the mesh": (train.PipelineOptions, "mesh"),
-    "reading data": (train, "read_tokens"),
-    "comparing data": (train, "sample"),
+    "reading data": (train_prepare, "read_tokens"),
+    "comparing data": (train_prepare, "sample"),
     "taking the lock": (writer, "lock"),
     "finding the lock": (writer, "sees_lock"),
     "reading the record": (store, "read_record"),
