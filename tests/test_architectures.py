@@ -8,13 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_models import (
-    assert_close,
-    inner_jaxprs,
-    kept_activations,
-    matrix_products,
-    random_params,
-)
+from test_models import assert_close, random_params
+from test_residuals import inner_jaxprs, kept_activations, matrix_products
 
 from vocabpp_jax import models
 from vocabpp_jax.models import attention
