@@ -300,7 +300,7 @@ def test_a_compiled_plan_takes_what_was_estimated_and_fits(tmp_path):
     out, size = tmp_path / "out.json", "--layers 4 --hidden 512 --heads 4 --seq 512 --vocab-size 16384"
     which = "--model 4B --gpus 4 --gpu a100 --global-batch 16 --stages 2 --schedules 1f1b --methods vocab-2 --compile 1"
     memory = ["--memory", "2", "--kept", str(tmp_path), "--output", str(tmp_path / "plan.json"), "--json", str(out)]
-    command.main([*which.split(), *size.split(), *memory])
+    command.main([*which.split(), *size.split(), "--microbatch-sizes", "1", "2", *memory])
     best = json.loads(out.read_text())["plans"][0]
     assert best["compiled_bytes"] <= 2 * 2**30
     assert best["estimated_bytes"] == pytest.approx(best["compiled_bytes"], rel=0.15)
