@@ -66,7 +66,18 @@ class _Candidate:
     score: float = inf
 
     def with_order(self, order: Order) -> _Candidate:
-        return _Candidate(lambda m: replace(self.build(m), order=order))
+        return self._ordered(lambda _: order)
+
+    def apart(self) -> _Candidate:
+        """The same with warm-up and cool-down in scans of their own."""
+        return self._ordered(lambda order: replace(order, ends_apart=True))
+
+    def _ordered(self, change: Callable[[Order], Order]) -> _Candidate:
+        def build(m: int) -> Schedule:
+            schedule = self.build(m)
+            return replace(schedule, order=change(schedule.order))
+
+        return _Candidate(build)
 
 
 def fit(
@@ -147,9 +158,9 @@ class _Search:
         if self.plain.sharded and can_reorder(self.block):
             found.append(self.judged(_Candidate(self._reordered)))
         best, *others = sorted(found, key=lambda candidate: candidate.score)
-        apart = [self.judged(_Candidate(partial(_apart, c.build))) for c in (best, *others[:1]) if c.score < inf]
-        found = min(apart, key=lambda candidate: candidate.score)
-        return found if found.score < best.score * (1 - MORE_CODE) else best
+        tried = [self.judged(candidate.apart()) for candidate in (best, *others[:1]) if candidate.score < inf]
+        apart = min(tried, key=lambda candidate: candidate.score)
+        return apart if apart.score < best.score * (1 - MORE_CODE) else best
 
     def judged(self, candidate: _Candidate) -> _Candidate:
         """The candidate with its simulated time; infinite if it cannot run or holds more than the block."""
@@ -287,12 +298,6 @@ class _Grid:
 def _fastest(grids: Iterable[_Grid]) -> list[_Grid]:
     """The few that take the least time, the first of equals."""
     return sorted(grids, key=lambda grid: grid.score)[:GRIDS]
-
-
-def _apart(build: Callable[[int], Schedule], m: int) -> Schedule:
-    """A schedule with warm-up and cool-down in scans of their own."""
-    schedule = build(m)
-    return replace(schedule, order=replace(schedule.order, ends_apart=True))
 
 
 def _order(grid: Refined, schedule: Schedule) -> Order:

@@ -12,13 +12,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vocabpp_jax.models import (
-    Decoder,
-    GPTConfig,
-    build,
-    named,
-    reference_logits,
-)
+from vocabpp_jax.models import Decoder, GPTConfig, build, named, reference_logits
 from vocabpp_jax.models.config import attention_implementation
 
 CONFIG = GPTConfig(layers=2, hidden=32, heads=4, seq=12, vocab_size=50)
