@@ -53,7 +53,7 @@ def test_failures_and_differences_are_raised_by_all_processes():
 CHECKPOINTS = """
 import jax, jax.numpy as jnp
 from pathlib import Path
-from test_checkpoints import setup, flip, KEY
+from test_canonical import setup, flip, KEY
 from vocabpp_jax import checkpoints, train
 from vocabpp_jax.checkpoints import folders, store
 

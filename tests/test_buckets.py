@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_checkpoints import KEY, setup
+from test_canonical import KEY, setup
 
 from vocabpp_jax import checkpoints, train
 from vocabpp_jax.checkpoints import folders, inspection

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
-from test_checkpoints import KEY, flip, setup
+from test_canonical import KEY, flip, setup
 
 import checkpoint as tool
 from vocabpp_jax import checkpoints, train

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from test_checkpoints import KEY, batch, setup
+from test_canonical import KEY, batch, setup
 
 from vocabpp_jax import train
 from vocabpp_jax.runtime import faults

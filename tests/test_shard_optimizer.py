@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
-from test_checkpoints import KEY, L, V, load, save, small_model
+from test_canonical import KEY, L, V, load, save, small_model
 
 from vocabpp_jax import Pipeline, checkpoints, compiled, make_mesh, schedules, train
 from vocabpp_jax.pipeline.shares import Share, share_of
