@@ -25,6 +25,7 @@ class Block:
         group, group_interval: for microbatches that come in groups, the group size and the slots between groups.
         pass_slots: slots in which every device reaches the end of a pass, if slots are finer than passes.
         stats_slots: slots in which the softmax statistics are exchanged.
+        broadcast_slots: slots in which the last stage's output is broadcast; 0 for as many as the longest pass takes.
     """
 
     interval: int
@@ -37,6 +38,7 @@ class Block:
     group_interval: int = 0
     pass_slots: int = 1
     stats_slots: int = 1
+    broadcast_slots: int = 0
 
     def __post_init__(self) -> None:
         if self.interval < 1:

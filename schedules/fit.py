@@ -149,8 +149,12 @@ class _Search:
 
     def best(self) -> _Candidate:
         """The best of all candidates."""
-        plain = _Candidate(self._repeated(self.block))
-        found = [self.judged(plain), self.judged(plain.with_order(Order(transfers="behind passes")))]
+        blocks = [self.block]
+        if self.plain.sharded and self.block.longest > 1:  # then a pass hides the gradients' sum, not the broadcast
+            blocks.append(replace(self.block, broadcast_slots=1))
+        plain = [_Candidate(self._repeated(block)) for block in blocks]
+        plain += [candidate.with_order(Order(transfers="behind passes")) for candidate in plain]
+        found = [self.judged(candidate) for candidate in plain]
         both = self.plain.sharded or self.block.p <= FEW
         for grid in self.grids()[: GRIDS if both else 1]:
             best = self.deferred(grid)

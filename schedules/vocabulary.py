@@ -88,13 +88,14 @@ def _closes(block: Block, slot: int) -> int:
 def _output_steps(block: Block, method: str) -> list[Step]:
     """The broadcast, S, T and their reductions, as soon as inputs allow; in this order if they share a place."""
     K, end, w = block.interval, block.F[-1], block.longest
-    after_S = end + w + 1  # S runs before this slot's passes; the reduction of its row sums starts in it
+    over = block.broadcast_slots or w
+    after_S = end + over + 1  # S runs before this slot's passes; the reduction of its row sums starts in it
     after_T = after_S + block.stats_slots
 
     def run(name: str, slot: int) -> Step:
         return _everywhere(block, "run", name, slot, BEFORE)
 
-    broadcast, broadcast_done = _ends(block, "hidden_broadcast", end + 1, w)
+    broadcast, broadcast_done = _ends(block, "hidden_broadcast", end + 1, over)
     if method == "vocab-naive":
         highest, highest_done = _ends(block, "max", after_S, 1)
         stats, stats_done = _ends(block, "stats", after_T, w)

@@ -21,6 +21,7 @@ from vocabpp_jax.schedules import (
     simulate,
 )
 from vocabpp_jax.schedules.simulation.cost import Cost, Sizes, load_gpu
+from vocabpp_jax.schedules.simulation.simulator import steady_interval
 from vocabpp_jax.schedules.steady import refined, steady
 
 PEERS = Path(__file__).parent.parent / "docs" / "paper" / "peer_schedules.csv"
@@ -122,6 +123,16 @@ def test_the_steady_state_keeps_every_device_busy_where_the_block_can(name, p):
     for kind, start in found.start.items():
         assert (found.end[kind] > start).all()
     assert refined(found, 4 * block.interval, 0.999).block.interval == 4 * block.interval
+
+
+@pytest.mark.parametrize(("name", "bound"), [("1f1b", 1.15 * 42), ("interleaved-1f1b", 42)])
+def test_of_two_collectives_with_one_pass_to_hide_them_the_longer_is_hidden(name, bound):
+    """Beyond what its slowest device computes, an interval takes as long as the shorter one."""
+    others, last = (7, 1.15) if name == "1f1b" else (15, 1.0)
+    F, B = ((time,) * others + (last * time,) for time in (14.0, 28.0))
+    given = Durations(F=F, B=B, S=1, T=1, hidden_broadcast=5, grad_sum=12, stats=0.1)
+    built = build(name, "vocab-2", p=8, m=32, durations=given)
+    assert steady_interval(lower(built), given, GPU) <= (bound + 2 + 5) * (1 + 1e-9)
 
 
 def test_a_deferred_transfer_leaves_in_the_next_interval():

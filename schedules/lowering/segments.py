@@ -16,7 +16,7 @@ import numpy as np
 
 IDLE_TRANSFER = 4  # what an idle transfer of all devices costs, in idle passes
 COMPILED = 16  # intervals in which an idle instruction costs as much as compiling it once more
-SCAN = 128  # what one more scan costs, in idle passes
+SCAN = 256  # what one more scan costs, in idle passes
 APART = 16  # the same if the ends are to be apart
 STEADY = 64  # what a run of more than p like intervals counts as
 
