@@ -27,7 +27,7 @@ from .repeat import repeat
 from .schedule import Order, Schedule
 from .simulation.durations import Durations
 from .simulation.simulator import GPU, Rules, simulate, steady_interval
-from .steady import KINDS, Refined, refined, steady
+from .steady import KINDS, Refined, Steady, refined, steady
 
 Times = Durations | Callable[[Schedule], Durations]
 Maker = tuple[int, str, int]
@@ -36,6 +36,7 @@ FINER = (1, 2, 3)  # how many times as many slots an interval as the block has
 ROUNDINGS = (0.999, 0.5)
 GRIDS = 2  # grids whose program orders are searched
 FEW = 16  # devices up to which they all are if the vocabulary is not sharded, where each takes long
+LEANS = (0.0, 0.1, 0.2)  # of the time beyond a transfer, what those of forwards have more, and those of backwards less
 STATS = (2, 3)  # slots for the softmax statistics
 LATE = (1, 2)  # of how many of an interval's last slots the transfers are deferred, with a sharded vocabulary
 EARLY = (
@@ -68,9 +69,9 @@ class _Candidate:
     def with_order(self, order: Order) -> _Candidate:
         return self._ordered(lambda _: order)
 
-    def apart(self) -> _Candidate:
+    def apart(self, far: int) -> _Candidate:
         """The same with warm-up and cool-down in scans of their own."""
-        return self._ordered(lambda order: replace(order, ends_apart=True))
+        return self._ordered(lambda order: replace(order, ends_apart=far))
 
     def _ordered(self, change: Callable[[Order], Order]) -> _Candidate:
         def build(m: int) -> Schedule:
@@ -156,15 +157,18 @@ class _Search:
         plain += [candidate.with_order(Order(transfers="behind passes")) for candidate in plain]
         found = [self.judged(candidate) for candidate in plain]
         both = self.plain.sharded or self.block.p <= FEW
-        for grid in self.grids()[: GRIDS if both else 1]:
-            best = self.deferred(grid)
-            found.append(self.judged(best) if self.plain.sharded else self.filled(best, grid))
+        for n, state in enumerate(self.states()):
+            for grid in self.grids(state)[: GRIDS if both and n == 0 else 1]:
+                best = self.deferred(grid)
+                found.append(self.judged(best) if self.plain.sharded else self.filled(best, grid))
         if self.plain.sharded and can_reorder(self.block):
             found.append(self.judged(_Candidate(self._reordered)))
         best, *others = sorted(found, key=lambda candidate: candidate.score)
-        tried = [self.judged(candidate.apart()) for candidate in (best, *others[:1]) if candidate.score < inf]
+        tried = [self.judged(candidate.apart(1)) for candidate in (best, *others[:1]) if candidate.score < inf]
         apart = min(tried, key=lambda candidate: candidate.score)
-        return apart if apart.score < best.score * (1 - MORE_CODE) else best
+        for larger in (apart, self.judged(apart.apart(2))):
+            best = larger if larger.score < best.score * (1 - MORE_CODE) else best
+        return best
 
     def judged(self, candidate: _Candidate) -> _Candidate:
         """The candidate with its simulated time; infinite if it cannot run or holds more than the block."""
@@ -196,13 +200,17 @@ class _Search:
         ends are the same, and it takes a tenth of the time."""
         return self.paced(candidate) if self.plain.sharded else self.judged(candidate)
 
-    # --- grids -------------------------------------------------------------------------------------------------------
-
-    def grids(self) -> list[_Grid]:
-        """The grids with the shortest intervals, the best first."""
+    def states(self) -> list[Steady]:
+        """The steady states on whose grids the block is put."""
         if not self.block.W or self.block.group > 1 or self.block.interval < 2:
             return []
-        found = steady(self.block, self.takes, self.transfer)
+        both_ways = len(self.block.placement) > self.block.p  # then time cannot be moved from backwards to forwards
+        return steady(self.block, self.takes, self.transfer, LEANS[:1] if both_ways else LEANS)
+
+    # --- grids -------------------------------------------------------------------------------------------------------
+
+    def grids(self, found: Steady) -> list[_Grid]:
+        """The grids for a steady state with the shortest intervals, the best first."""
         choices = product(FINER, ROUNDINGS, (False, True))
         grids = [refined(found, finer * self.block.interval, *choice) for finer, *choice in choices]
         sized = [self.sized(grid, grid.block.pass_slots, max(STATS)) for grid in grids if grid]

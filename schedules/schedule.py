@@ -87,15 +87,15 @@ class Order:
             passes that are not named follow, in alphabetical order.
         transfers: transfers leave "behind passes", each after the pass that produced it, or "behind slots", all of a
             slot together, which takes fewer instructions.
-        ends_apart: whether warm-up and cool-down may be scans of their own, without the instructions that only the
-            steady state needs. That saves idle transfers and collectives, and takes more code.
+        ends_apart: 1 if warm-up and cool-down may be scans of their own, without the instructions that only the steady
+            state needs; 2 if they may take much more code. That saves idle transfers and collectives.
         deferred: passes whose transfers leave at the beginning of the next interval instead, each a slot, a kind and a
             chunk.
     """
 
     passes: tuple[tuple[int, tuple[tuple[str, int], ...]], ...] = ()
     transfers: Literal["behind passes", "behind slots"] = "behind slots"
-    ends_apart: bool = False
+    ends_apart: Literal[0, 1, 2] = 0
     deferred: frozenset[tuple[int, str, int]] = frozenset()
 
     def ranks(self, interval: int, words: Sequence[str], chunks: int) -> np.ndarray:

@@ -5,7 +5,8 @@ are a solution of difference constraints: a pass starts after the previous one o
 arrived, ``i`` intervals later for microbatch ``i``. Among the many solutions, the best leaves every transfer as much
 time as possible, because in one program for all devices the two ends of a transfer wait for each other. :func:`steady`
 finds the shortest interval, then the longest transfers that do not lengthen it, and spaces the passes as if transfers
-took that long.
+took that long. Forwards may be given more of that time than backwards: the last stages then begin intervals later, when
+the first ones have little left of their warm-up, in which they take less time for an interval.
 
 :func:`refined` puts the block on a grid of slots that follows these times. All of its other properties stay: the order
 of passes on every device, and hence the microbatches in flight.
@@ -13,7 +14,7 @@ of passes on every device, and hence the microbatches in flight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -43,13 +44,17 @@ class Steady:
     end: Mapping[str, np.ndarray]
 
 
-def steady(block: Block, durations: Mapping[str, np.ndarray], transfer: float = 0.0) -> Steady:
-    """The steady state with the shortest interval and, given that, the most time for transfers.
+def steady(
+    block: Block, durations: Mapping[str, np.ndarray], transfer: float = 0.0, leans: Sequence[float] = (0.0,)
+) -> list[Steady]:
+    """The steady states with the shortest interval and, given that, the most time for transfers.
 
     Args:
         block: with passes of one slot each.
         durations: of F, B and, if present, W, ``[stages]``.
         transfer: time of a transfer between neighbors.
+        leans: fractions of the time beyond that which a transfer of a forward has more, and that of a backward less;
+            a steady state for each that has one.
     """
     constraints = _Constraints(block, durations)
     load = np.zeros(block.p)
@@ -57,10 +62,14 @@ def steady(block: Block, durations: Mapping[str, np.ndarray], transfer: float = 
         np.add.at(load, np.array(block.placement), times)
     interval = _least(lambda T: constraints.solve(T, transfer), load.max(), 4.0 * load.max())
     slack = _least(lambda x: constraints.solve(interval, transfer + interval - x), 0.0, interval)
-    times = constraints.solve(interval, transfer + interval - slack)
-    start = constraints.by_kind(times)
-    end = {kind: start[kind] + constraints.durations[kind] for kind in start}
-    return Steady(block, interval, interval - slack, start, end)
+    spread, found = interval - slack, []
+    for lean in leans:
+        times = constraints.solve(interval, transfer + spread, lean * spread)
+        if times is not None:
+            start = constraints.by_kind(times)
+            end = {kind: start[kind] + constraints.durations[kind] for kind in start}
+            found.append(Steady(block, interval, spread, start, end))
+    return found
 
 
 def _least(solve, low: float, high: float) -> float:
@@ -85,6 +94,7 @@ class _Constraints:
         at, to, later, self.moves = (np.array(column) for column in zip(*edges, strict=True))
         self.at, self.to, self.later = at, to, later
         self.takes = np.concatenate([self.durations[kind] for kind in self.durations])[at]
+        self.leans = self.moves * np.array([{"F": 1, "B": -1, "W": 0}[self.nodes[n][0]] for n in to])
 
     def _orders(self):
         """Every device runs its passes one after the other, and then those of the next microbatch."""
@@ -106,9 +116,12 @@ class _Constraints:
             if source in self.index:
                 yield self.index[source], self.index[kind, stage], 0, placement[source[1]] != placement[stage]
 
-    def solve(self, interval: float, transfer: float) -> np.ndarray | None:
-        """The earliest start times by node, or None if there are none: longest paths by relaxation."""
-        weight = self.takes + transfer * self.moves - interval * self.later
+    def solve(self, interval: float, transfer: float, lean: float = 0.0) -> np.ndarray | None:
+        """The earliest start times by node, or None if there are none: longest paths by relaxation.
+
+        Transfers of forwards take ``lean`` more, those of backwards ``lean`` less.
+        """
+        weight = self.takes + transfer * self.moves + lean * self.leans - interval * self.later
         times, tiny = np.zeros(len(self.nodes)), 1e-9 * interval
         for _ in range(len(self.nodes) + 1):
             later = times.copy()
@@ -125,7 +138,12 @@ class _Constraints:
 
 @dataclass(frozen=True)
 class Refined:
-    """A block on a finer grid, and the fraction of its slot at which every pass ends, or starts."""
+    """A block on a finer grid.
+
+    Attributes:
+        block: the block.
+        fraction: of its slot at which every pass ends, or starts, by kind, ``[stages]``.
+    """
 
     block: Block
     fraction: Mapping[str, np.ndarray]

@@ -41,7 +41,7 @@ def test_the_two_phases_of_gpipe_are_scans_of_their_own():
 def test_ends_apart_run_only_what_they_need_and_take_less_time(schedule):
     def programs(m):
         built = build(schedule, "vocab-1", p=16, m=m)
-        return lower(built), lower(replace(built, order=replace(built.order, ends_apart=True)))
+        return lower(built), lower(replace(built, order=replace(built.order, ends_apart=1)))
 
     (together, apart), (_, longer) = programs(64), programs(128)
     check_program(apart)

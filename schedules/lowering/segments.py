@@ -15,14 +15,18 @@ from itertools import groupby
 import numpy as np
 
 IDLE_TRANSFER = 4  # what an idle transfer of all devices costs, in idle passes
-COMPILED = 16  # intervals in which an idle instruction costs as much as compiling it once more
+COMPILED = (
+    16,
+    16,
+    8,
+)  # by how far ends are apart, intervals in which an idle instruction costs as much as compiling it
 SCAN = 256  # what one more scan costs, in idle passes
 APART = 16  # the same if the ends are to be apart
 STEADY = 64  # what a run of more than p like intervals counts as
 
 
 def scan_bounds(
-    p: int, interval: np.ndarray, identity: np.ndarray, pair: np.ndarray, ends_apart: bool = False
+    p: int, interval: np.ndarray, identity: np.ndarray, pair: np.ndarray, ends_apart: int = 0
 ) -> list[tuple[int, int]]:
     """First interval and end of every scan, from each event's interval, instruction and pair of devices (or -1)."""
     needs, cost = _needs(p, interval, identity, pair)
@@ -34,8 +38,9 @@ def scan_bounds(
     if not ends_apart and any(need == everything for need, _ in runs):
         return [(0, starts[-1])]
     lengths = [STEADY if length > p else length for _, length in runs]
-    scan = APART if ends_apart else SCAN
-    return [(starts[a], starts[b]) for a, b in _cheapest([need for need, _ in runs], lengths, cost, scan * p)]
+    scan = p * (APART if ends_apart else SCAN)
+    needs = [need for need, _ in runs]
+    return [(starts[a], starts[b]) for a, b in _cheapest(needs, lengths, cost, scan, COMPILED[ends_apart])]
 
 
 def _needs(
@@ -56,7 +61,9 @@ def _needs(
     return [int.from_bytes(np.packbits(row, bitorder="little").tobytes(), "little") for row in found], cost
 
 
-def _cheapest(needs: list[int], lengths: list[int], cost: Callable[[int], int], scan: int) -> list[tuple[int, int]]:
+def _cheapest(
+    needs: list[int], lengths: list[int], cost: Callable[[int], int], scan: int, compiled: int
+) -> list[tuple[int, int]]:
     """The division of the runs ``0 .. n-1`` into at most three parts that costs least."""
     n, starts = len(needs), np.cumsum([0, *lengths]).tolist()
 
@@ -65,7 +72,7 @@ def _cheapest(needs: list[int], lengths: list[int], cost: Callable[[int], int], 
         union, found = 0, [0] * (n + 1)
         for b in range(a + 1, n + 1):
             union |= needs[b - 1]
-            found[b] = (starts[b] - starts[a] + COMPILED) * cost(union) + scan
+            found[b] = (starts[b] - starts[a] + compiled) * cost(union) + scan
         return found
 
     part = [costs_from(a) for a in range(n)]
