@@ -86,7 +86,7 @@ def simulated(options: MtpOptions) -> list[dict[str, Any]]:
     for name, stages in SETTINGS.items():
         for V in VOCABULARIES:
             for method in METHODS:
-                found = [_iteration(options, name, stages, V, method, depths) for depths in DEPTHS]
+                found = [iteration(options, name, stages, V, method, depths) for depths in DEPTHS]
                 line = {"model": name, "stages": stages, "V": V, "method": method, "ms": found[0][0]}
                 for depths, (ms, flops) in zip(DEPTHS[1:], found[1:], strict=True):
                     line[f"D={depths}"], line[f"by FLOPs, {depths}"] = ms / found[0][0] - 1, flops / found[0][1] - 1
@@ -95,7 +95,7 @@ def simulated(options: MtpOptions) -> list[dict[str, Any]]:
     return lines
 
 
-def _iteration(options: MtpOptions, name: str, stages: int, V: int, method: str, depths: int) -> tuple[float, float]:
+def iteration(options: MtpOptions, name: str, stages: int, V: int, method: str, depths: int) -> tuple[float, float]:
     """Milliseconds of an iteration, and the FLOPs of the busiest device."""
     of = simulate.SimulateOptions(
         model=name,

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 from test_pipeline import D, L, assert_parity, batch_of, pipeline, plain_model
 
+import mtp
 from parity_check.parity_compare import compare
 from parity_check.parity_matrix import case, combinations
 from vocabpp_jax import models, schedules
@@ -181,6 +182,13 @@ def test_the_cost_model_counts_the_tail_on_the_last_device():
     rings = {"ahead", "behind", "streams", "returned", "tail_residual"}
     assert rings <= set(simulated.program.rings) & set(tail.cell_bytes(schedule))
     assert tail.peak_bytes(simulated)[-1] > plain.peak_bytes(schedules.simulate(schedules.lower(schedule), before))[-1]
+
+
+@pytest.mark.parametrize("V", [32_000, 256_000])
+def test_on_32_stages_a_step_grows_by_what_the_tail_computes(V):
+    (ms, flops), *grown = (mtp.iteration(mtp.MtpOptions(), "21B", 32, V, "vocab-2", depths) for depths in (0, 1, 2))
+    for longer, more in grown:
+        assert longer / ms == pytest.approx(more / flops, rel=0.03)
 
 
 def test_each_depth_counts_as_a_layer_of_the_last_stage():
