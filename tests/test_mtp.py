@@ -4,13 +4,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import mtp
 import numpy as np
 import optax
 import pytest
 from safetensors.numpy import load_file
 from test_pipeline import D, L, assert_parity, batch_of, pipeline, plain_model
 
-import mtp
 from parity_check.parity_compare import compare
 from parity_check.parity_matrix import case, combinations
 from vocabpp_jax import models, schedules

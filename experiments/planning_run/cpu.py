@@ -31,9 +31,11 @@ from vocabpp_jax.schedules import build as build_schedule
 from vocabpp_jax.schedules.simulation.cost import GPU, Cost
 
 CASES = tuple(
-    (ModelOptions(model="gpt-mini", layers=4, hidden=hidden, heads=8, seq=128, vocab_size=8192), method, size)
-    for hidden, (method, size) in itertools.product((128, 256), itertools.product(("baseline", "vocab-2"), (1, 4)))
+    (ModelOptions(model="gpt-mini", layers=4, hidden=hidden, heads=8, seq=128, vocab_size=V), method, size)
+    for hidden, V in ((128, 16384), (256, 4096))
+    for method, size in itertools.product(("baseline", "vocab-2"), (1, 4))
 )
+"""Layers and vocabulary layers of different weight, so that neither's constants stand in for the other's."""
 START = {
     "matmul_efficiency": 0.6,
     "half_size": 16.0,
@@ -46,7 +48,8 @@ START = {
     "intra_bandwidth": 1e9,
     "intra_latency": 1e-4,
 }
-LONG = 1e-2  # seconds from which a pass counts fully
+LONG = 1e-2  # seconds of the passes that the closing line is about
+SHORT = 2e-3  # seconds below which the fit compares differences, not ratios: short passes decide little
 ROUNDS, MINUTES = 3, 20.0
 KINDS = ("F", "B", "S", "T", "H", "IB")
 SUMS = ("hidden_broadcast", "grad_sum", "transfer")
@@ -73,7 +76,7 @@ def fitted(found: Cases, start: GPU) -> GPU:
 
     def residuals(at: Constants) -> np.ndarray:
         rows = compared(found, dataclasses.replace(start, **at))
-        return np.array([min(1.0, s / LONG) ** 0.5 * np.log(model / s) for _, s, model in rows])
+        return np.array([np.log((model + SHORT) / (s + SHORT)) for _, s, model in rows])
 
     return dataclasses.replace(start, **gauss_newton(residuals, START, iterations=30)[0])
 
