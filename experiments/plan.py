@@ -95,7 +95,7 @@ class PlanOptions:
     measure_cpu: OptionalStr = None
     """Instead of planning, measure this machine's cores and write them to this .toml file, for use with --gpu."""
     time_steps: bool = False
-    """Also time a step of every ranked plan on this machine's cores, one process per stage."""
+    """Also time a step of every ranked plan on this machine's cores, one process per stage, and rank them by that."""
     model: ModelOptions = field(default_factory=lambda: ModelOptions(model="4B"))
 
     def __post_init__(self) -> None:
@@ -252,7 +252,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plans, refused = list(ranked.plans), []
     if options.time_steps:
         run_of = lambda choice: options.run_of(request, choice)  # noqa: E731
-        console.print(table_of_timed(on_cores(lambda cpu: cpu.timed(plans, run_of))))
+        timed = on_cores(lambda cpu: cpu.timed(plans, run_of))
+        console.print(table_of_timed(timed))
+        plans = [each.plan for each in sorted(timed, key=lambda each: each.median)]
     if compiles:
         plans, refused = compiled(options, ranked, console)
         if not plans:

@@ -7,6 +7,7 @@ import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +18,7 @@ from command_line.options import ModelOptions, PipelineOptions
 from paper.calibration import frozen
 from paper.settings import published
 from planning_run import compiling, cpu
+from planning_run.report import Timed
 from training_run.train_options import TrainOptions
 from vocabpp_jax import models, plan
 from vocabpp_jax.planning.bound import least_seconds
@@ -233,6 +235,15 @@ def test_a_plan_is_ranked_drawn_and_written_as_what_train_runs(tmp_path, capsys)
     assert options.pipeline.stages == best["stages"] and options.pipeline.method == best["method"]
     assert options.pipeline.microbatches == best["microbatches"] and options.model.vocab_size == 50_000
     assert options.pipeline.devices == 4
+
+
+def test_of_plans_timed_on_this_machine_the_fastest_is_the_best(tmp_path, monkeypatch, capsys):
+    cores = SimpleNamespace(timed=lambda plans, run_of: [Timed(each, [9.0 - n]) for n, each in enumerate(plans)])
+    monkeypatch.setattr(command, "on_cores", lambda run: run(cores))
+    which = "--model gpt-tiny --gpus 2 --gpu a100 --global-batch 8 --stages 2 --schedules 1f1b --no-compile --show 3"
+    command.main([*which.split(), "--time-steps", "--json", "-", "--output", str(tmp_path / "plan.json")])
+    expected = [each["step_seconds"] for each in json.loads(capsys.readouterr().out)["plans"]]
+    assert len(expected) == 3 and expected == sorted(expected, reverse=True)
 
 
 def test_a_plan_and_other_options_must_agree(tmp_path, capsys):

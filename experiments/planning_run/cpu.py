@@ -50,7 +50,7 @@ START = {
 }
 LONG = 1e-2  # seconds of the passes that the closing line is about
 SHORT = 2e-3  # seconds below which the fit compares differences, not ratios: short passes decide little
-ROUNDS, MINUTES = 3, 20.0
+ROUNDS, STEP_ROUNDS, MINUTES = 3, 9, 20.0
 KINDS = ("F", "B", "S", "T", "H", "IB")
 SUMS = ("hidden_broadcast", "grad_sum", "transfer")
 Say = Callable[[str], None]
@@ -150,7 +150,7 @@ def as_toml(gpu: GPU) -> str:
 # --- plans, timed ----------------------------------------------------------------------------------------------------
 
 
-def timed(plans: Sequence[Plan], run_of: Callable, rounds: int = ROUNDS) -> list[Timed]:
+def timed(plans: Sequence[Plan], run_of: Callable, rounds: int = STEP_ROUNDS) -> list[Timed]:
     """Time a step of every plan, loss and gradients, in turns on this machine's cores."""
     left = countdown(60 * MINUTES)
     stages = plans[0].choice.stages
