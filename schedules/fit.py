@@ -10,8 +10,8 @@ list of candidates in a fixed order, so it finds the same schedule everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from math import inf
@@ -19,6 +19,7 @@ from math import inf
 import numpy as np
 
 from .blocks import Block
+from .candidates import Candidate, Grid, order_of
 from .ends import Ends
 from .lowering.program import Program, lower
 from .queues import Filling
@@ -30,7 +31,6 @@ from .simulation.simulator import GPU, Rules, simulate, steady_interval
 from .steady import KINDS, Refined, Steady, refined, steady
 
 Times = Durations | Callable[[Schedule], Durations]
-Maker = tuple[int, str, int]
 
 FINER = (1, 2, 3)  # how many times as many slots an interval as the block has
 ROUNDINGS = (0.999, 0.5)
@@ -57,28 +57,6 @@ LATE_WEIGHTS = (
 TOGGLED = 8  # transfers that are deferred or not one by one
 MORE_CODE = 0.002  # what scans for warm-up and cool-down must save at least
 WAITING = 1.0  # what the longest wait counts, beside the whole iteration
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A way to build the schedule for any number of microbatches, and the simulated time for a few."""
-
-    build: Callable[[int], Schedule]
-    score: float = inf
-
-    def with_order(self, order: Order) -> _Candidate:
-        return self._ordered(lambda _: order)
-
-    def apart(self, far: int) -> _Candidate:
-        """The same with warm-up and cool-down in scans of their own."""
-        return self._ordered(lambda order: replace(order, ends_apart=far))
-
-    def _ordered(self, change: Callable[[Order], Order]) -> _Candidate:
-        def build(m: int) -> Schedule:
-            schedule = self.build(m)
-            return replace(schedule, order=change(schedule.order))
-
-        return _Candidate(build)
 
 
 def fit(
@@ -148,21 +126,11 @@ class _Search:
         """Simulated time of the whole iteration."""
         return simulate(lower(schedule), self.durations(schedule), self.rules).makespan
 
-    def best(self) -> _Candidate:
+    def best(self) -> Candidate:
         """The best of all candidates."""
-        blocks = [self.block]
-        if self.plain.sharded and self.block.longest > 1:  # then a pass hides the gradients' sum, not the broadcast
-            blocks.append(replace(self.block, broadcast_slots=1))
-        plain = [_Candidate(self._repeated(block)) for block in blocks]
-        plain += [candidate.with_order(Order(transfers="behind passes")) for candidate in plain]
-        found = [self.judged(candidate) for candidate in plain]
-        both = self.plain.sharded or self.block.p <= FEW
-        for n, state in enumerate(self.states()):
-            for grid in self.grids(state)[: GRIDS if both and n == 0 else 1]:
-                best = self.deferred(grid)
-                found.append(self.judged(best) if self.plain.sharded else self.filled(best, grid))
+        found = [*map(self.judged, self.repetitions()), *self.on_grids()]
         if self.plain.sharded and can_reorder(self.block):
-            found.append(self.judged(_Candidate(self._reordered)))
+            found.append(self.judged(Candidate(self._reordered)))
         best, *others = sorted(found, key=lambda candidate: candidate.score)
         tried = [self.judged(candidate.apart(1)) for candidate in (best, *others[:1]) if candidate.score < inf]
         apart = min(tried, key=lambda candidate: candidate.score)
@@ -170,7 +138,23 @@ class _Search:
             best = larger if larger.score < best.score * (1 - MORE_CODE) else best
         return best
 
-    def judged(self, candidate: _Candidate) -> _Candidate:
+    def repetitions(self) -> list[Candidate]:
+        """The block as it is, merely repeated."""
+        blocks = [self.block]
+        if self.plain.sharded and self.block.longest > 1:  # then a pass hides the gradients' sum, not the broadcast
+            blocks.append(replace(self.block, broadcast_slots=1))
+        plain = [Candidate(self._repeated(block)) for block in blocks]
+        return plain + [candidate.with_order(Order(transfers="behind passes")) for candidate in plain]
+
+    def on_grids(self) -> Iterator[Candidate]:
+        """The block on the best grids, with the best transfers deferred and its ends filled."""
+        both = self.plain.sharded or self.block.p <= FEW
+        for n, state in enumerate(self.states()):
+            for grid in self.grids(state)[: GRIDS if both and n == 0 else 1]:
+                best = self.deferred(grid)
+                yield self.judged(best) if self.plain.sharded else self.filled(best, grid)
+
+    def judged(self, candidate: Candidate) -> Candidate:
         """The candidate with its simulated time; infinite if it cannot run or holds more than the block."""
         program = self._lowered(candidate, self.trial)
         if program is None:
@@ -179,7 +163,7 @@ class _Search:
         more = (self.m - self.trial) * timeline.steady_interval if self.m > self.trial else 0.0
         return replace(candidate, score=timeline.makespan + more + WAITING * float(timeline.idle.max()))
 
-    def paced(self, candidate: _Candidate) -> _Candidate:
+    def paced(self, candidate: Candidate) -> Candidate:
         """The candidate with the simulated time of its steady state alone."""
         program = self._lowered(candidate, self.short)
         if program is None:
@@ -187,7 +171,7 @@ class _Search:
         interval = steady_interval(program, self.durations(program.schedule), self.rules)
         return replace(candidate, score=self.m * interval)
 
-    def _lowered(self, candidate: _Candidate, m: int) -> Program | None:
+    def _lowered(self, candidate: Candidate, m: int) -> Program | None:
         """The candidate's program, or None if it cannot run or holds more than the block."""
         try:
             program = lower(candidate.build(m))
@@ -195,7 +179,7 @@ class _Search:
             return None
         return None if max(program.in_flight) > self.in_flight else program
 
-    def measured(self, candidate: _Candidate) -> _Candidate:
+    def measured(self, candidate: Candidate) -> Candidate:
         """The candidate with what decides between its kind: with a sharded vocabulary, the steady state alone; the
         ends are the same, and it takes a tenth of the time."""
         return self.paced(candidate) if self.plain.sharded else self.judged(candidate)
@@ -209,7 +193,7 @@ class _Search:
 
     # --- grids -------------------------------------------------------------------------------------------------------
 
-    def grids(self, found: Steady) -> list[_Grid]:
+    def grids(self, found: Steady) -> list[Grid]:
         """The grids for a steady state with the shortest intervals, the best first."""
         choices = product(FINER, ROUNDINGS, (False, True))
         grids = [refined(found, finer * self.block.interval, *choice) for finer, *choice in choices]
@@ -226,27 +210,27 @@ class _Search:
             ]
         return _fastest(best)
 
-    def sized(self, grid: Refined, slots: int, stats: int) -> _Grid | None:
+    def sized(self, grid: Refined, slots: int, stats: int) -> Grid | None:
         """A grid on which a large collective takes so many slots, and the softmax statistics so many."""
         if self.plain.sharded:
             grid = replace(grid, block=replace(grid.block, pass_slots=slots, stats_slots=stats))
         build = self._repeated(grid.block)
         try:
-            return _Grid(grid, _order(grid, build(1)), build)
+            return Grid(grid, order_of(grid, build(1)), build)
         except ValueError:  # fewer intervals are inserted than its passes need
             return None
 
-    def late(self, grid: _Grid, slots: int) -> _Grid:
+    def late(self, grid: Grid, slots: int) -> Grid:
         """The grid with the transfers of an interval's last slots deferred, and how long it takes."""
         late = frozenset(maker for maker in grid.makers if maker[0] >= grid.refined.block.interval - slots)
         return replace(grid, slots=slots, late=late, score=self.measured(grid.candidate(late)).score)
 
-    def filled(self, start: _Candidate, grid: _Grid) -> _Candidate:
+    def filled(self, start: Candidate, grid: Grid) -> Candidate:
         """A candidate on a grid with the best filling of its ends; the vocabulary is not sharded."""
         best = start
         for filling in EARLY if self.rules.transfers == "eager" else LATE_WEIGHTS:
             ends = Ends(grid.refined.block, filling, self.takes, self.transfer, self.gap)
-            candidate = _Candidate(partial(self._with_ends, ends)).with_order(start.build(1).order)
+            candidate = Candidate(partial(self._with_ends, ends)).with_order(start.build(1).order)
             best = min(best, self.judged(candidate), key=lambda found: found.score)
         return best
 
@@ -259,7 +243,7 @@ class _Search:
             raise ValueError("no order of passes takes fewer slots than the repeated block")
         return self._counted(found)
 
-    def deferred(self, grid: _Grid) -> _Candidate:
+    def deferred(self, grid: Grid) -> Candidate:
         """A grid with the best transfers deferred: those of an interval's last slots, then one more or one fewer."""
         best, chosen = replace(grid.candidate(grid.late), score=grid.score), grid.late
 
@@ -278,42 +262,6 @@ class _Search:
         return best
 
 
-@dataclass(frozen=True)
-class _Grid:
-    """The block on a grid of slots that follows the durations.
-
-    Attributes:
-        refined: the block.
-        order: of the passes, none of whose transfers is deferred.
-        build: its repetition for any number of microbatches.
-        slots, late: the last slots of an interval whose transfers are deferred, and those transfers.
-        score: how long it takes.
-    """
-
-    refined: Refined
-    order: Order
-    build: Callable[[int], Schedule]
-    slots: int = 0
-    late: frozenset[Maker] = frozenset()
-    score: float = inf
-
-    @property
-    def makers(self) -> list[Maker]:
-        """The passes whose transfers can be deferred: slot, kind and chunk."""
-        return [(slot, *kind) for slot, kinds in self.order.passes for kind in kinds if kind[0] != "W"]
-
-    def candidate(self, deferred: frozenset[Maker]) -> _Candidate:
-        """The repetition, with some transfers deferred."""
-        return _Candidate(self.build).with_order(replace(self.order, deferred=deferred))
-
-
-def _fastest(grids: Iterable[_Grid]) -> list[_Grid]:
+def _fastest(grids: Iterable[Grid]) -> list[Grid]:
     """The few that take the least time, the first of equals."""
     return sorted(grids, key=lambda grid: grid.score)[:GRIDS]
-
-
-def _order(grid: Refined, schedule: Schedule) -> Order:
-    """The program order that follows the times at which passes end, or start."""
-    K = grid.block.interval
-    passes = sorted(((slot - schedule.opens) % K, kinds) for slot, kinds in grid.passes.items())
-    return Order(tuple(passes), "behind passes")

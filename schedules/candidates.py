@@ -1,0 +1,71 @@
+"""Ways to build a schedule, among which the search (:mod:`.fit`) chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import inf
+
+from .schedule import Order, Schedule
+from .steady import Refined
+
+Maker = tuple[int, str, int]
+"""A pass that makes what is transferred: its slot in the interval, kind and chunk."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to build the schedule for any number of microbatches, and the simulated time for a few."""
+
+    build: Callable[[int], Schedule]
+    score: float = inf
+
+    def with_order(self, order: Order) -> Candidate:
+        return self._ordered(lambda _: order)
+
+    def apart(self, far: int) -> Candidate:
+        """The same with warm-up and cool-down in scans of their own."""
+        return self._ordered(lambda order: replace(order, ends_apart=far))
+
+    def _ordered(self, change: Callable[[Order], Order]) -> Candidate:
+        def build(m: int) -> Schedule:
+            schedule = self.build(m)
+            return replace(schedule, order=change(schedule.order))
+
+        return Candidate(build)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The block on a grid of slots that follows the durations.
+
+    Attributes:
+        refined: the block.
+        order: of the passes, none of whose transfers is deferred.
+        build: its repetition for any number of microbatches.
+        slots, late: the last slots of an interval whose transfers are deferred, and those transfers.
+        score: how long it takes.
+    """
+
+    refined: Refined
+    order: Order
+    build: Callable[[int], Schedule]
+    slots: int = 0
+    late: frozenset[Maker] = frozenset()
+    score: float = inf
+
+    @property
+    def makers(self) -> list[Maker]:
+        """The passes whose transfers can be deferred: slot, kind and chunk."""
+        return [(slot, *kind) for slot, kinds in self.order.passes for kind in kinds if kind[0] != "W"]
+
+    def candidate(self, deferred: frozenset[Maker]) -> Candidate:
+        """The repetition, with some transfers deferred."""
+        return Candidate(self.build).with_order(replace(self.order, deferred=deferred))
+
+
+def order_of(grid: Refined, schedule: Schedule) -> Order:
+    """The program order that follows the times at which passes end, or start."""
+    K = grid.block.interval
+    passes = sorted(((slot - schedule.opens) % K, kinds) for slot, kinds in grid.passes.items())
+    return Order(tuple(passes), "behind passes")
