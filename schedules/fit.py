@@ -55,7 +55,7 @@ LATE_WEIGHTS = (
 )
 """Fillings for devices that do."""
 TOGGLED = 8  # transfers that are deferred or not one by one
-MORE_CODE = 0.002  # what scans for warm-up and cool-down must save at least
+MORE_CODE = (0.0, 0.002, 0.01)  # by how far warm-up and cool-down are apart, what that must save at least
 WAITING = 1.0  # what the longest wait counts, beside the whole iteration
 
 
@@ -134,8 +134,8 @@ class _Search:
         best, *others = sorted(found, key=lambda candidate: candidate.score)
         tried = [self.judged(candidate.apart(1)) for candidate in (best, *others[:1]) if candidate.score < inf]
         apart = min(tried, key=lambda candidate: candidate.score)
-        for larger in (apart, self.judged(apart.apart(2))):
-            best = larger if larger.score < best.score * (1 - MORE_CODE) else best
+        for far, larger in ((1, apart), (2, self.judged(apart.apart(2)))):
+            best = larger if larger.score < best.score * (1 - MORE_CODE[far]) else best
         return best
 
     def repetitions(self) -> list[Candidate]:
