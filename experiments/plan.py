@@ -254,7 +254,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run_of = lambda choice: options.run_of(request, choice)  # noqa: E731
         timed = on_cores(lambda cpu: cpu.timed(plans, run_of))
         console.print(table_of_timed(timed))
-        plans = [each.plan for each in sorted(timed, key=lambda each: each.median)]
+        timed = sorted(timed, key=lambda each: each.median)
+        plans = [dataclasses.replace(each.plan, measured_seconds=each.median) for each in timed]
+        ranked = dataclasses.replace(ranked, plans=tuple(plans))
     if compiles:
         plans, refused = compiled(options, ranked, console)
         if not plans:

@@ -25,7 +25,7 @@ class Block:
         group, group_interval: for microbatches that come in groups, the group size and the slots between groups.
         pass_slots: slots in which every device reaches the end of a pass, if slots are finer than passes.
         stats_slots: slots in which the softmax statistics are exchanged.
-        broadcast_slots: slots in which the last stage's output is broadcast; 0 for as many as the longest pass takes.
+        broadcast_slots: slots for the broadcast of the last stage's output; 0 for as many as the longest pass takes.
     """
 
     interval: int

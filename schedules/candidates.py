@@ -15,16 +15,17 @@ Maker = tuple[int, str, int]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to build the schedule for any number of microbatches, and the simulated time for a few."""
+    """A way to build the schedule for any number of microbatches, and its score: the lower, the better."""
 
     build: Callable[[int], Schedule]
     score: float = inf
 
     def with_order(self, order: Order) -> Candidate:
+        """The same in another program order."""
         return self._ordered(lambda _: order)
 
     def apart(self, far: int) -> Candidate:
-        """The same with warm-up and cool-down in scans of their own."""
+        """The same with warm-up and cool-down in scans of their own; with 2, even if they take much more code."""
         return self._ordered(lambda order: replace(order, ends_apart=far))
 
     def _ordered(self, change: Callable[[Order], Order]) -> Candidate:
@@ -43,8 +44,9 @@ class Grid:
         refined: the block.
         order: of the passes, none of whose transfers is deferred.
         build: its repetition for any number of microbatches.
-        slots, late: the last slots of an interval whose transfers are deferred, and those transfers.
-        score: how long it takes.
+        slots: how many of an interval's last slots have their transfers deferred.
+        late: the passes that make those transfers.
+        score: of its candidate.
     """
 
     refined: Refined

@@ -2,10 +2,10 @@
 
 A candidate is the block on a grid of slots that follows the durations (:mod:`.steady`) with a program order: the order
 of passes within a slot, and whether a transfer is issued after its pass or at the start of the next interval. Its
-warm-up and cool-down may be filled (:mod:`.ends`, :mod:`.reorder`) or be scans of their own. The block as it is,
-merely repeated, is one of the candidates. :func:`.simulate` decides, by the rules of the machine that the program is
-for; between grids with a sharded vocabulary :func:`.steady_interval`, as their ends are alike. The search tries a fixed
-list of candidates in a fixed order, so it finds the same schedule everywhere.
+warm-up and cool-down may be filled (:mod:`.ends`, :mod:`.reorder`) or be scans of their own. The block merely repeated,
+with a full or a short broadcast, is one of the candidates. :func:`.simulate` decides, by the rules of the machine that
+the program is for; between grids with a sharded vocabulary :func:`.steady_interval`, as their ends are alike. The
+search tries a fixed list of candidates in a fixed order, so it finds the same schedule everywhere.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ Times = Durations | Callable[[Schedule], Durations]
 FINER = (1, 2, 3)  # how many times as many slots an interval as the block has
 ROUNDINGS = (0.999, 0.5)
 GRIDS = 2  # grids whose program orders are searched
-FEW = 16  # devices up to which they all are if the vocabulary is not sharded, where each takes long
-LEANS = (0.0, 0.1, 0.2)  # of the time beyond a transfer, what those of forwards have more, and those of backwards less
+FEW = 16  # if the vocabulary is not sharded, devices up to which that many grids are searched instead of one
+LEANS = (0.0, 0.1, 0.2)  # shares of the time to spare for transfers that are moved from backwards to forwards
 STATS = (2, 3)  # slots for the softmax statistics
 LATE = (1, 2)  # of how many of an interval's last slots the transfers are deferred, with a sharded vocabulary
 EARLY = (
@@ -55,7 +55,7 @@ LATE_WEIGHTS = (
 )
 """Fillings for devices that do."""
 TOGGLED = 8  # transfers that are deferred or not one by one
-MORE_CODE = (0.0, 0.002, 0.01)  # by how far warm-up and cool-down are apart, what that must save at least
+MORE_CODE = {1: 0.002, 2: 0.01}  # what scans for warm-up and cool-down must save at least, by Order.ends_apart
 WAITING = 1.0  # what the longest wait counts, beside the whole iteration
 
 
@@ -72,7 +72,8 @@ def fit(
 ) -> Schedule:
     """The fastest schedule of a block, with no more microbatches in flight than the block has.
 
-    A block without W passes keeps its slots: its transfers have no time to spare.
+    A block without W passes keeps its passes in their slots, as its transfers have no time to spare; only its broadcast
+    may become shorter.
 
     Args:
         block: the building block, without its vocabulary passes.
@@ -134,23 +135,25 @@ class _Search:
         best, *others = sorted(found, key=lambda candidate: candidate.score)
         tried = [self.judged(candidate.apart(1)) for candidate in (best, *others[:1]) if candidate.score < inf]
         apart = min(tried, key=lambda candidate: candidate.score)
-        for far, larger in ((1, apart), (2, self.judged(apart.apart(2)))):
-            best = larger if larger.score < best.score * (1 - MORE_CODE[far]) else best
+        farther = self.judged(apart.apart(2))
+        for larger, least in ((apart, MORE_CODE[1]), (farther, MORE_CODE[2])):
+            best = larger if larger.score < best.score * (1 - least) else best
         return best
 
     def repetitions(self) -> list[Candidate]:
-        """The block as it is, merely repeated."""
+        """The block repeated, with a full or a short broadcast, and transfers behind slots or passes."""
         blocks = [self.block]
-        if self.plain.sharded and self.block.longest > 1:  # then a pass hides the gradients' sum, not the broadcast
+        if self.plain.sharded and self.block.longest > 1 and self.method != "interlaced":
+            # A pass then hides the sum of gradients, which may take longer, instead of the broadcast.
             blocks.append(replace(self.block, broadcast_slots=1))
         plain = [Candidate(self._repeated(block)) for block in blocks]
         return plain + [candidate.with_order(Order(transfers="behind passes")) for candidate in plain]
 
     def on_grids(self) -> Iterator[Candidate]:
         """The block on the best grids, with the best transfers deferred and its ends filled."""
-        both = self.plain.sharded or self.block.p <= FEW
+        several = self.plain.sharded or self.block.p <= FEW
         for n, state in enumerate(self.states()):
-            for grid in self.grids(state)[: GRIDS if both and n == 0 else 1]:
+            for grid in self.grids(state)[: GRIDS if several and n == 0 else 1]:
                 best = self.deferred(grid)
                 yield self.judged(best) if self.plain.sharded else self.filled(best, grid)
 
@@ -188,8 +191,9 @@ class _Search:
         """The steady states on whose grids the block is put."""
         if not self.block.W or self.block.group > 1 or self.block.interval < 2:
             return []
-        both_ways = len(self.block.placement) > self.block.p  # then time cannot be moved from backwards to forwards
-        return steady(self.block, self.takes, self.transfer, LEANS[:1] if both_ways else LEANS)
+        # In a V, forwards go both ways: time can rarely be moved from backwards to forwards, and that has not paid.
+        leans = LEANS if len(self.block.placement) == self.block.p else LEANS[:1]
+        return steady(self.block, self.takes, self.transfer, leans)
 
     # --- grids -------------------------------------------------------------------------------------------------------
 

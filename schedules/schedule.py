@@ -87,8 +87,8 @@ class Order:
             passes that are not named follow, in alphabetical order.
         transfers: transfers leave "behind passes", each after the pass that produced it, or "behind slots", all of a
             slot together, which takes fewer instructions.
-        ends_apart: 1 if warm-up and cool-down may be scans of their own, without the instructions that only the steady
-            state needs; 2 if they may take much more code. That saves idle transfers and collectives.
+        ends_apart: 0 for as few scans as possible; 1 if warm-up and cool-down may be scans of their own, without the
+            idle transfers and collectives of the steady state; 2 if they may be even where that takes much more code.
         deferred: passes whose transfers leave at the beginning of the next interval instead, each a slot, a kind and a
             chunk.
     """

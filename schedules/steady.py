@@ -5,8 +5,8 @@ are a solution of difference constraints: a pass starts after the previous one o
 arrived, ``i`` intervals later for microbatch ``i``. Among the many solutions, the best leaves every transfer as much
 time as possible, because in one program for all devices the two ends of a transfer wait for each other. :func:`steady`
 finds the shortest interval, then the longest transfers that do not lengthen it, and spaces the passes as if transfers
-took that long. Forwards may be given more of that time than backwards: the last stages then begin intervals later, when
-the first ones have little left of their warm-up, in which they take less time for an interval.
+took that long. Forwards may be given more of that time than backwards. The last stages then start intervals later. By
+then, the first stages have little left of their warm-up, in which their intervals are shorter and they have to wait.
 
 :func:`refined` puts the block on a grid of slots that follows these times. All of its other properties stay: the order
 of passes on every device, and hence the microbatches in flight.
@@ -33,7 +33,7 @@ class Steady:
     Attributes:
         block: the block.
         interval: time from one microbatch to the next.
-        spread: time available to every transfer beyond its duration.
+        spread: time available to a transfer beyond its duration, on average over forwards and backwards.
         start, end: of microbatch 0's passes, by kind, ``[stages]``.
     """
 
@@ -53,8 +53,8 @@ def steady(
         block: with passes of one slot each.
         durations: of F, B and, if present, W, ``[stages]``.
         transfer: time of a transfer between neighbors.
-        leans: fractions of the time beyond that which a transfer of a forward has more, and that of a backward less;
-            a steady state for each that has one.
+        leans: shares of that time to move from transfers of backwards to those of forwards, beginning with 0; one
+            without a solution is left out.
     """
     constraints = _Constraints(block, durations)
     load = np.zeros(block.p)
@@ -64,7 +64,7 @@ def steady(
     slack = _least(lambda x: constraints.solve(interval, transfer + interval - x), 0.0, interval)
     spread, found = interval - slack, []
     for lean in leans:
-        times = constraints.solve(interval, transfer + spread, lean * spread)
+        times = constraints.solve(interval, transfer + interval - slack, lean * spread)
         if times is not None:
             start = constraints.by_kind(times)
             end = {kind: start[kind] + constraints.durations[kind] for kind in start}

@@ -7,8 +7,8 @@ are in :mod:`.instructions`.
 An interval of the lowered program opens at the slot in which the broadcast of the last stage's output starts. A
 collective starts before a slot's passes and lands after them, or after those of a later slot of the same interval: no
 scan step boundary cuts it, and within as many slots as the longest pass takes, every device has a pass to hide it
-behind. S is in the same slot on all devices, and so is T. A device that is in the middle of a pass in that slot runs
-them before it.
+behind. A block may give the broadcast fewer; some device may then have no pass to hide it. S is in the same slot on all
+devices, and so is T. A device that is in the middle of a pass in that slot runs them before it.
 
 Where collectives cannot overlap with passes, as on CPUs, each would make all devices wait for the slowest at a
 different place. There, all steps follow the last F, one after the other, with nothing in between.

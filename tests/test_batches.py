@@ -1,4 +1,4 @@
-"""Batches of tokens: any is there at any time and on any host, and no window is lost."""
+"""Batches of tokens: any can be had at any time, on any host, and no window is lost."""
 
 import numpy as np
 import pytest

@@ -22,6 +22,14 @@ def test_a_schedule_comes_back_from_json(case, p, m):
         assert formats.from_json(formats.to_json(schedule)) == schedule
 
 
+@pytest.mark.parametrize(("written", "read"), [(0, 0), (2, 2), (False, 0), (True, 1)])
+def test_a_program_order_comes_back_from_json_also_as_an_earlier_version_wrote_it(written, read):
+    data = json.loads(formats.to_json(build("1f1b", "vocab-2", p=2, m=2)))
+    data["order"]["ends_apart"] = written
+    found = formats.from_json(json.dumps(data)).order.ends_apart
+    assert found == read and type(found) is int
+
+
 def test_a_redistributed_schedule_keeps_its_layers_in_json():
     schedule = build("1f1b", "redis", p=3, m=2, layer_counts=(2, 2, 0))
     assert formats.from_json(formats.to_json(schedule)).layer_counts == (2, 2, 0)

@@ -4,13 +4,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import mtp
 import numpy as np
 import optax
 import pytest
 from safetensors.numpy import load_file
 from test_pipeline import D, L, assert_parity, batch_of, pipeline, plain_model
 
+import mtp
 from parity_check.parity_compare import compare
 from parity_check.parity_matrix import case, combinations
 from vocabpp_jax import models, schedules
@@ -188,7 +188,7 @@ def test_the_cost_model_counts_the_tail_on_the_last_device():
 def test_on_32_stages_a_step_grows_by_what_the_tail_computes(V):
     (ms, flops), *grown = (mtp.iteration(mtp.MtpOptions(), "21B", 32, V, "vocab-2", depths) for depths in (0, 1, 2))
     for longer, more in grown:
-        assert longer / ms == pytest.approx(more / flops, rel=0.03)
+        assert 0.97 * more / flops <= longer / ms <= 1.002 * more / flops
 
 
 def test_each_depth_counts_as_a_layer_of_the_last_stage():

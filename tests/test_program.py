@@ -37,11 +37,12 @@ def test_the_two_phases_of_gpipe_are_scans_of_their_own():
     assert not {i.name for i in forward.body} & {"B"} and not {i.name for i in backward.body} & {"F"}
 
 
+@pytest.mark.parametrize("far", [1, 2])
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "v-zb"])
-def test_ends_apart_run_only_what_they_need_and_take_less_time(schedule):
+def test_ends_apart_run_only_what_they_need_and_take_less_time(schedule, far):
     def programs(m):
         built = build(schedule, "vocab-1", p=16, m=m)
-        return lower(built), lower(replace(built, order=replace(built.order, ends_apart=1)))
+        return lower(built), lower(replace(built, order=replace(built.order, ends_apart=far)))
 
     (together, apart), (_, longer) = programs(64), programs(128)
     check_program(apart)

@@ -38,7 +38,7 @@ class Timed:
 
 
 def table_of_timed(found: Sequence[Timed]) -> Table:
-    """One line per plan, in ranked order, with measured and expected times."""
+    """One line per plan, in order of expected time, with measured and expected times."""
     fastest = min(each.median for each in found)
     shown_as = Table("schedule", "method", "microbatches", "expected, s", "measured, s", "rounds", "over the fastest")
     for each in found:

@@ -73,6 +73,12 @@ class Program:
         """Activations of a stage alive at once, by device: from F to B, or to W where that is a pass of its own."""
         return self.peaks.get("kept", self.peaks.get("residual", (0,) * self.schedule.p))
 
+    @property
+    def open_transfers(self) -> int:
+        """Transfers that have left and not landed, at most: every device allocates a buffer for each."""
+        steps = [[(i.op == "permute") - (i.op == "land") for i in s.body] for s in self.segments]
+        return max((int(np.cumsum(of_body).max()) for of_body in steps if of_body), default=0)
+
 
 def lower(schedule: Schedule, order: Order | None = None) -> Program:
     """The program of a schedule, in the given order or the schedule's own.

@@ -15,11 +15,8 @@ from itertools import groupby
 import numpy as np
 
 IDLE_TRANSFER = 4  # what an idle transfer of all devices costs, in idle passes
-COMPILED = (
-    16,
-    16,
-    8,
-)  # by how far ends are apart, intervals in which an idle instruction costs as much as compiling it
+# Intervals in which an idle instruction costs as much as compiling it once more, by Order.ends_apart.
+COMPILED = (16, 16, 8)
 SCAN = 256  # what one more scan costs, in idle passes
 APART = 16  # the same if the ends are to be apart
 STEADY = 64  # what a run of more than p like intervals counts as

@@ -181,8 +181,8 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
         if value is None and NoneType in parts:
             return None
         return _typed(next(part for part in parts if part is not NoneType), value, where)
-    if origin is Literal and value in parts and isinstance(value, str):
-        return value
+    if origin is Literal and value in parts and isinstance(value, str | int):
+        return parts[parts.index(value)]  # a False that an earlier version wrote is 0
     if isinstance(value, list):
         if hints := getattr(kind, "_fields", None) and get_type_hints(kind):
             parts = tuple(hints.values())

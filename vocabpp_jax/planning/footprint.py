@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..pipeline.layout import ROW_MULTIPLE
+from ..schedules.lowering.program import Program
 from ..schedules.schedule import Schedule
 from ..schedules.simulation.cost import stage_layers
 from ..vocab.unsharded_head import EXPONENTIALS, LOGITS
@@ -87,8 +88,9 @@ class Footprint:
             self.schedule.chunks * self.depth * self.part.parameters + sum(self.table_rows) * self.request.sizes.hidden
         )
 
-    def bytes(self, rings: Mapping[str, int]) -> Bytes:
-        """The estimate for a step whose program has these ring sizes, in cells."""
+    def bytes(self, program: Program | None = None) -> Bytes:
+        """The estimate for a step with this program, or without its rings."""
+        rings = {} if program is None else program.rings
         z, choice, part = self.request.sizes, self.choice, self.part
         n, copies = self.parameters, choice.data if choice.shard_optimizer else 1
         tokens = choice.microbatch_size * z.seq
@@ -102,7 +104,7 @@ class Footprint:
             gradients=4 * n,
             rounded=self._rounded(),
             activations=activations * self.depth,
-            buffers=self._buffers(rings, stream, tokens, width),
+            buffers=self._buffers(rings, 1 if program is None else program.open_transfers, stream, tokens, width),
             scratch=self._scratch(tokens),
         )
 
@@ -121,9 +123,9 @@ class Footprint:
         left_out = both // 2 + positions if own_table and not z.tied else 0
         return 2 * (self.parameters - (0 if self.choice.shard_optimizer else left_out * z.hidden))
 
-    def _buffers(self, rings: Mapping[str, int], stream: int, tokens: int, width: int) -> float:
-        """Streams in rings and in flight, and what S leaves for T."""
-        cells = rings.get("inbox", 1) + rings.get("outbox", 0) + 1
+    def _buffers(self, rings: Mapping[str, int], transfers: int, stream: int, tokens: int, width: int) -> float:
+        """Streams in rings and on their way, and what S leaves for T."""
+        cells = rings.get("inbox", 1) + rings.get("outbox", 0) + transfers
         if not self.schedule.sharded:
             return cells * stream
         rows = -(-self.request.sizes.vocab_size // (self.schedule.p * self.choice.tensor))

@@ -19,6 +19,7 @@ class Plan:
             communication is in progress: sums over ``tensor`` and ``data``.
         estimated: bytes per device.
         compiled_bytes: the compiler's peak, or None if nothing was compiled.
+        measured_seconds: of passes and collectives on this machine, or None if they were not timed.
     """
 
     request: Request = field(repr=False)
@@ -28,6 +29,7 @@ class Plan:
     communication: float
     estimated: Bytes
     compiled_bytes: int | None = None
+    measured_seconds: float | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -41,8 +43,8 @@ class Plan:
         return flops / (self.step_seconds * self.request.gpus * self.request.gpu.peak_flops)
 
     def json(self) -> dict[str, Any]:
-        """Numbers and names; ``compiled_bytes`` only if the plan was compiled."""
-        compiled = {} if self.compiled_bytes is None else {"compiled_bytes": self.compiled_bytes}
+        """Numbers and names; ``compiled_bytes`` and ``measured_seconds`` only where there are such."""
+        found = {"compiled_bytes": self.compiled_bytes, "measured_seconds": self.measured_seconds}
         return (
             {name: getattr(self.choice, name) for name in self.choice.__dataclass_fields__}
             | {
@@ -54,7 +56,7 @@ class Plan:
                 "communication": self.communication,
                 "estimated_bytes": round(self.estimated.peak),
             }
-            | compiled
+            | {name: value for name, value in found.items() if value is not None}
         )
 
 

@@ -119,7 +119,7 @@ class Ranking:
             whole,
             bubble=max(0.0, whole - self._outside(choice) - busy) / whole,
             communication=(sums + data) / whole,
-            estimated=self.footprint(choice).bytes(program.rings),
+            estimated=self.footprint(choice).bytes(program),
         )
 
     # --- seconds -----------------------------------------------------------------------------------------------------
@@ -264,8 +264,8 @@ class Ranking:
     def bytes(self, choice: Choice, usable: float = inf) -> Bytes:
         """The estimate; if the state alone exceeds ``usable``, only the state."""
         footprint = self.footprint(choice)
-        least = footprint.bytes({})
-        return least if least.peak > usable else footprint.bytes(self.program(choice).rings)
+        least = footprint.bytes()
+        return least if least.peak > usable else footprint.bytes(self.program(choice))
 
     def _why_none(self, dropped: list[Dropped]) -> str:
         # For most choices only the state has been counted.
