@@ -55,6 +55,7 @@ LATE_WEIGHTS = (
 )
 """Fillings for devices that do."""
 TOGGLED = 8  # transfers that are deferred or not one by one
+MORE_CARRIED = 0.003  # what a filling of later weight gradients must save at least, as they wait in memory
 MORE_CODE = {1: 0.002, 2: 0.01}  # what scans for warm-up and cool-down must save at least, by Order.ends_apart
 WAITING = 1.0  # what the longest wait counts, beside the whole iteration
 
@@ -231,11 +232,11 @@ class _Search:
 
     def filled(self, start: Candidate, grid: Grid) -> Candidate:
         """A candidate on a grid with the best filling of its ends; the vocabulary is not sharded."""
-        best = start
-        for filling in EARLY if self.rules.transfers == "eager" else LATE_WEIGHTS:
+        best, eager = start, self.rules.transfers == "eager"
+        for filling in EARLY if eager else LATE_WEIGHTS:
             ends = Ends(grid.refined.block, filling, self.takes, self.transfer, self.gap)
-            candidate = Candidate(partial(self._with_ends, ends)).with_order(start.build(1).order)
-            best = min(best, self.judged(candidate), key=lambda found: found.score)
+            candidate = self.judged(Candidate(partial(self._with_ends, ends)).with_order(start.build(1).order))
+            best = candidate if candidate.score < best.score * (1 - MORE_CARRIED * (not eager)) else best
         return best
 
     def _with_ends(self, ends: Ends, m: int) -> Schedule:
