@@ -58,6 +58,7 @@ def pipe_only(row, gpu, method):
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_estimated_memory_is_within_the_margin_of_what_112_published_settings_compile_to():
     settings = {(row.order, row.gpus): row for table in (5, 6) for row in published(table)}
     rankings, programs, off = {}, {}, []
