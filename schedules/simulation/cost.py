@@ -217,7 +217,7 @@ class Cost:
             F=tuple(slower * (forward + gpu.launch)),
             B=tuple(slower * (B + gpu.launch)),
             W=tuple(slower * (weights + gpu.launch)),
-            **self.vocabulary(rows, early=schedule.method == "vocab-2"),
+            **self.vocabulary(rows, early=schedule.sums_before_T),
             embed_sum=gpu.all_reduce(stream, p),
             hidden_broadcast=gpu.broadcast(z.streams * stream, p),
             embed_grad_broadcast=gpu.broadcast(stream, p) + more,
@@ -241,7 +241,7 @@ class Cost:
         kept = 2.0 * z.kept_elements if self.activation_bytes is None else self.activation_bytes * z.bsh
         stream = 2.0 * z.bsh
         logits = 2 * z.tokens * -(-z.vocab_size // schedule.p)
-        gradient = stream if schedule.method == "vocab-2" else 0
+        gradient = stream if schedule.sums_before_T else 0
         ends = {"inbox": stream, "outbox": stream, "X": z.streams * stream, "P": z.streams * (logits + gradient)}
         of_tail = self._stored(schedule, z.depths * (kept + 2 * stream), z.depths)
         ends |= {"ahead": stream, "behind": stream, "streams": z.depths * stream, "returned": z.depths * stream}

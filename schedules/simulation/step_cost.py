@@ -71,7 +71,7 @@ class StepCost:
         rows = -(-z.vocab_size // (p * T))
         return replace(
             found,
-            **self.cost.vocabulary(rows, early=schedule.method == "vocab-2"),
+            **self.cost.vocabulary(rows, early=schedule.sums_before_T),
             embed_sum=gpu.all_reduce(stream, p * T),
             grad_sum=gpu.all_reduce(stream, p * T),
             max=gpu.all_reduce(vector, p * T),

@@ -129,7 +129,7 @@ class Footprint:
         if not self.schedule.sharded:
             return cells * stream
         rows = -(-self.request.sizes.vocab_size // (self.schedule.p * self.choice.tensor))
-        gradient = 2 * stream if self.choice.method == "vocab-2" else 0
+        gradient = 2 * stream if self.schedule.sums_before_T else 0
         return (cells + rings.get("X", 1) + 8) * stream + rings.get("P", 1) * (width * tokens * rows + gradient)
 
     def _scratch(self, tokens: int) -> float:
