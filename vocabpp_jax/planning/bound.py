@@ -7,8 +7,6 @@ import numpy as np
 from ..schedules import Durations, Schedule
 from ..schedules.instructions import COLLECTIVES
 
-ON_ALL = ("S", "T", "S1", "S2", "IF", "IB")  # passes of a sharded vocabulary, which every device runs
-
 
 def least_seconds(schedule: Schedule, durations: Durations, m: int, overlaps: bool = True) -> float:
     """A lower bound on the seconds that ``m`` microbatches take under a schedule; the schedule's own m does not matter.
@@ -26,7 +24,8 @@ def least_seconds(schedule: Schedule, durations: Durations, m: int, overlaps: bo
     if schedule.sharded:
         steps = {(step.op, step.name) for step in schedule.vocabulary.steps}
         waits = schedule.method == "interlaced" or not overlaps
-        own = own + sum(getattr(durations, name) for name in ON_ALL if ("run", name) in steps)
+        everywhere = sorted(s.name for s in schedule.vocabulary.steps if s.op == "run" and None not in s.at)
+        own = own + sum(getattr(durations, name) for name in everywhere)
         own = own + sum(getattr(durations, name) for name in COLLECTIVES if waits and ("start", name) in steps)
     else:
         own[stages[-1]] += np.max(durations.H)
