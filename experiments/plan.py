@@ -249,14 +249,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ranked = or_fail(lambda: ranking.best(options.show))
     seconds = time.monotonic() - began
     console.print(f"{ranked.choices:,} choices ranked in {seconds:.0f} s, {ranked.simulated} simulations")
-    plans, refused = list(ranked.plans), []
     if options.time_steps:
         run_of = lambda choice: options.run_of(request, choice)  # noqa: E731
-        timed = on_cores(lambda cpu: cpu.timed(plans, run_of))
+        timed = on_cores(lambda cpu: cpu.timed(ranked.plans, run_of))
         console.print(table_of_timed(timed))
-        timed = sorted(timed, key=lambda each: each.median)
-        plans = [dataclasses.replace(each.plan, measured_seconds=each.median) for each in timed]
-        ranked = dataclasses.replace(ranked, plans=tuple(plans))
+        found = [dataclasses.replace(each.plan, measured_seconds=each.median) for each in timed]
+        ranked = dataclasses.replace(ranked, plans=tuple(sorted(found, key=lambda plan: plan.measured_seconds)))
+    plans, refused = list(ranked.plans), []
     if compiles:
         plans, refused = compiled(options, ranked, console)
         if not plans:

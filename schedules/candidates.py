@@ -28,6 +28,10 @@ class Candidate:
         """The same with warm-up and cool-down in scans of their own; with 2, even if they take much more code."""
         return self._ordered(lambda order: replace(order, ends_apart=far))
 
+    def or_better(self, other: Candidate, least: float = 0.0) -> Candidate:
+        """The other if its score is lower by more than this share, else this one."""
+        return other if other.score < self.score * (1 - least) else self
+
     def _ordered(self, change: Callable[[Order], Order]) -> Candidate:
         def build(m: int) -> Schedule:
             schedule = self.build(m)

@@ -136,10 +136,7 @@ class _Search:
         best, *others = sorted(found, key=lambda candidate: candidate.score)
         tried = [self.judged(candidate.apart(1)) for candidate in (best, *others[:1]) if candidate.score < inf]
         apart = min(tried, key=lambda candidate: candidate.score)
-        farther = self.judged(apart.apart(2))
-        for larger, least in ((apart, MORE_CODE[1]), (farther, MORE_CODE[2])):
-            best = larger if larger.score < best.score * (1 - least) else best
-        return best
+        return best.or_better(apart, MORE_CODE[1]).or_better(self.judged(apart.apart(2)), MORE_CODE[2])
 
     def repetitions(self) -> list[Candidate]:
         """The block repeated, with a full or a short broadcast, and transfers behind slots or passes."""
@@ -232,11 +229,12 @@ class _Search:
 
     def filled(self, start: Candidate, grid: Grid) -> Candidate:
         """A candidate on a grid with the best filling of its ends; the vocabulary is not sharded."""
-        best, eager = start, self.rules.transfers == "eager"
-        for filling in EARLY if eager else LATE_WEIGHTS:
+        best = start
+        fillings, least = (EARLY, 0.0) if self.rules.transfers == "eager" else (LATE_WEIGHTS, MORE_CARRIED)
+        for filling in fillings:
             ends = Ends(grid.refined.block, filling, self.takes, self.transfer, self.gap)
-            candidate = self.judged(Candidate(partial(self._with_ends, ends)).with_order(start.build(1).order))
-            best = candidate if candidate.score < best.score * (1 - MORE_CARRIED * (not eager)) else best
+            candidate = Candidate(partial(self._with_ends, ends)).with_order(start.build(1).order)
+            best = best.or_better(self.judged(candidate), least)
         return best
 
     def _with_ends(self, ends: Ends, m: int) -> Schedule:

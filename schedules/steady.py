@@ -64,6 +64,7 @@ def steady(
     slack = _least(lambda x: constraints.solve(interval, transfer + interval - x), 0.0, interval)
     spread, found = interval - slack, []
     for lean in leans:
+        # Summed in this order, 0 rounds as in the bisection and so has a solution.
         times = constraints.solve(interval, transfer + interval - slack, lean * spread)
         if times is not None:
             start = constraints.by_kind(times)

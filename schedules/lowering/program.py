@@ -73,7 +73,7 @@ class Program:
         """Activations of a stage alive at once, by device: from F to B, or to W where that is a pass of its own."""
         return self.peaks.get("kept", self.peaks.get("residual", (0,) * self.schedule.p))
 
-    @property
+    @cached_property
     def open_transfers(self) -> int:
         """Transfers that have left and not landed, at most: every device allocates a buffer for each."""
         steps = [[(i.op == "permute") - (i.op == "land") for i in s.body] for s in self.segments]
