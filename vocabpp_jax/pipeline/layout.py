@@ -205,16 +205,23 @@ class Layout:
         """The same in use, without the padding of shares."""
         return jax.eval_shape(self._place, self.model.param_shapes())
 
-    def pack(self, canonical: Params) -> Params:
-        """Converts canonical parameters (or gradients) to the pipeline's tree at rest."""
-        return jax.tree.map(Share.pad, self.shares, self._place(canonical))
+    def pack(self, canonical: Params, xp: Any = jnp) -> Params:
+        """Converts canonical parameters (or gradients) to the pipeline's tree at rest; on the host with ``xp=np``."""
+        return jax.tree.map(partial(Share.pad, xp=xp), self.shares, self._place(canonical, xp))
 
-    def _place(self, canonical: Params) -> Params:
+    def _place(self, canonical: Params, xp: Any = jnp) -> Params:
         blocks = canonical["blocks"]
-        empty = jax.tree.map(jnp.zeros_like, blocks[0])
+        empty = jax.tree.map(xp.zeros_like, blocks[0])
 
         def stack(layers: tuple[int | None, ...]) -> Params:
-            return jax.tree.map(lambda *xs: jnp.stack(xs), *(empty if n is None else blocks[n] for n in layers))
+            return jax.tree.map(lambda *xs: xp.stack(xs), *(empty if n is None else blocks[n] for n in layers))
+
+        def on_device(device: int, table: jax.Array, others: jax.Array | None = None) -> jax.Array:
+            chosen = (xp.arange(self.schedule.p) == device).reshape(-1, *[1] * table.ndim)
+            return xp.where(chosen, table, xp.zeros_like(table) if others is None else others)
+
+        def pad(table: jax.Array) -> jax.Array:
+            return xp.pad(table, ((0, self.padded(table.shape[0]) - table.shape[0]), (0, 0)))
 
         packed = {
             "blocks": tuple(tuple(stack(layers) for layers in chunk) for chunk in self.layer_of),
@@ -223,23 +230,23 @@ class Layout:
         }
         last = self.schedule.placement[-1]
         if self.model.tail:
-            packed["tail"] = jax.tree.map(partial(self._on_one_device, last), canonical["tail"])
+            packed["tail"] = jax.tree.map(partial(on_device, last), canonical["tail"])
         if self.sharded:
             for name, table in canonical["embed"].items():
-                packed["embed"][name] = self._pad(table)
+                packed["embed"][name] = pad(table)
             if not self.model.tied:
-                packed["head"] = self._pad(canonical["head"])
+                packed["head"] = pad(canonical["head"])
             return packed
         first = self.schedule.placement[0]
         for name, table in canonical["embed"].items():
-            packed["embed"][name] = self._on_one_device(first, table)
+            packed["embed"][name] = on_device(first, table)
         if self.copied:
-            packed["ahead"] = {name: self._on_one_device(last, canonical["embed"][name]) for name in self.copied}
+            packed["ahead"] = {name: on_device(last, canonical["embed"][name]) for name in self.copied}
         head = canonical["embed"]["tokens"] if self.model.tied else canonical["head"]
         if self.apart:
-            packed["embed"]["tokens"] = packed["embed"]["tokens"].at[last].set(head)
+            packed["embed"]["tokens"] = on_device(last, head, packed["embed"]["tokens"])
         elif not self.model.tied:
-            packed["head"] = self._on_one_device(last, head)
+            packed["head"] = on_device(last, head)
         return packed
 
     def unpack(self, packed: Params) -> Params:
@@ -277,12 +284,6 @@ class Layout:
         if self.copied:
             ones["ahead"] = dict.fromkeys(self.copied, 0.0)
         return ones
-
-    def _pad(self, table: jax.Array) -> jax.Array:
-        return jnp.pad(table, ((0, self.padded(table.shape[0]) - table.shape[0]), (0, 0)))
-
-    def _on_one_device(self, device: int, table: jax.Array) -> jax.Array:
-        return jnp.zeros((self.schedule.p, *table.shape), table.dtype).at[device].set(table)
 
 
 def _prepend_pipe(specs: Params) -> Params:

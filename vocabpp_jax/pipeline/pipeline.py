@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..schedules import Program, Schedule, check, evaluation, lower
@@ -99,8 +100,13 @@ class Pipeline(OnDevice):
         return draw(self.layout, self.mesh, key)
 
     def shard(self, canonical: Params) -> Params:
-        """Converts canonical parameters to the pipeline's layout and places them on the mesh."""
-        return jax.jit(self.layout.pack, out_shardings=self.shardings)(canonical)
+        """Converts canonical parameters, on the host, to the pipeline's layout and places each device's part on it."""
+        packed = self.layout.pack(jax.device_get(canonical), xp=np)
+        return jax.tree.map(
+            lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda part: x[part]),
+            packed,
+            self.shardings,
+        )
 
     def global_batch(self, local: Batch) -> Batch:
         """Assembles a global batch from the rows ``[rows, L]`` that each process passes, as loaded by a data loader.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,11 +46,11 @@ class Share:
         axes[self.axis] = (*((before,) if isinstance(before, str) else before), DATA) if before else DATA
         return PartitionSpec(*axes)
 
-    def pad(self, x: jax.Array) -> jax.Array:
-        """Pads the whole parameter, or a device's part of it."""
+    def pad(self, x: jax.Array, xp: Any = jnp) -> jax.Array:
+        """Pads the whole parameter, or a device's part of it; a NumPy array with ``xp=np``."""
         if not self.padding:
             return x
-        return jnp.pad(x, [(0, self.padding if axis == self.axis else 0) for axis in range(x.ndim)])
+        return xp.pad(x, [(0, self.padding if axis == self.axis else 0) for axis in range(x.ndim)])
 
     def cut(self, x: jax.Array) -> jax.Array:
         """Inverse of :meth:`pad`."""
