@@ -28,6 +28,10 @@ class Candidate:
         """The same with warm-up and cool-down in scans of their own; with 2, even if they take much more code."""
         return self._ordered(lambda order: replace(order, ends_apart=far))
 
+    def unrolled(self, late: int | None) -> Candidate:
+        """The same with two microbatches per interval, see :func:`unrolled`."""
+        return Candidate(lambda m: unrolled(self.build(m), late))
+
     def or_better(self, other: Candidate, least: float = 0.0) -> Candidate:
         """The other if its score is lower by more than this share, else this one."""
         return other if other.score < self.score * (1 - least) else self
@@ -75,3 +79,18 @@ def order_of(grid: Refined, schedule: Schedule) -> Order:
     K = grid.block.interval
     passes = sorted(((slot - schedule.opens) % K, kinds) for slot, kinds in grid.passes.items())
     return Order(tuple(passes), "behind passes")
+
+
+def unrolled(schedule: Schedule, late: int | None) -> Schedule:
+    """The schedule with two microbatches per interval: fewer transfers are cut short by an interval's end.
+
+    Deferred are the transfers of the last ``late`` slots, or with None those of the second half that were.
+    """
+    K, order = schedule.interval, schedule.order
+    passes = tuple((slot + half, kinds) for half in (0, K) for slot, kinds in order.passes)
+    if late is None:
+        deferred = {(slot + K, kind, chunk) for slot, kind, chunk in order.deferred}
+    else:
+        last = [(slot, kind) for slot, kinds in passes for kind in kinds if slot >= 2 * K - late]
+        deferred = {(slot, *kind) for slot, kind in last if kind[0] != "W"}
+    return replace(schedule, interval=2 * K, order=replace(order, passes=passes, deferred=frozenset(deferred)))

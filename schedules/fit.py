@@ -34,6 +34,7 @@ Times = Durations | Callable[[Schedule], Durations]
 
 FINER = (1, 2, 3)  # how many times as many slots an interval as the block has
 ROUNDINGS = (0.999, 0.5)
+TIED = 6  # grids with the same steady state, at most, that are compared by their whole iterations
 GRIDS = 2  # grids whose program orders are searched
 FEW = 16  # if the vocabulary is not sharded, devices up to which that many grids are searched instead of one
 LEANS = (0.0, 0.1, 0.2)  # shares of the time to spare for transfers that are moved from backwards to forwards
@@ -57,6 +58,7 @@ LATE_WEIGHTS = (
 TOGGLED = 8  # transfers that are deferred or not one by one
 MORE_CARRIED = 0.003  # what a filling of later weight gradients must save at least, as they wait in memory
 MORE_CODE = {1: 0.002, 2: 0.01}  # what scans for warm-up and cool-down must save at least, by Order.ends_apart
+TWICE = 0.005  # what two microbatches per interval must save at least: the code doubles
 WAITING = 1.0  # what the longest wait counts, beside the whole iteration
 
 
@@ -102,7 +104,7 @@ class _Search:
         self.plain = self._repeated(block)(1)
         self.m, self.trial = m, min(m, 3 * block.p + 8)  # long enough for the steady state
         starts = [x.start for of_device in self.plain.passes for x in of_device]
-        self.short = min(m, (max(starts) - min(starts)) // block.interval + 3)  # one interval of the steady state
+        self.short = min(m, (max(starts) - min(starts)) // block.interval + 5)  # an interval of two in the steady state
         given = self.durations(self.plain)
         stages = range(self.plain.stages)
         self.takes = {
@@ -136,7 +138,14 @@ class _Search:
         best, *others = sorted(found, key=lambda candidate: candidate.score)
         tried = [self.judged(candidate.apart(1)) for candidate in (best, *others[:1]) if candidate.score < inf]
         apart = min(tried, key=lambda candidate: candidate.score)
-        return best.or_better(apart, MORE_CODE[1]).or_better(self.judged(apart.apart(2)), MORE_CODE[2])
+        best = best.or_better(apart, MORE_CODE[1]).or_better(self.judged(apart.apart(2)), MORE_CODE[2])
+        return best.or_better(self.unrolled(best), TWICE)
+
+    def unrolled(self, candidate: Candidate) -> Candidate:
+        """The candidate with two microbatches per interval and the best transfers deferred."""
+        late = range(self.block.interval // 3 + 1)
+        tried = [self.measured(candidate.unrolled(slots)) for slots in (None, *late)]
+        return self.judged(min(tried, key=lambda candidate: candidate.score))
 
     def repetitions(self) -> list[Candidate]:
         """The block repeated, with a full or a short broadcast, and transfers behind slots or passes."""
@@ -170,7 +179,7 @@ class _Search:
         if program is None:
             return replace(candidate, score=inf)
         interval = steady_interval(program, self.durations(program.schedule), self.rules)
-        return replace(candidate, score=self.m * interval)
+        return replace(candidate, score=float(f"{self.m * interval:.9g}"))  # rounded, so that equals are equal
 
     def _lowered(self, candidate: Candidate, m: int) -> Program | None:
         """The candidate's program, or None if it cannot run or holds more than the block."""
@@ -210,7 +219,19 @@ class _Search:
                 for stats in STATS
                 if (other := self.sized(grid.refined, slots, stats))
             ]
+            best = self.with_best_ends(best)
+            return best[:GRIDS]
         return _fastest(best)
+
+    def with_best_ends(self, grids: list[Grid]) -> list[Grid]:
+        """The grids, best first, and before them the best whole iteration among those whose steady states tie."""
+        ranked = sorted(grids, key=lambda grid: grid.score)
+        distinct: dict = {}
+        for grid in ranked:
+            if grid.score == ranked[0].score and len(distinct) < TIED:
+                distinct.setdefault((grid.refined.block, grid.late), grid)
+        best = min(distinct.values(), key=lambda grid: self.judged(grid.candidate(grid.late)).score, default=None)
+        return [best, *ranked] if best is not None and best is not ranked[0] else ranked
 
     def sized(self, grid: Refined, slots: int, stats: int) -> Grid | None:
         """A grid on which a large collective takes so many slots, and the softmax statistics so many."""
