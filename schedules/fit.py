@@ -136,9 +136,10 @@ class _Search:
         if self.plain.sharded and can_reorder(self.block):
             found.append(self.judged(Candidate(self._reordered)))
         best, *others = sorted(found, key=lambda candidate: candidate.score)
-        tried = [self.judged(candidate.apart(1)) for candidate in (best, *others[:1]) if candidate.score < inf]
-        apart = min(tried, key=lambda candidate: candidate.score)
-        best = best.or_better(apart, MORE_CODE[1]).or_better(self.judged(apart.apart(2)), MORE_CODE[2])
+        tried = [best, *others[:1]]
+        for far, least in MORE_CODE.items():
+            apart = [self.judged(candidate.apart(far)) for candidate in tried if candidate.score < inf]
+            best = best.or_better(min(apart, key=lambda candidate: candidate.score, default=best), least)
         return best.or_better(self.unrolled(best), TWICE)
 
     def unrolled(self, candidate: Candidate) -> Candidate:

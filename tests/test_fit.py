@@ -1,4 +1,5 @@
 import csv
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from vocabpp_jax.schedules import (
     repeat,
     simulate,
 )
+from vocabpp_jax.schedules.candidates import unrolled
 from vocabpp_jax.schedules.simulation.cost import Cost, Sizes, load_gpu
 from vocabpp_jax.schedules.simulation.simulator import steady_interval
 from vocabpp_jax.schedules.steady import refined, steady
@@ -95,6 +97,28 @@ def test_what_is_fitted_is_never_slower_than_the_repeated_block_and_holds_no_mor
     assert max(fitted.in_flight) <= max(plain.in_flight)
     took, before = (simulate(x, durations(x.schedule), GPU).makespan for x in (fitted, plain))
     assert took <= before * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize("late", [None, 0, 2])
+def test_two_microbatches_per_interval_keep_every_order_and_halve_the_intervals(name, late):
+    one = build(name, "vocab-2", p=4, m=11, durations=of_4b(4))
+    two = unrolled(one, late)
+    check(two)
+    before, after = lower(one), lower(two)
+    check_program(after)
+    assert two.passes == one.passes and after.in_flight == before.in_flight
+    intervals = [sum(segment.intervals for segment in program.segments) for program in (before, after)]
+    assert intervals[1] in (-(-intervals[0] // 2), intervals[0] // 2 + 1)
+
+
+def test_two_microbatches_share_an_interval_where_that_is_faster(monkeypatch):
+    given = Durations(F=1, B=1, W=1, transfer=0.2)
+    two = lower(build("zb-h1", "baseline", p=8, m=32, durations=given))
+    monkeypatch.setattr(sys.modules["vocabpp_jax.schedules.fit"], "TWICE", 1.0)
+    one = lower(build("zb-h1", "baseline", p=8, m=32, durations=given))
+    assert two.schedule.interval == 2 * one.schedule.interval
+    assert simulate(two, given, GPU).makespan < 0.985 * simulate(one, given, GPU).makespan
 
 
 @pytest.mark.parametrize("rules", [GPU, FREE, COMPILED])
