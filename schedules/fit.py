@@ -220,8 +220,7 @@ class _Search:
                 for stats in STATS
                 if (other := self.sized(grid.refined, slots, stats))
             ]
-            best = self.with_best_ends(best)
-            return best[:GRIDS]
+            return self.with_best_ends(best)[:GRIDS]
         return _fastest(best)
 
     def with_best_ends(self, grids: list[Grid]) -> list[Grid]:

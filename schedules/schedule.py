@@ -68,7 +68,7 @@ class Vocabulary:
     Attributes:
         method: its name; used only in messages.
         steps: ordered: if two share a place in a slot, the earlier in the tuple goes first.
-        shifts: slots from microbatch 0's steps to each microbatch's, multiples of the schedule's interval.
+        shifts: slots from microbatch 0's steps to each microbatch's, multiples of the block's interval.
         inserted_intervals: intervals between the last stage's F and B in addition to the block's own.
     """
 
@@ -123,7 +123,7 @@ class Schedule:
     Attributes:
         name: for display only.
         p, m: devices and microbatches.
-        interval: slots after which the pattern repeats in the steady state (K).
+        interval: slots of a scan step: one period of the steady state, or two (K).
         placement: the device of every stage, in depth order.
         passes: for every device, its passes in order of start.
         vocabulary: when the sharded (or unsharded) vocabulary layers run.
