@@ -34,7 +34,7 @@ Times = Durations | Callable[[Schedule], Durations]
 
 FINER = (1, 2, 3)  # how many times as many slots an interval as the block has
 ROUNDINGS = (0.999, 0.5)
-TIED = 6  # grids with the same steady state, at most, that are compared by their whole iterations
+NEAR, COMPARED = 0.005, 10  # grids whose steady states differ by less, at most so many, are compared as a whole
 GRIDS = 2  # grids whose program orders are searched
 FEW = 16  # if the vocabulary is not sharded, devices up to which that many grids are searched instead of one
 LEANS = (0.0, 0.1, 0.2)  # shares of the time to spare for transfers that are moved from backwards to forwards
@@ -161,7 +161,7 @@ class _Search:
         """The block on the best grids, with the best transfers deferred and its ends filled."""
         several = self.plain.sharded or self.block.p <= FEW
         for n, state in enumerate(self.states()):
-            for grid in self.grids(state)[: GRIDS if several and n == 0 else 1]:
+            for grid in self.grids(state)[: None if several and n == 0 else 1]:
                 best = self.deferred(grid)
                 yield self.judged(best) if self.plain.sharded else self.filled(best, grid)
 
@@ -220,18 +220,18 @@ class _Search:
                 for stats in STATS
                 if (other := self.sized(grid.refined, slots, stats))
             ]
-            return self.with_best_ends(best)[:GRIDS]
+            return self.with_best_ends(best)[: GRIDS + 1]
         return _fastest(best)
 
     def with_best_ends(self, grids: list[Grid]) -> list[Grid]:
-        """The grids, best first, and before them the best whole iteration among those whose steady states tie."""
+        """The grids, best first, and before them the best whole iteration among those with nearly that steady state."""
         ranked = sorted(grids, key=lambda grid: grid.score)
-        distinct: dict = {}
+        near: dict = {}
         for grid in ranked:
-            if grid.score == ranked[0].score and len(distinct) < TIED:
-                distinct.setdefault((grid.refined.block, grid.late), grid)
-        best = min(distinct.values(), key=lambda grid: self.judged(grid.candidate(grid.late)).score, default=None)
-        return [best, *ranked] if best is not None and best is not ranked[0] else ranked
+            if grid.score <= ranked[0].score * (1 + NEAR) and len(near) < COMPARED:
+                near.setdefault((grid.refined.block, grid.late), grid)
+        best = min(near.values(), key=lambda grid: self.judged(grid.candidate(grid.late)).score, default=None)
+        return [best, *(grid for grid in ranked if grid is not best)] if near else ranked
 
     def sized(self, grid: Refined, slots: int, stats: int) -> Grid | None:
         """A grid on which a large collective takes so many slots, and the softmax statistics so many."""
