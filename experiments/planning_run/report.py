@@ -140,12 +140,11 @@ def draw(plans: Sequence[Plan], request: Request, path: Path) -> None:
         axes.plot([bytes_of(p) / GIB for p in mine], [p.step_seconds for p in mine], "o", markersize=4, label=method)
     best = front(plans)
     axes.plot([bytes_of(p) / GIB for p in best], [p.step_seconds for p in best], "-", color="black", zorder=0)
-    for plan in best:
-        c = plan.choice
-        words = f"{c.stages}×{c.tensor}×{c.data} {c.schedule}, {c.microbatch_size}"
-        axes.annotate(
-            words, (bytes_of(plan) / GIB, plan.step_seconds), fontsize=7, xytext=(4, 4), textcoords="offset points"
-        )
+    named = {f"{c.stages}×{c.tensor}×{c.data} {c.schedule}, {c.microbatch_size}": p for p in best for c in [p.choice]}
+    for words, plan in named.items():
+        at, far = (bytes_of(plan) / GIB, plan.step_seconds), bytes_of(plan) > 0.8 * request.memory_bytes
+        side = {"ha": "right", "xytext": (4, -10)} if far else {"xytext": (4, 4)}
+        axes.annotate(words, at, fontsize=7, textcoords="offset points", **side)
     axes.axvline(request.memory_bytes / GIB, color="black", linestyle=":", label="memory")
     axes.set_xlabel("GiB a GPU")
     axes.set_ylabel("seconds a step")
