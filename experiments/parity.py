@@ -2,7 +2,8 @@
 
 The reference is independent code: the model's blocks one after the other, a plain softmax cross-entropy, and
 ``jax.value_and_grad``. Exits with status 1 if an error exceeds its tolerance. ``--all`` runs every schedule with every
-method over many shapes, resumes where an earlier run stopped, and ends with a table.
+method over many shapes and ends with a table. It resumes where an earlier run stopped, and repeats a case whose program
+has changed since.
 """
 
 from __future__ import annotations
