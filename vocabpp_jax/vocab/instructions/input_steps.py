@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ... import vocab
-from ...pipeline.buffers import Cells, State, get, put, put_if, run_if
+from ...pipeline.buffers import Cells, State, get, put, put_if, run_if, wait_for_passes
 from ...pipeline.mesh import PIPE
 from .vocabulary_layer import Collective, Run, Start, VocabularyLayer, flight, send_buffer
 
@@ -67,7 +67,8 @@ class InputSteps(VocabularyLayer):
         """IF: embeds tokens and positions."""
         ids_BL, tables = self._ids(cells["microbatch"]), self.params["embed"]
         if self.layout.sharded:
-            return state | {"part": self._embed(tables, ids_BL)}
+            # Nothing else orders lookups, and XLA would combine the sums of two microbatches of an interval.
+            return state | {"part": self._embed(tables, wait_for_passes(state, ids_BL))}
         # Only one device has the unsharded tables; all others would look up zeros.
         return run_if(
             cells["microbatch"] >= 0,
