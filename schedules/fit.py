@@ -146,7 +146,8 @@ class _Search:
         """The candidate with two microbatches per interval and the best transfers deferred."""
         late = range(self.block.interval // 3 + 1)
         tried = [self.measured(candidate.unrolled(slots)) for slots in (None, *late)]
-        return self.judged(min(tried, key=lambda candidate: candidate.score))
+        best = min(tried, key=lambda candidate: candidate.score)
+        return self.judged(best) if self.plain.sharded else best
 
     def repetitions(self) -> list[Candidate]:
         """The block repeated, with a full or a short broadcast, and transfers behind slots or passes."""

@@ -144,7 +144,7 @@ def _reference(of: Case, dtype: str, host: jax.Device) -> tuple[Any, Any]:
 def _compared(case: Case, compiled: tuple[Pipeline, Any], compile_s: float, host: jax.Device) -> dict[str, Any]:
     pipe, run = compiled
     canonical, batch = data(case)
-    placed = jax.device_put(pipe.layout.pack(canonical), pipe.shardings)
+    placed = pipe.shard(canonical)
     loss, grads = jax.device_get(run(placed, batch))
     grads = jax.device_get(pipe.layout.unpack(grads))
     of = Case("", model=case.model, documents=case.documents, seq=case.seq, shape=case.shape)

@@ -97,9 +97,9 @@ def data_of(options: Case, pipe: Pipeline) -> tuple[Any, dict[str, np.ndarray]]:
     return canonical, {"tokens": tokens, "labels": labels, "mask": mask}
 
 
-def compare(options: Case) -> Parity:
-    """Run both sides of one configuration."""
-    pipe = prepare(options)
+def compare(options: Case, pipe: Pipeline | None = None) -> Parity:
+    """Run both sides of one configuration; ``pipe`` is its pipeline if it has been prepared."""
+    pipe = pipe or prepare(options)
     canonical, batch = data_of(options, pipe)
 
     loss, grads, seen = pipe.jit(pipe.observed_value_and_grad)(pipe.shard(canonical), batch)

@@ -160,10 +160,11 @@ def _end_with_the_parent() -> None:
 
 def _compare(options: Case, known: str) -> dict[str, Any] | None:
     """The result as JSON with a digest of the program; None if the digest is the known one."""
-    program = digest(prepare(options).program)
+    pipe = prepare(options)
+    program = digest(pipe.program)
     if program == known:
         return None
-    result = compare(options).as_json()
+    result = compare(options, pipe).as_json()
     jax.clear_caches()
     return result | {"program": program}
 
