@@ -1,5 +1,6 @@
 """Every test process simulates eight CPU devices; this stands before anything that imports JAX."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -7,13 +8,16 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# The scripts import their packages from beside them.
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+
+from parity_check.fast_compile import FAST_COMPILE  # noqa: E402
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of the time goes into compiling. LLVM's optimisations, which only make the code faster, double it.
-FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{FAST_COMPILE} --xla_force_host_platform_device_count=8"
 
-# The scripts import `options` from beside them.
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+GPU_PACKAGES = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+needs_gpu_packages = pytest.mark.skipif(not GPU_PACKAGES, reason="jax's GPU packages are not installed")
 
 # The same examples on every machine, however slow it is.
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=50)

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import needs_gpu_packages
 
 from vocabpp_jax import Pipeline, compiled, make_mesh, models, schedules
 from vocabpp_jax.pipeline import nccl
 from vocabpp_jax.pipeline.model_interface import Model
 from vocabpp_jax.schedules.simulation.cost import load_gpu
 
-HERE = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
-a100 = [pytest.mark.a100, pytest.mark.skipif(not HERE, reason="jax's GPU packages are not installed")]
+a100 = [pytest.mark.a100, needs_gpu_packages]
 m = 2
 
 

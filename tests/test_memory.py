@@ -1,21 +1,19 @@
 """The report on a run for A100s and H100s that are not there. All but the refusals need jax's GPU packages."""
 
 import dataclasses
-import importlib.util
 import json
 import re
 
 import jax
 import pytest
+from conftest import GPU_PACKAGES, needs_gpu_packages
 
 import memory
 from command_line.options import ModelOptions, PipelineOptions
 from memory import MemoryOptions
 from vocabpp_jax import compiled
 
-HERE = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
-needed = pytest.mark.skipif(not HERE, reason="jax's GPU packages are not installed")
-a100, h100 = [pytest.mark.a100, needed], [pytest.mark.h100, needed]
+a100, h100 = [pytest.mark.a100, needs_gpu_packages], [pytest.mark.h100, needs_gpu_packages]
 SMALL = ModelOptions(model="4B", layers=4, hidden=512, heads=4, seq=1024, vocab_size=8192)
 
 
@@ -61,7 +59,7 @@ def streams_of(schedule, method, folder, gpu):
     return set(re.findall(r"stream=communication_stream\[(\d)\].*\n.*: k(\w+)", thunks.read_text()))
 
 
-@pytest.mark.skipif(HERE, reason="jax's GPU packages are installed")
+@pytest.mark.skipif(GPU_PACKAGES, reason="jax's GPU packages are installed")
 def test_without_the_gpu_packages_one_sentence_names_the_extra(capsys):
     with pytest.raises(SystemExit) as stop:
         memory.main(["--layers", "8"])

@@ -1,17 +1,16 @@
 """The GPU programs of one_gpu.py, compiled for an H100 that is not there."""
 
 import dataclasses
-import importlib.util
 
 import pytest
+from conftest import needs_gpu_packages
 
 from one_gpu_parts import gpu_parity, kernels, loop_overhead, pass_times, stages
 from one_gpu_parts.gpu_sizes import Row
 from vocabpp_jax import compiled, make_mesh
 from vocabpp_jax.schedules.simulation.cost import load_gpu
 
-HERE = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
-pytestmark = [pytest.mark.h100, pytest.mark.skipif(not HERE, reason="jax's GPU packages are not installed")]
+pytestmark = [pytest.mark.h100, needs_gpu_packages]
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,12 @@
 """The planner: what it counts, ranks, refuses and writes."""
 
 import csv
-import importlib.util
 import itertools
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import needs_gpu_packages
 
 from paper.calibration import frozen
 from paper.settings import published
@@ -20,9 +20,8 @@ from vocabpp_jax.schedules.simulation.cost import Cost, Sizes, load_gpu
 from vocabpp_jax.schedules.simulation.simulator import GPU
 from vocabpp_jax.schedules.simulation.step_cost import StepCost
 
-HERE = importlib.util.find_spec("jax_cuda12_plugin") is not None
 # cuDNN's attention is traced, which takes jax's GPU packages and no GPU.
-pytestmark = [pytest.mark.a100, pytest.mark.skipif(not HERE, reason="jax's GPU packages are not installed")]
+pytestmark = [pytest.mark.a100, needs_gpu_packages]
 ROOT = Path(__file__).parent.parent
 A100 = load_gpu("a100-80g")
 SMALL = models.named("gpt-small", layers=8, hidden=512, heads=8, seq=512, vocab_size=50_000, dtype="bfloat16")

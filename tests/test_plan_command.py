@@ -1,11 +1,11 @@
 """The planner as a command: what it refuses, writes, compiles and times."""
 
-import importlib.util
 import json
 import subprocess
 from types import SimpleNamespace
 
 import pytest
+from conftest import needs_gpu_packages
 
 import plan as command
 import train
@@ -16,9 +16,8 @@ from planning_run.report import Timed
 from training_run.train_options import TrainOptions
 from vocabpp_jax import plan
 
-HERE = importlib.util.find_spec("jax_cuda12_plugin") is not None
 # cuDNN's attention is traced, which takes jax's GPU packages and no GPU.
-pytestmark = [pytest.mark.a100, pytest.mark.skipif(not HERE, reason="jax's GPU packages are not installed")]
+pytestmark = [pytest.mark.a100, needs_gpu_packages]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import numpy as np
 from rich.console import Console
 
 from command_line.options import ClusterOptions, ModelOptions, PipelineOptions
+from parity_check.fast_compile import FAST_COMPILE
 from parity_check.parity_compare import Case, compare, prepare
 from vocabpp_jax import schedules
 from vocabpp_jax.schedules import Program
@@ -56,7 +57,6 @@ def matrix() -> Iterator[Case]:
 
 ARCHITECTURES = ("gpt-tiny", "llama-tiny", "qwen-tiny", "gemma-tiny")
 LOSSES = ((), ("soft_cap",), ("z_loss",), ("label_smoothing",), ("soft_cap", "z_loss", "label_smoothing"))
-FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 _EXTENSIONS = {"soft_cap": 2.0, "z_loss": 0.01, "label_smoothing": 0.1}
 
 
@@ -146,7 +146,6 @@ def summary(results: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def _begin() -> None:
-    # Most of the time goes into compiling, and LLVM's optimizations, which change no result, double it.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE}"
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     ClusterOptions().join(8)
