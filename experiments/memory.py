@@ -220,9 +220,11 @@ def show(found: Report, console: Console) -> None:
     memory.add_row("peak", f"{found.peak_bytes / GIB:.2f}", style="bold")
     memory.add_row("of", f"{found.memory_bytes / GIB:.2f}")
     console.print(memory)
-    traffic = Table("collective", "step", "MiB", "passes between start and end", title="in the steady state")
+    headers = ("collective", "step", "MiB", "passes before it starts", "passes between start and end")
+    traffic = Table(*headers, title="in the steady state")
     for c in found.collectives:
-        traffic.add_row(c.kind, c.step, f"{c.bytes / LARGE:.2f}", " ".join(c.passes_between) or "none")
+        passes = (" ".join(names) or "none" for names in (c.passes_before, c.passes_between))
+        traffic.add_row(c.kind, c.step, f"{c.bytes / LARGE:.2f}", *passes)
     console.print(traffic)
     for copy in found.copies:
         console.print(f"copied in every interval: {copy.shape}, {copy.bytes / LARGE:.0f} MiB, {copy.scope}")

@@ -15,10 +15,17 @@ Maker = tuple[int, str, int]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to build the schedule for any number of microbatches, and its score: the lower, the better."""
+    """A way to build the schedule for any number of microbatches.
+
+    Attributes:
+        build: the schedule of so many microbatches.
+        score: the lower, the better.
+        instructions: of its program.
+    """
 
     build: Callable[[int], Schedule]
     score: float = inf
+    instructions: int = 0
 
     def with_order(self, order: Order) -> Candidate:
         """The same in another program order."""
@@ -27,6 +34,10 @@ class Candidate:
     def apart(self, far: int) -> Candidate:
         """The same with warm-up and cool-down in scans of their own; with 2, even if they take much more code."""
         return self._ordered(lambda order: replace(order, ends_apart=far))
+
+    def merged(self, apart: int) -> Candidate:
+        """The same with transfers merged that land at most so many instructions apart."""
+        return self._ordered(lambda order: replace(order, merged=apart))
 
     def unrolled(self, late: int | None) -> Candidate:
         """The same with two microbatches per interval, see :func:`unrolled`."""

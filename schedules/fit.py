@@ -35,6 +35,7 @@ Times = Durations | Callable[[Schedule], Durations]
 FINER = (1, 2, 3)  # how many times as many slots an interval as the block has
 ROUNDINGS = (0.999, 0.5)
 NEAR, COMPARED = 0.005, 10  # grids whose steady states differ by less, at most so many, are compared as a whole
+WHOLE = 2  # of those, so many are searched further
 GRIDS = 2  # grids whose program orders are searched
 FEW = 16  # if the vocabulary is not sharded, devices up to which that many grids are searched instead of one
 LEANS = (0.0, 0.1, 0.2)  # shares of the time to spare for transfers that are moved from backwards to forwards
@@ -58,6 +59,8 @@ LATE_WEIGHTS = (
 TOGGLED = 8  # transfers that are deferred or not one by one
 MORE_CARRIED = 0.003  # what a filling of later weight gradients must save at least, as they wait in memory
 MORE_CODE = {1: 0.002, 2: 0.01}  # what scans for warm-up and cool-down must save at least, by Order.ends_apart
+MERGED = (1 << 20, 24, 16, 8)  # how many instructions apart merged transfers may land
+EQUAL = 0.001  # of candidates that differ by less, the one with the fewest instructions is taken
 TWICE = 0.005  # what two microbatches per interval must save at least: the code doubles
 WAITING = 1.0  # what the longest wait counts, beside the whole iteration
 
@@ -135,12 +138,22 @@ class _Search:
         found = [*map(self.judged, self.repetitions()), *self.on_grids()]
         if self.plain.sharded and can_reorder(self.block):
             found.append(self.judged(Candidate(self._reordered)))
-        best, *others = sorted(found, key=lambda candidate: candidate.score)
-        tried = [best, *others[:1]]
+        ranked = sorted(found, key=lambda candidate: candidate.score)
+        equal = [candidate for candidate in ranked if candidate.score <= ranked[0].score * (1 + EQUAL)]
+        best = min(equal, key=lambda candidate: candidate.instructions)
+        tried = [best, *[candidate for candidate in ranked if candidate is not best][:1]]
         for far, least in MORE_CODE.items():
             apart = [self.judged(candidate.apart(far)) for candidate in tried if candidate.score < inf]
             best = best.or_better(min(apart, key=lambda candidate: candidate.score, default=best), least)
-        return best.or_better(self.unrolled(best), TWICE)
+        return self.merged(best.or_better(self.unrolled(best), TWICE))
+
+    def merged(self, candidate: Candidate) -> Candidate:
+        """The candidate with as many of its transfers merged as it can do with."""
+        for apart in MERGED:
+            merged = self.judged(candidate.merged(apart))
+            if merged.instructions < candidate.instructions and merged.score <= candidate.score * (1 + EQUAL):
+                return merged
+        return candidate
 
     def unrolled(self, candidate: Candidate) -> Candidate:
         """The candidate with two microbatches per interval and the best transfers deferred."""
@@ -173,7 +186,8 @@ class _Search:
             return replace(candidate, score=inf)
         timeline = simulate(program, self.durations(program.schedule), self.rules)
         more = (self.m - self.trial) * timeline.steady_interval if self.m > self.trial else 0.0
-        return replace(candidate, score=timeline.makespan + more + WAITING * float(timeline.idle.max()))
+        score = timeline.makespan + more + WAITING * float(timeline.idle.max())
+        return replace(candidate, score=score, instructions=sum(len(segment.body) for segment in program.segments))
 
     def paced(self, candidate: Candidate) -> Candidate:
         """The candidate with the simulated time of its steady state alone."""
@@ -221,18 +235,18 @@ class _Search:
                 for stats in STATS
                 if (other := self.sized(grid.refined, slots, stats))
             ]
-            return self.with_best_ends(best)[: GRIDS + 1]
+            return self.with_best_ends(best)[: GRIDS + WHOLE]
         return _fastest(best)
 
     def with_best_ends(self, grids: list[Grid]) -> list[Grid]:
-        """The grids, best first, and before them the best whole iteration among those with nearly that steady state."""
+        """The grids, best first, after the best whole iterations among those with nearly the best steady state."""
         ranked = sorted(grids, key=lambda grid: grid.score)
         near: dict = {}
         for grid in ranked:
             if grid.score <= ranked[0].score * (1 + NEAR) and len(near) < COMPARED:
                 near.setdefault((grid.refined.block, grid.late), grid)
-        best = min(near.values(), key=lambda grid: self.judged(grid.candidate(grid.late)).score, default=None)
-        return [best, *(grid for grid in ranked if grid is not best)] if near else ranked
+        whole = sorted(near.values(), key=lambda grid: self.judged(grid.candidate(grid.late)).score)[:WHOLE]
+        return [*whole, *(grid for grid in ranked if not any(grid is one for one in whole))]
 
     def sized(self, grid: Refined, slots: int, stats: int) -> Grid | None:
         """A grid on which a large collective takes so many slots, and the softmax statistics so many."""

@@ -91,12 +91,15 @@ class Order:
             idle transfers and collectives of the steady state; 2 if they may be even where that takes much more code.
         deferred: passes whose transfers leave at the beginning of the next interval instead, each a slot, a kind and a
             chunk.
+        merged: with transfers behind passes, those of one pass share an instruction if they land at most so many
+            instructions apart. It lands where the first of them must.
     """
 
     passes: tuple[tuple[int, tuple[tuple[str, int], ...]], ...] = ()
     transfers: Literal["behind passes", "behind slots"] = "behind slots"
     ends_apart: Literal[0, 1, 2] = 0
     deferred: frozenset[tuple[int, str, int]] = frozenset()
+    merged: int = 0
 
     def ranks(self, interval: int, words: Sequence[str], chunks: int) -> np.ndarray:
         """The rank of every (slot, word, chunk) among the passes of its slot, ``[interval, words, chunks]``."""

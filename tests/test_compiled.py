@@ -35,6 +35,9 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
   %f = (pred[], bf16[1024,1024]{1,0}) while(%a), condition=%c, body=%pass, metadata={op_name="jit(step)/F0/while"}
   %d = bf16[1024,1024]{1,0} collective-broadcast-done(%s), metadata={op_name="jit(step)/hidden_broadcast/pbroadcast"}
   %n = f32[8]{0} all-reduce(%d), metadata={op_name="jit(step)/stats/psum"}
+  %e = bf16[1024,1024]{1,0} bitcast(%a)
+  %l = (bf16[1024,1024]{1,0}, bf16[1024,1024]{1,0}) collective-permute-start(%e), metadata={op_name="jit(step)/transfer/ppermute"}
+  %m = bf16[1024,1024]{1,0} collective-permute-done(%l), metadata={op_name="jit(step)/transfer/ppermute"}
   %small = f32[8]{0} copy(%n)
   ROOT %o = (s32[], bf16[1024,1024]{1,0}) tuple(%i, %d)
 }
@@ -54,16 +57,17 @@ def test_a_loops_copies_are_those_of_all_it_calls_and_of_nothing_else():
     assert len(loop.copies(1)) == 2
 
 
-def test_passes_between_a_collectives_ends_are_named_and_a_synchronous_one_has_none():
+def test_passes_before_and_between_a_collectives_ends_are_named_and_a_synchronous_one_has_none():
     (loop,) = compiled.loops(PROGRAM)
     assert loop.collectives == [
-        compiled.Collective("collective-broadcast", "hidden_broadcast", 2 * 2**20, ("F0",)),
-        compiled.Collective("all-reduce", "stats", 32, ()),
+        compiled.Collective("collective-broadcast", "hidden_broadcast", 2 * 2**20, (), ("F0",)),
+        compiled.Collective("all-reduce", "stats", 32, (), ()),
+        compiled.Collective("collective-permute", "transfer", 2 * 2**20, ("F0",), ()),
     ]
 
 
 def test_instructions_are_counted_over_all_computations():
-    assert compiled.instruction_count(PROGRAM) == 2 + 4 + 8 + 3
+    assert compiled.instruction_count(PROGRAM) == 2 + 4 + 11 + 3
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,9 @@ def hidden(found):
 
 
 def assert_hidden_and_not_copied(found):
-    """Every large collective has a transformer pass between its start and its end; nothing is copied."""
+    """Every collective starts where the program has it, every large one hides behind a pass, nothing is copied."""
     assert found.loop_copy_bytes == 0, found.copies
+    assert not [c for c in found.collectives if c.passes_before]
     assert hidden(found) == {"hidden_broadcast", "grad_sum", "embed_sum", "embed_grad_broadcast"}, found.collectives
 
 
@@ -138,11 +139,28 @@ class TestA100:
         few, many = (compile_for("1f1b", "vocab-2", m).instructions for m in (128, 512))
         assert abs(many - few) <= few // 100  # what XLA fuses depends a little on the size of the batch
 
-    def test_without_the_overlap_limit_a_sum_is_waited_for(self):
-        flag = "xla_gpu_experimental_parallel_collective_overlap_limit"
-        found = compile_for("1f1b", "vocab-2", without=(flag,))
+    @pytest.mark.parametrize(
+        "flag",
+        [
+            "xla_gpu_experimental_collective_start_as_early_as_possible",
+            "xla_gpu_experimental_parallel_collective_overlap_limit",
+            "xla_gpu_collective_permute_combine_threshold_bytes",
+        ],
+    )
+    def test_without_a_flag_collectives_start_later_than_the_program_has_them(self, flag):
+        found = compile_for("v-zb", "vocab-1", without=(flag,))
         assert flag not in found.assumed["flags"]
-        assert "embed_sum" not in hidden(found) and hidden(found) >= {"hidden_broadcast", "embed_grad_broadcast"}
+        assert [c for c in found.collectives if c.passes_before]
+
+    @pytest.mark.parametrize(
+        ("schedule", "method"),
+        [("v-zb", "vocab-1"), ("v-half", "vocab-1"), ("v-min", "baseline"), ("zb-h2", "vocab-2")],
+    )
+    def test_transfers_start_behind_the_pass_that_makes_them_and_hide_behind_others(self, schedule, method):
+        found = compile_for(schedule, method)
+        assert not [c for c in found.collectives if c.passes_before]
+        transfers = [c for c in found.collectives if c.step == "transfer"]
+        assert transfers and all(c.passes_between for c in transfers)
 
     def test_a_published_run_takes_a_tenth_less_memory_than_was_published(self, tmp_path, capsys):
         out, picture = tmp_path / "report.json", tmp_path / "memory.png"

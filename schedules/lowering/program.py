@@ -102,7 +102,7 @@ class _Lines:
         K, p = schedule.interval, schedule.p
         self.schedule, self.events = schedule, events
         self.interval, self.slot = np.divmod(events.slot - events.base, K)
-        self.by_pass = order.transfers == "behind passes"
+        self.by_pass, self.merged = order.transfers == "behind passes", order.merged
         moved = (events.rank == TRANSFERS) | (events.rank == DEFERRED)
         behind_pass = (events.rank == TRANSFERS) & self.by_pass
         kept = events.op == events.code("keep")
@@ -171,7 +171,7 @@ class _Body:
     def _permutes(self, n: int, rows: np.ndarray, slot: int) -> Iterator[tuple[Instruction, int]]:
         """As few permutes as hold a line's transfers with no device the source, or the target, of two pairs.
 
-        Behind passes, only transfers that land at the same place share one: none waits for another's reader.
+        Behind passes, only transfers that land at nearly the same place share one: few wait for another's reader.
         """
         p, events = self.schedule.p, self.events
         arrivals = rows[events.op[rows] == events.code("recv")]
@@ -184,7 +184,7 @@ class _Body:
         for pair in sorted(found, key=lambda x: ((x[1] - x[0]) % p, x)):
             for k, (group, due) in enumerate(groups):
                 free = all(pair[0] != s and pair[1] != t for s, t in group)
-                if free and (not self.lines.by_pass or due == found[pair]):
+                if free and (not self.lines.by_pass or abs(due - found[pair]) <= self.lines.merged):
                     groups[k] = ([*group, pair], min(due, found[pair]))
                     break
             else:

@@ -57,11 +57,17 @@ class Copy(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """A collective: its kind, its step of the program, its bytes, and the passes between its start and end."""
+    """A collective: its kind, its step of the program, its bytes.
+
+    Attributes:
+        passes_before: the passes that run between the instruction that makes its operand and its start.
+        passes_between: the passes between its start and end.
+    """
 
     kind: str
     step: str
     bytes: int
+    passes_before: tuple[str, ...]
     passes_between: tuple[str, ...]
 
 
@@ -126,18 +132,26 @@ class Loop:
         """The collectives of the body, in the order of their ends."""
         passes: list[str] = []
         starts: dict[str, tuple[Line, int]] = {}
+        made: dict[str, int] = {}  # for every instruction, how many passes have run by then
         found = []
+
+        def add(kind: str, start: Line, at: int, size: int) -> None:
+            before, between = passes[made.get(start.operand, 0) : at], passes[at:]
+            found.append(Collective(kind, _step(start), size, tuple(before), tuple(between)))
+
         for line in self.computations[self.body]:
             if line.op == "while":
                 passes.append(line.scope[-2] if len(line.scope) > 1 else line.name)
             elif line.op.endswith("-start"):
                 starts[line.name] = line, len(passes)
             elif line.op.endswith("-done") and line.operand in starts:
-                start, before = starts.pop(line.operand)
+                start, at = starts.pop(line.operand)
                 if (kind := start.op.removesuffix("-start")) in _COLLECTIVES:
-                    found.append(Collective(kind, _step(start), shape_bytes(line.shape), tuple(passes[before:])))
+                    add(kind, start, at, shape_bytes(line.shape))
             elif line.op in _COLLECTIVES:
-                found.append(Collective(line.op, _step(line), shape_bytes(line.shape), ()))
+                add(line.op, line, len(passes), shape_bytes(line.shape))
+            renames = line.op in ("bitcast", "get-tuple-element")
+            made[line.name] = made.get(line.operand, 0) if renames else len(passes)
         return found
 
 

@@ -26,10 +26,16 @@ class Flag(NamedTuple):
 
 FLAGS: dict[str, Flag] = {
     "xla_gpu_enable_latency_hiding_scheduler": Flag(
-        True, "issues a collective as early and waits for it as late as the program allows"
+        True, "collectives overlap with passes, and are waited for as late as the program allows"
+    ),
+    "xla_gpu_experimental_collective_start_as_early_as_possible": Flag(
+        True, "collectives start where the program has them, not where XLA expects them to take until they are needed"
     ),
     "xla_gpu_experimental_parallel_collective_overlap_limit": Flag(
-        4, "the broadcast, the two sums and the transfers of an interval may be in flight together"
+        1024, "no limit: the program decides how many collectives and transfers are in flight together"
+    ),
+    "xla_gpu_collective_permute_combine_threshold_bytes": Flag(
+        0, "transfers between the same devices stay apart: an early one would wait for a late one"
     ),
     "xla_gpu_enable_command_buffer": Flag(
         "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION",
