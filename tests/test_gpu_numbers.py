@@ -137,7 +137,7 @@ def largest_square(text, length):
 
 
 class TestA100:
-    pytestmark = a100
+    pytestmark = [*a100, pytest.mark.newest]
     WIDE = dict(hidden=128, heads=2, seq=1100, dtype="bfloat16")
 
     @pytest.mark.parametrize("gpu", ["a100-80g", "h100-80g"])

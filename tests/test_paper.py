@@ -188,13 +188,24 @@ def test_families_are_compared_over_the_rows_that_were_published():
     assert (redis["rows"], redis["with published"], redis["highest"]) == (1, 0, None)
 
 
-@pytest.mark.parametrize(("passes", "said"), [(["F0"], "end: none"), (["S"], "end: grad_sum in")])
-def test_a_large_collective_without_a_transformer_pass_beside_it_is_named(passes, said):
+@pytest.mark.parametrize(
+    ("before", "between", "said"),
+    [
+        (
+            [],
+            ["F0"],
+            "end: none. Of all 3 collectives and transfers, these start later than the program has them: none.",
+        ),
+        (["B0"], ["S"], "end: grad_sum in"),
+        (["B0"], ["F0"], "than the program has them: grad_sum in"),
+    ],
+)
+def test_a_collective_that_starts_late_or_that_no_transformer_pass_hides_is_named(before, between, said):
     row = next(row for row in published(5) if row.method == "vocab-2")
     collectives = [
-        {"step": "grad_sum", "bytes": 2**20, "passes_between": passes},
-        {"step": "stats", "bytes": 2**10, "passes_between": []},
-        {"step": "transfer", "bytes": 2**30, "passes_between": []},
+        {"step": "grad_sum", "bytes": 2**20, "passes_before": before, "passes_between": between},
+        {"step": "stats", "bytes": 2**10, "passes_before": [], "passes_between": []},
+        {"step": "transfer", "bytes": 2**30, "passes_before": [], "passes_between": []},
     ]
     text = memory_section.loops([row], {row.name: {"loop_copy_bytes": 2**21, "collectives": collectives}})
     assert said in text and f"{row.name} (2 MiB an interval)" in text
