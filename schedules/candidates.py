@@ -35,9 +35,13 @@ class Candidate:
         """The same with warm-up and cool-down in scans of their own; with 2, even if they take much more code."""
         return self._ordered(lambda order: replace(order, ends_apart=far))
 
-    def merged(self, apart: int) -> Candidate:
-        """The same with transfers merged that land at most so many instructions apart."""
-        return self._ordered(lambda order: replace(order, merged=apart))
+    def merged(self, transfers: str, apart: int) -> Candidate:
+        """The same with transfers that leave otherwise, merged if they land at most so many instructions apart."""
+        return self._ordered(
+            lambda order: (
+                order if order.transfers == "behind slots" else replace(order, transfers=transfers, merged=apart)
+            )
+        )
 
     def unrolled(self, late: int | None) -> Candidate:
         """The same with two microbatches per interval, see :func:`unrolled`."""

@@ -59,7 +59,8 @@ LATE_WEIGHTS = (
 TOGGLED = 8  # transfers that are deferred or not one by one
 MORE_CARRIED = 0.003  # what a filling of later weight gradients must save at least, as they wait in memory
 MORE_CODE = {1: 0.002, 2: 0.01}  # what scans for warm-up and cool-down must save at least, by Order.ends_apart
-MERGED = (1 << 20, 24, 16, 8)  # how many instructions apart merged transfers may land
+MERGED = (2, 4, 8, 16, 1 << 20)  # how many instructions apart merged transfers may land
+MERGING = 0.002  # what that may cost at most, beside the longest wait, which counts twice what it adds
 EQUAL = 0.001  # of candidates that differ by less, the one with the fewest instructions is taken
 TWICE = 0.005  # what two microbatches per interval must save at least: the code doubles
 WAITING = 1.0  # what the longest wait counts, beside the whole iteration
@@ -149,11 +150,10 @@ class _Search:
 
     def merged(self, candidate: Candidate) -> Candidate:
         """The candidate with as many of its transfers merged as it can do with."""
-        for apart in MERGED:
-            merged = self.judged(candidate.merged(apart))
-            if merged.instructions < candidate.instructions and merged.score <= candidate.score * (1 + EQUAL):
-                return merged
-        return candidate
+        choices = product(("before passes", "behind passes"), MERGED)
+        tried = [self.judged(candidate.merged(*choice)) for choice in choices]
+        equal = [merged for merged in tried if merged.score <= candidate.score * (1 + MERGING)]
+        return min((candidate, *equal), key=lambda candidate: candidate.instructions)
 
     def unrolled(self, candidate: Candidate) -> Candidate:
         """The candidate with two microbatches per interval and the best transfers deferred."""

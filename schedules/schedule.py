@@ -85,18 +85,19 @@ class Order:
     Attributes:
         passes: for some slots of the interval, the order of their passes, each a kind and a chunk such as ("B", 1);
             passes that are not named follow, in alphabetical order.
-        transfers: transfers leave "behind passes", each after the pass that produced it, or "behind slots", all of a
-            slot together, which takes fewer instructions.
+        transfers: transfers leave "behind passes", each after the pass that produced it; or "before passes", each with
+            others before the next pass of its source or target; or "behind slots", all of a slot together. Each takes
+            fewer instructions than the one before.
         ends_apart: 0 for as few scans as possible; 1 if warm-up and cool-down may be scans of their own, without the
             idle transfers and collectives of the steady state; 2 if they may be even where that takes much more code.
         deferred: passes whose transfers leave at the beginning of the next interval instead, each a slot, a kind and a
             chunk.
-        merged: with transfers behind passes, those of one pass share an instruction if they land at most so many
-            instructions apart. It lands where the first of them must.
+        merged: unless transfers leave behind slots, those that leave together share an instruction if they land at most
+            so many instructions apart. It lands where the first of them must.
     """
 
     passes: tuple[tuple[int, tuple[tuple[str, int], ...]], ...] = ()
-    transfers: Literal["behind passes", "behind slots"] = "behind slots"
+    transfers: Literal["behind passes", "before passes", "behind slots"] = "behind slots"
     ends_apart: Literal[0, 1, 2] = 0
     deferred: frozenset[tuple[int, str, int]] = frozenset()
     merged: int = 0

@@ -19,6 +19,7 @@ import numpy as np
 from ..schedule import AFTER, DEFERRED, PASSES, TRANSFERS, Order, Schedule
 from .cells import Cells, allocate
 from .events import Events, events_of
+from .permutes import Transfer, permutes
 from .segments import scan_bounds
 
 
@@ -102,9 +103,9 @@ class _Lines:
         K, p = schedule.interval, schedule.p
         self.schedule, self.events = schedule, events
         self.interval, self.slot = np.divmod(events.slot - events.base, K)
-        self.by_pass, self.merged = order.transfers == "behind passes", order.merged
+        self.by_pass, self.order = order.transfers != "behind slots", order
         moved = (events.rank == TRANSFERS) | (events.rank == DEFERRED)
-        behind_pass = (events.rank == TRANSFERS) & self.by_pass
+        self.behind_pass = behind_pass = (events.rank == TRANSFERS) & self.by_pass
         kept = events.op == events.code("keep")
         chunk = schedule.chunks_of(events.stage)
         kinds = order.ranks(K, events.words, schedule.chunks)
@@ -137,67 +138,84 @@ class _Body:
             self.line_of[rows] = n
 
     def segment(self) -> Segment:
-        """The scan, with the landings of its transfers where the first instruction reads what they bring."""
+        """The scan: a line's instructions, then the permutes that leave before the next line; landings before both."""
+        before: dict[int, list[Instruction]] = {}
+        landings: dict[int, list[Instruction]] = {}
+        for number, (at, due, leaves, lands) in enumerate(self._permutes()):
+            before.setdefault(at, []).append(replace(leaves, transfer=number))
+            landings.setdefault(due, []).append(replace(lands, transfer=number))
         body: list[Instruction] = []
-        landings: list[tuple[int, Instruction]] = []  # the line of groups that each comes before
-        ends: list[int] = []  # for every line of groups, where its instructions end in the body
-        for n, rows in enumerate(self.groups):
-            for instruction, due in self._instructions(n, rows):
-                if instruction.op == "permute":
-                    instruction = replace(instruction, transfer=len(landings))
-                    tables = {name: t for name, t in instruction.tables.items() if name != "outbox"}
-                    landings.append((due, replace(instruction, op="land", tables=tables)))
-                body.append(instruction)
-            ends.append(len(body))
-        starts = [0, *ends]
-        for due, landing in sorted(landings, key=lambda x: (x[0], x[1].transfer), reverse=True):
-            slot = self.schedule.interval - 1 if due == len(self.groups) else int(self.lines.slot[self.groups[due][0]])
-            body.insert(starts[due], replace(landing, slot=slot))
+        for n in range(len(self.groups) + 1):
+            body += before.get(n, []) + landings.get(n, [])
+            if n < len(self.groups) and not self._moves(n):
+                body.append(self._instruction(self.groups[n]))
         return Segment(self.a, self.b - self.a, tuple(body))
 
-    def _instructions(self, n: int, rows: np.ndarray) -> Iterator[tuple[Instruction, int]]:
-        """What a line of groups becomes, and for a permute the line before which it lands."""
+    def _moves(self, n: int) -> bool:
+        """Whether a line of groups is of transfers."""
+        return self.events.words[self.events.op[self.groups[n][0]]] in ("send", "recv")
+
+    def _slot(self, n: int) -> int:
+        """The slot of a line of groups, or the interval's last behind them all."""
+        return int(self.lines.slot[self.groups[n][0]]) if n < len(self.groups) else self.schedule.interval - 1
+
+    def _instruction(self, rows: np.ndarray) -> Instruction:
+        """What a line of groups other than of transfers becomes."""
         events, first = self.events, rows[0]
-        slot = int(self.lines.slot[first])
-        op, name = events.words[events.op[first]], events.words[events.name[first]]
-        if op in ("send", "recv"):
-            yield from self._permutes(n, rows, slot)
-        elif op == "keep":
-            yield Instruction("keep", "", 0, slot, (), self._tables(rows)), -1
-        else:
-            chunk = self.schedule.chunk(events.stage[first]) if events.stage[first] >= 0 else 0
-            yield Instruction(op, name, chunk, slot, (), self._tables(rows)), -1
+        op, name, slot = events.words[events.op[first]], events.words[events.name[first]], int(self.lines.slot[first])
+        if op == "keep":
+            return Instruction("keep", "", 0, slot, (), self._tables(rows))
+        chunk = self.schedule.chunk(events.stage[first]) if events.stage[first] >= 0 else 0
+        return Instruction(op, name, chunk, slot, (), self._tables(rows))
 
-    def _permutes(self, n: int, rows: np.ndarray, slot: int) -> Iterator[tuple[Instruction, int]]:
-        """As few permutes as hold a line's transfers with no device the source, or the target, of two pairs.
+    def _permutes(self) -> Iterator[tuple[int, int, Instruction, Instruction]]:
+        """For every permute the line before which it leaves, the one before which it lands, and both instructions."""
+        rows_of: dict[Transfer, np.ndarray] = {}
+        for n in filter(self._moves, range(len(self.groups))):
+            rows_of |= self._transfers(n)
+        for at, due, transfers in permutes(rows_of, self.lines.order.merged if self.lines.by_pass else None):
+            rows = np.concatenate([rows_of[transfer] for transfer in transfers])
+            arrivals = rows[self.events.op[rows] == self.events.code("recv")]
+            leaving = rows[self.events.op[rows] == self.events.code("send")]
+            pairs = tuple(sorted((transfer.source, transfer.target) for transfer in transfers))
+            passes = {(self.events.words[self.events.name[n]], self.schedule.chunk(self.events.stage[n])) for n in rows}
+            name, chunk = min(passes) if self.lines.by_pass and len(passes) == 1 else ("", 0)
+            tables = self._tables(arrivals)
+            slots = self._slot(transfers[0].line), self._slot(due)
+            leaves = Instruction("permute", name, chunk, slots[0], pairs, tables | self._tables(leaving, ("outbox",)))
+            lands = {name: table for name, table in tables.items() if name != "outbox"}
+            yield at, due, leaves, Instruction("land", name, chunk, slots[1], pairs, lands)
 
-        Behind passes, only transfers that land at nearly the same place share one: few wait for another's reader.
-        """
-        p, events = self.schedule.p, self.events
-        arrivals = rows[events.op[rows] == events.code("recv")]
-        pair_of = events.peer[arrivals] * p + events.device[arrivals]
-        due_of = self._due(arrivals)
-        found = {}
-        for pair in np.unique(pair_of).tolist():
-            found[divmod(pair, p)] = int(due_of[pair_of == pair].min())
-        groups: list[tuple[list[tuple[int, int]], int]] = []
-        for pair in sorted(found, key=lambda x: ((x[1] - x[0]) % p, x)):
-            for k, (group, due) in enumerate(groups):
-                free = all(pair[0] != s and pair[1] != t for s, t in group)
-                if free and (not self.lines.by_pass or abs(due - found[pair]) <= self.lines.merged):
-                    groups[k] = ([*group, pair], min(due, found[pair]))
-                    break
-            else:
-                groups.append(([pair], found[pair]))
-        for group, due in groups:
-            mine = np.isin(pair_of, [s * p + t for s, t in group])
-            leaving = rows[events.op[rows] == events.code("send")]
-            leaving = leaving[np.isin(events.device[leaving] * p + events.peer[leaving], pair_of[mine])]
-            tables = self._tables(arrivals[mine]) | self._tables(leaving, ("outbox",))
-            name, chunk = "", 0
-            if self.lines.by_pass:
-                name, chunk = events.words[events.name[rows[0]]], self.schedule.chunk(events.stage[rows[0]])
-            yield Instruction("permute", name, chunk, slot, tuple(sorted(group)), tables), due
+    def _transfers(self, n: int) -> dict[Transfer, np.ndarray]:
+        """The transfers of a line, in the order in which they share permutes, with the rows of their events."""
+        p, events, rows = self.schedule.p, self.events, self.groups[n]
+        arrives = events.op[rows] == events.code("recv")
+        ends = (
+            np.where(arrives, events.peer[rows], events.device[rows]),
+            np.where(arrives, events.device[rows], events.peer[rows]),
+        )
+        pair_of, found = ends[0] * p + ends[1], {}
+        for pair in np.unique(pair_of[arrives]).tolist():
+            source, target = divmod(pair, p)
+            due = int(self._due(rows[arrives & (pair_of == pair)]).min())
+            until = n + 1
+            if self.lines.order.transfers == "before passes" and self.lines.behind_pass[rows[0]]:
+                until = min(due, self._busy(source, n), self._busy(target, n))
+            found[Transfer(source, target, until, due, n)] = rows[pair_of == pair]
+        return dict(sorted(found.items(), key=lambda x: ((x[0].target - x[0].source) % p, x[0])))
+
+    def _busy(self, device: int, n: int) -> int:
+        """The first line behind another in which a device runs something or waits for a collective."""
+        lines = self._busy_lines[device]
+        at = np.searchsorted(lines, n)
+        return int(lines[at]) if at < len(lines) else len(self.groups)
+
+    @cached_property
+    def _busy_lines(self) -> list[np.ndarray]:
+        """For every device the lines in which it runs something or waits for a collective, in any interval."""
+        rows = np.concatenate(self.groups)
+        rows = rows[np.isin(self.events.op[rows], [self.events.code("run"), self.events.code("done")])]
+        return [np.unique(self.line_of[rows[self.events.device[rows] == d]]) for d in range(self.schedule.p)]
 
     def _due(self, arrivals: np.ndarray) -> np.ndarray:
         """The line before which each arrival must be in the inbox: its reader's, or the end for a later interval."""
