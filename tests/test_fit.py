@@ -1,5 +1,6 @@
 import csv
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,17 @@ def test_forwards_may_have_more_time_to_spare_than_backwards():
         forward, backward = found.start["F"][1:] - found.end["F"][:-1], found.start["B"][:-1] - found.end["B"][1:]
         assert forward.min() == pytest.approx(0.01 + (1 + lean) * found.spread, rel=1e-5)
         assert backward.min() == pytest.approx(0.01 + (1 - lean) * found.spread, rel=1e-5)
+
+
+@pytest.mark.parametrize(("schedule", "method"), [("v-half", "baseline"), ("v-half", "vocab-2"), ("zb-h2", "vocab-1")])
+def test_transfers_share_permutes_where_that_costs_next_to_nothing(schedule, method):
+    given = Durations(F=466, B=549, W=405, transfer=4, S=60, T=90, hidden_broadcast=8, grad_sum=16)
+    built = build(schedule, method, p=8, m=32, durations=given)
+    assert built.order.transfers == "before passes"
+    shared, apart = lower(built), lower(built, replace(built.order, transfers="behind passes", merged=0))
+    permutes = [sum(i.op == "permute" for s in program.segments for i in s.body) for program in (shared, apart)]
+    assert permutes[0] < permutes[1] and shared.open_transfers <= apart.open_transfers
+    assert simulate(shared, given, GPU).makespan <= 1.002 * simulate(apart, given, GPU).makespan
 
 
 def test_a_deferred_transfer_leaves_in_the_next_interval():

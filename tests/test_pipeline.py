@@ -94,6 +94,15 @@ def test_a_schedule_that_a_user_writes_as_data_runs_unchanged(method):
     assert_parity(pipeline(schedules.repeat(mine, method, m=5)), batch_of(5))
 
 
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("transfers", ["before passes", "behind passes"])
+@pytest.mark.parametrize(("schedule", "method"), [("v-half", "vocab-1"), ("zb-h2", "baseline"), ("v-zb", "vocab-2")])
+def test_transfers_that_share_a_permute_bring_each_device_its_own(schedule, method, transfers):
+    plain = schedules.build(schedule, method, p=4, m=9)
+    order = schedules.Order(transfers=transfers, merged=1 << 20)
+    assert_parity(pipeline(dataclasses.replace(plain, order=order)), batch_of(9))
+
+
 def test_a_block_without_matrices_runs_under_a_split_backward():
     plain = plain_model(2)
     model = dataclasses.replace(

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from vocabpp_jax.schedules import GPU, SCHEDULES, Durations, build, evaluation, from_orders, lower, methods_of, simulate
 from vocabpp_jax.schedules.lowering.check_program import check_program
+from vocabpp_jax.schedules.lowering.permutes import Permute, Transfer, permutes
+from vocabpp_jax.schedules.schedule import Order
 
 CASES = [(s, method) for s in SCHEDULES for method in methods_of(s)]
 
@@ -75,6 +77,39 @@ def test_every_cell_of_a_ring_is_used(case, p, m):
         tables = [i.tables[name] for s in program.segments for i in s.body if name in i.tables]
         highest = np.max([t.max(axis=0) for t in tables], axis=0)
         assert (highest + 1 == peaks).all() and program.rings[ring] == max(peaks)
+
+
+@given(
+    case=st.sampled_from(CASES),
+    p=st.integers(1, 9),
+    m=st.integers(1, 20),
+    transfers=st.sampled_from(["before passes", "behind passes"]),
+    merged=st.sampled_from([0, 4, 1 << 20]),
+)
+def test_transfers_that_leave_together_are_sound_and_take_fewer_permutes(case, p, m, transfers, merged):
+    plain = build(*case, p=p, m=m)
+    apart, shared = (
+        lower(plain, Order(transfers=how, merged=lines)) for how, lines in (("behind passes", 0), (transfers, merged))
+    )
+    check_program(shared)
+    assert shared.peaks == apart.peaks and permutes_of(shared) <= permutes_of(apart)
+    for segment in shared.segments:
+        for i in segment.body:
+            if i.op == "permute":
+                sources, targets = zip(*i.pairs, strict=True)
+                assert len(set(sources)) == len(sources) and len(set(targets)) == len(targets)
+
+
+def permutes_of(program):
+    return sum(i.op == "permute" for s in program.segments for i in s.body)
+
+
+def test_a_permute_leaves_where_one_of_its_transfers_can_wait_no_longer():
+    early, late, other = Transfer(0, 1, 4, 9, 1), Transfer(2, 3, 6, 8, 2), Transfer(1, 2, 9, 30, 5)
+    assert permutes([early, late, other], None) == [Permute(4, 8, (early, late)), Permute(9, 30, (other,))]
+    assert permutes([early, late], 0) == [Permute(4, 9, (early,)), Permute(6, 8, (late,))]
+    same_source = Transfer(0, 2, 5, 9, 1)
+    assert permutes([early, same_source], None) == [Permute(4, 9, (early,)), Permute(5, 9, (same_source,))]
 
 
 def test_segments_follow_each_other():

@@ -43,7 +43,7 @@ def permutes(transfers: Iterable[Transfer], apart: int | None) -> list[Permute]:
     A permute leaves where one of its transfers can wait no longer.
 
     Args:
-        transfers: in the order in which they compete for a place.
+        transfers: in the order of the lines behind which they may leave.
         apart: how many lines apart transfers that share a permute may be due; None for any.
     """
     waiting, made = list(transfers), []
@@ -52,10 +52,11 @@ def permutes(transfers: Iterable[Transfer], apart: int | None) -> list[Permute]:
         first = next(transfer for transfer in waiting if transfer.until == at)
         group, due = [first], first.due
         for transfer in waiting:
-            here = transfer is not first and transfer.line < at
+            if transfer.line >= at:
+                break
             free = all(transfer.source != x.source and transfer.target != x.target for x in group)
-            if here and free and (apart is None or abs(due - transfer.due) <= apart):
+            if free and (apart is None or abs(due - transfer.due) <= apart):
                 group, due = [*group, transfer], min(due, transfer.due)
-        waiting = [transfer for transfer in waiting if not any(transfer is x for x in group)]
+        waiting = [transfer for transfer in waiting if transfer not in group]
         made.append(Permute(at, due, tuple(group)))
     return made

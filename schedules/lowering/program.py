@@ -4,8 +4,8 @@ The program is a few scans over intervals of ``K`` slots. Their bodies are strai
 every device; tables say for which microbatch, if any, a device runs one, and which cell of which ring buffer it uses.
 The executor compiles this list and the simulator times it, so what is simulated is what runs.
 
-Order inside a slot: see :mod:`.events` and :mod:`.program_order`. Rings: :mod:`.cells`. Where a scan ends and the next
-begins: :mod:`.segments`.
+Order inside a slot: see :mod:`.events`. Which transfers share an instruction: :mod:`.permutes`. Rings: :mod:`.cells`.
+Where a scan ends and the next begins: :mod:`.segments`.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class _Body:
             self.line_of[rows] = n
 
     def segment(self) -> Segment:
-        """The scan: a line's instructions, then the permutes that leave before the next line; landings before both."""
+        """The scan: before every line of groups the permutes that leave there, and then the landings."""
         before: dict[int, list[Instruction]] = {}
         landings: dict[int, list[Instruction]] = {}
         for number, (at, due, leaves, lands) in enumerate(self._permutes()):
@@ -179,12 +179,16 @@ class _Body:
             leaving = rows[self.events.op[rows] == self.events.code("send")]
             pairs = tuple(sorted((transfer.source, transfer.target) for transfer in transfers))
             passes = {(self.events.words[self.events.name[n]], self.schedule.chunk(self.events.stage[n])) for n in rows}
-            name, chunk = min(passes) if self.lines.by_pass and len(passes) == 1 else ("", 0)
-            tables = self._tables(arrivals)
-            slots = self._slot(transfers[0].line), self._slot(due)
-            leaves = Instruction("permute", name, chunk, slots[0], pairs, tables | self._tables(leaving, ("outbox",)))
-            lands = {name: table for name, table in tables.items() if name != "outbox"}
-            yield at, due, leaves, Instruction("land", name, chunk, slots[1], pairs, lands)
+            maker = min(passes) if self.lines.by_pass and len(passes) == 1 else ("", 0)
+            lands = self._tables(arrivals)
+            leaves = lands | self._tables(leaving, ("outbox",))
+            lands.pop("outbox", None)
+            yield (
+                at,
+                due,
+                Instruction("permute", *maker, self._slot(at - 1), pairs, leaves),
+                Instruction("land", *maker, self._slot(due), pairs, lands),
+            )
 
     def _transfers(self, n: int) -> dict[Transfer, np.ndarray]:
         """The transfers of a line, in the order in which they share permutes, with the rows of their events."""
