@@ -12,6 +12,7 @@ import memory
 from command_line.options import ModelOptions, PipelineOptions
 from memory import MemoryOptions
 from vocabpp_jax import compiled
+from vocabpp_jax.schedules.simulation.cost import GPUS
 
 a100, h100 = [pytest.mark.a100, needs_gpu_packages], [pytest.mark.h100, needs_gpu_packages]
 SMALL = ModelOptions(model="4B", layers=4, hidden=512, heads=4, seq=1024, vocab_size=8192)
@@ -153,6 +154,14 @@ class TestA100:
         found = compile_for("v-zb", "vocab-1", without=(flag,))
         assert flag not in found.assumed["flags"]
         assert [c for c in found.collectives if c.passes_before]
+
+    @pytest.mark.newest
+    def test_collectives_overlap_with_passes_even_if_little_memory_is_free(self, tmp_path):
+        tight, described = tmp_path / "tight.toml", (GPUS / "a100-80g.toml").read_text()
+        tight.write_text(described.replace("device_memory_size = 85100068864", "device_memory_size = 200000000"))
+        assert_hidden_and_not_copied(compile_for("1f1b", "vocab-2", gpu=str(tight)))
+        found = compile_for("1f1b", "vocab-2", gpu=str(tight), without=("xla_gpu_memory_limit_slop_factor",))
+        assert 0.8 * 2e8 < found.peak_bytes < 2e8 and not hidden(found)
 
     @pytest.mark.newest
     @pytest.mark.parametrize(

@@ -37,6 +37,9 @@ FLAGS: dict[str, Flag] = {
     "xla_gpu_collective_permute_combine_threshold_bytes": Flag(
         0, "transfers between the same devices stay apart: an early one would wait for a late one"
     ),
+    "xla_gpu_memory_limit_slop_factor": Flag(
+        200, "no limit: with less than a fifth of the GPU's memory free, XLA would let no collective overlap"
+    ),
     "xla_gpu_enable_command_buffer": Flag(
         "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION",
         "CUDA graphs of everything but loops: with WHILE, steps on an H100 hung or took 5% longer (docs/gpu.md)",
