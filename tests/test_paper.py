@@ -191,11 +191,8 @@ def test_families_are_compared_over_the_rows_that_were_published():
 @pytest.mark.parametrize(
     ("before", "between", "said"),
     [
-        (
-            [],
-            ["F0"],
-            "end: none. Of all 3 collectives and transfers, these start later than the program has them: none.",
-        ),
+        ([], ["F0"], "end: none. Of the 3 collectives and transfers of the 1 rows that fit on the GPU"),
+        ([], ["F0"], "these start later than the program has them: none."),
         (["B0"], ["S"], "end: grad_sum in"),
         (["B0"], ["F0"], "than the program has them: grad_sum in"),
     ],
@@ -207,7 +204,8 @@ def test_a_collective_that_starts_late_or_that_no_transformer_pass_hides_is_name
         {"step": "stats", "bytes": 2**10, "passes_before": [], "passes_between": []},
         {"step": "transfer", "bytes": 2**30, "passes_before": [], "passes_between": []},
     ]
-    text = memory_section.loops([row], {row.name: {"loop_copy_bytes": 2**21, "collectives": collectives}})
+    report = {"peak_bytes": 1, "memory_bytes": 2, "loop_copy_bytes": 2**21, "collectives": collectives}
+    text = memory_section.loops([row], {row.name: report})
     assert said in text and f"{row.name} (2 MiB an interval)" in text
 
 

@@ -123,14 +123,15 @@ def loops(rows: Sequence[Setting], reports: Mapping[str, dict[str, Any]]) -> str
     promising = [row.name for row in rows if row.method in ("vocab-1", "vocab-2")]
     large = {name: [c for c in reports[name]["collectives"] if is_large(c)] for name in promising}
     waited = [f"{c['step']} in {name}" for name in promising for c in large[name] if not is_hidden(c["passes_between"])]
-    every = [(c, row.name) for row in rows for c in reports[row.name]["collectives"]]
+    fits = [row.name for row in rows if reports[row.name]["peak_bytes"] <= reports[row.name]["memory_bytes"]]
+    every = [(c, name) for name in fits for c in reports[name]["collectives"]]
     late = [f"{c['step']} in {name}" for c, name in every if c["passes_before"]]
     return (
         f"Copies of 1 MiB or more in the steady-state loop: {', '.join(copied) or 'none in any row'}. "
         f"The {len(promising)} rows of vocab-1 and vocab-2 have {sum(map(len, large.values()))} vocabulary collectives "
         "of 1 MiB or more; those without a transformer pass between start and end: "
-        f"{', '.join(waited) or 'none'}. Of all {len(every):,} collectives and transfers, these start later than the "
-        f"program has them: {', '.join(late) or 'none'}."
+        f"{', '.join(waited) or 'none'}. Of the {len(every):,} collectives and transfers of the {len(fits)} rows "
+        f"that fit on the GPU, these start later than the program has them: {', '.join(late) or 'none'}."
     )
 
 

@@ -76,7 +76,7 @@ class Program:
 
     @cached_property
     def open_transfers(self) -> int:
-        """Transfers that have left and not landed, at most: every device allocates a buffer for each."""
+        """Permutes that have left and not landed, at most: every device allocates two buffers for each."""
         steps = [[(i.op == "permute") - (i.op == "land") for i in s.body] for s in self.segments]
         return max((int(np.cumsum(of_body).max()) for of_body in steps if of_body), default=0)
 

@@ -124,8 +124,8 @@ class Footprint:
         return 2 * (self.parameters - (0 if self.choice.shard_optimizer else left_out * z.hidden))
 
     def _buffers(self, rings: Mapping[str, int], transfers: int, stream: int, tokens: int, width: int) -> float:
-        """Streams in rings and on their way, and what S leaves for T."""
-        cells = rings.get("inbox", 1) + rings.get("outbox", 0) + transfers
+        """Streams in rings, two for every transfer under way, and what S leaves for T."""
+        cells = rings.get("inbox", 1) + rings.get("outbox", 0) + 2 * transfers
         if not self.schedule.sharded:
             return cells * stream
         rows = -(-self.request.sizes.vocab_size // (self.schedule.p * self.choice.tensor))
