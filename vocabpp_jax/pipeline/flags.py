@@ -29,7 +29,7 @@ FLAGS: dict[str, Flag] = {
         True, "collectives overlap with passes, and are waited for as late as the program allows"
     ),
     "xla_gpu_experimental_collective_start_as_early_as_possible": Flag(
-        True, "collectives start where the program has them, not where XLA expects them to take until they are needed"
+        True, "collectives start where the program has them; XLA alone would start them as late as it thinks it can"
     ),
     "xla_gpu_experimental_parallel_collective_overlap_limit": Flag(
         1024, "no limit: the program decides how many collectives and transfers are in flight together"
