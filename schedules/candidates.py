@@ -37,11 +37,7 @@ class Candidate:
 
     def merged(self, transfers: str, apart: int) -> Candidate:
         """The same with transfers that leave otherwise, merged if they land at most so many instructions apart."""
-        return self._ordered(
-            lambda order: (
-                order if order.transfers == "behind slots" else replace(order, transfers=transfers, merged=apart)
-            )
-        )
+        return self._ordered(lambda order: replace(order, transfers=transfers, merged=apart))
 
     def unrolled(self, late: int | None) -> Candidate:
         """The same with two microbatches per interval, see :func:`unrolled`."""

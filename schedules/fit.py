@@ -1,11 +1,11 @@
 """The best schedule for given durations: candidates from a building block, judged by simulating their programs.
 
 A candidate is the block on a grid of slots that follows the durations (:mod:`.steady`) with a program order: the order
-of passes within a slot, and whether a transfer is issued after its pass or at the start of the next interval. Its
-warm-up and cool-down may be filled (:mod:`.ends`, :mod:`.reorder`) or be scans of their own. The block merely repeated,
-with a full or a short broadcast, is one of the candidates. :func:`.simulate` decides, by the rules of the machine that
-the program is for; between grids with a sharded vocabulary :func:`.steady_interval`, as their ends are alike. The
-search tries a fixed list of candidates in a fixed order, so it finds the same schedule everywhere.
+of passes within a slot, and whether a transfer is issued after its pass, before a later one or at the start of the next
+interval. Its warm-up and cool-down may be filled (:mod:`.ends`, :mod:`.reorder`) or be scans of their own. The block
+merely repeated, with a full or a short broadcast, is one of the candidates. :func:`.simulate` decides, by the rules of
+the machine that the program is for; between grids with a sharded vocabulary :func:`.steady_interval`, as their ends are
+alike. The search tries a fixed list of candidates in a fixed order, so it finds the same schedule everywhere.
 """
 
 from __future__ import annotations
@@ -149,7 +149,9 @@ class _Search:
         return self.merged(best.or_better(self.unrolled(best), TWICE))
 
     def merged(self, candidate: Candidate) -> Candidate:
-        """The candidate with as many of its transfers merged as it can do with."""
+        """The candidate with as many of its transfers merged as it can do with; behind slots they are already."""
+        if candidate.build(self.trial).order.transfers == "behind slots":
+            return candidate
         choices = product(("before passes", "behind passes"), MERGED)
         tried = [self.judged(candidate.merged(*choice)) for choice in choices]
         equal = [merged for merged in tried if merged.score <= candidate.score * (1 + MERGING)]

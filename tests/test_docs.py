@@ -1,6 +1,5 @@
 """The examples in the documents run as they stand."""
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -8,15 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import needs_gpu_packages
 
 ROOT = Path(__file__).parent.parent
 # cuDNN's attention is traced, which takes jax's GPU packages and no GPU.
-PLANS = [
-    pytest.mark.a100,
-    pytest.mark.skipif(
-        importlib.util.find_spec("jax_cuda12_plugin") is None, reason="jax's GPU packages are not installed"
-    ),
-]
+PLANS = [pytest.mark.a100, needs_gpu_packages]
 EXAMPLES = [
     pytest.param(code, id=f"{path}-{n}", marks=PLANS if path == "docs/planner.md" else ())
     for path in ("README.md", "docs/models.md", "docs/planner.md", "docs/schedules.md", "docs/simulator.md")

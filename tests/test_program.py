@@ -5,10 +5,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vocabpp_jax.schedules import GPU, SCHEDULES, Durations, build, evaluation, from_orders, lower, methods_of, simulate
+from vocabpp_jax.schedules import (
+    GPU,
+    SCHEDULES,
+    Durations,
+    Order,
+    build,
+    evaluation,
+    from_orders,
+    lower,
+    methods_of,
+    simulate,
+)
 from vocabpp_jax.schedules.lowering.check_program import check_program
 from vocabpp_jax.schedules.lowering.permutes import Permute, Transfer, permutes
-from vocabpp_jax.schedules.schedule import Order
 
 CASES = [(s, method) for s in SCHEDULES for method in methods_of(s)]
 
@@ -56,6 +66,13 @@ def test_ends_apart_run_only_what_they_need_and_take_less_time(schedule, far):
     assert simulate(apart, slow, GPU).makespan < simulate(together, slow, GPU).makespan
 
 
+def targets_of_distinct_pairs(permute):
+    """The targets of a permute, after a look that no device is a source, or a target, twice."""
+    sources, targets = zip(*permute.pairs, strict=True)
+    assert len(set(sources)) == len(sources) and len(set(targets)) == len(targets)
+    return targets
+
+
 @given(case=st.sampled_from(CASES), p=st.integers(1, 9), m=st.integers(1, 20))
 def test_a_permute_has_no_device_twice_and_carries_something(case, p, m):
     for program in (lower(build(*case, p=p, m=m)), lower(evaluation(build(*case, p=p, m=m)))):
@@ -63,8 +80,7 @@ def test_a_permute_has_no_device_twice_and_carries_something(case, p, m):
             landed = {i.transfer: n for n, i in enumerate(segment.body) if i.op == "land"}
             for n, i in enumerate(segment.body):
                 if i.op == "permute":
-                    sources, targets = zip(*i.pairs, strict=True)
-                    assert len(set(sources)) == len(sources) and len(set(targets)) == len(targets)
+                    targets = targets_of_distinct_pairs(i)
                     assert all((i.tables["microbatch"][:, t] >= 0).any() for t in targets)
                     assert landed[i.transfer] > n
 
@@ -96,8 +112,7 @@ def test_transfers_that_leave_together_are_sound_and_take_fewer_permutes(case, p
     for segment in shared.segments:
         for i in segment.body:
             if i.op == "permute":
-                sources, targets = zip(*i.pairs, strict=True)
-                assert len(set(sources)) == len(sources) and len(set(targets)) == len(targets)
+                targets_of_distinct_pairs(i)
 
 
 def permutes_of(program):

@@ -48,15 +48,14 @@ def permutes(transfers: Iterable[Transfer], apart: int | None) -> list[Permute]:
     """
     waiting, made = list(transfers), []
     while waiting:
-        at = min(transfer.until for transfer in waiting)
-        first = next(transfer for transfer in waiting if transfer.until == at)
+        first = min(waiting, key=lambda transfer: transfer.until)
         group, due = [first], first.due
         for transfer in waiting:
-            if transfer.line >= at:
+            if transfer.line >= first.until:
                 break
             free = all(transfer.source != x.source and transfer.target != x.target for x in group)
             if free and (apart is None or abs(due - transfer.due) <= apart):
                 group, due = [*group, transfer], min(due, transfer.due)
         waiting = [transfer for transfer in waiting if transfer not in group]
-        made.append(Permute(at, due, tuple(group)))
+        made.append(Permute(first.until, due, tuple(group)))
     return made

@@ -148,7 +148,7 @@ class _Body:
         for n in range(len(self.groups) + 1):
             body += before.get(n, []) + landings.get(n, [])
             if n < len(self.groups) and not self._moves(n):
-                body.append(self._instruction(self.groups[n]))
+                body.append(self._instruction(n))
         return Segment(self.a, self.b - self.a, tuple(body))
 
     def _moves(self, n: int) -> bool:
@@ -159,14 +159,14 @@ class _Body:
         """The slot of a line of groups, or the interval's last behind them all."""
         return int(self.lines.slot[self.groups[n][0]]) if n < len(self.groups) else self.schedule.interval - 1
 
-    def _instruction(self, rows: np.ndarray) -> Instruction:
+    def _instruction(self, n: int) -> Instruction:
         """What a line of groups other than of transfers becomes."""
-        events, first = self.events, rows[0]
-        op, name, slot = events.words[events.op[first]], events.words[events.name[first]], int(self.lines.slot[first])
+        events, rows = self.events, self.groups[n]
+        op, name, stage = events.words[events.op[rows[0]]], events.words[events.name[rows[0]]], events.stage[rows[0]]
         if op == "keep":
-            return Instruction("keep", "", 0, slot, (), self._tables(rows))
-        chunk = self.schedule.chunk(events.stage[first]) if events.stage[first] >= 0 else 0
-        return Instruction(op, name, chunk, slot, (), self._tables(rows))
+            name, stage = "", -1
+        chunk = self.schedule.chunk(stage) if stage >= 0 else 0
+        return Instruction(op, name, chunk, self._slot(n), (), self._tables(rows))
 
     def _permutes(self) -> Iterator[tuple[int, int, Instruction, Instruction]]:
         """For every permute the line before which it leaves, the one before which it lands, and both instructions."""
