@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf
 
+from .late_weights import Shifts, with_shifts
 from .schedule import Order, Schedule
 from .steady import Refined
 
@@ -38,6 +39,10 @@ class Candidate:
     def merged(self, transfers: str, apart: int) -> Candidate:
         """The same with transfers that leave otherwise, merged if they land at most so many instructions apart."""
         return self._ordered(lambda order: replace(order, transfers=transfers, merged=apart))
+
+    def later(self, shifts: Shifts) -> Candidate:
+        """The same with other slots for the weight gradients of the cool-down."""
+        return Candidate(lambda m: with_shifts(self.build(m), shifts))
 
     def unrolled(self, late: int | None) -> Candidate:
         """The same with two microbatches per interval, see :func:`unrolled`."""

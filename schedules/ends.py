@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import count
 
 import numpy as np
 
@@ -20,27 +19,6 @@ from .queues import KINDS, B, F, Filling, Queues, Ran, Starts, W
 from .repeat import assembled
 from .schedule import Schedule
 from .vocabulary import insert, unsharded
-
-
-def fill(
-    block: Block,
-    starts: Starts,
-    durations: Mapping[str, np.ndarray],
-    transfer: float,
-    gap: float,
-    filling: Filling,
-) -> Starts:
-    """The slots with warm-up and cool-down filled.
-
-    Args:
-        block: with F, B and W passes.
-        starts: slots of every pass of the repeated block.
-        durations: of F, B and W, ``[stages]``.
-        transfer, gap: time of a transfer, and from the last stage's F to when its B can start.
-        filling: how.
-    """
-    taken = Queues(block, starts, durations, transfer, gap, filling).run()
-    return (_moved_weights if filling.weights_only else _moved)(block, starts, taken)
 
 
 def _moved(block: Block, starts: Starts, taken: list[tuple[float, int, Ran]]) -> Starts:
@@ -81,32 +59,6 @@ def _moved(block: Block, starts: Starts, taken: list[tuple[float, int, Ran]]) ->
     return moved
 
 
-def _moved_weights(block: Block, starts: Starts, taken: list[tuple[float, int, Ran]]) -> Starts:
-    """Slots in which the devices run weight gradients, once they have no forward left, where they do in this order.
-
-    Each takes the first slot that is free of those that any device has for the weight gradients of its chunk, after its
-    B and after the pass before it on its device.
-    """
-    K, moved = block.interval, {kind: slots.copy() for kind, slots in starts.items()}
-    forwards = [starts["F"].shape[1] * block.placement.count(d) for d in range(block.p)]
-    latest, used, names = [-(1 << 60)] * block.p, [set() for _ in range(block.p)], tuple(starts)
-    for stage, d in enumerate(block.placement):
-        used[d] |= {*starts["F"][stage].tolist(), *starts["B"][stage].tolist()}
-    for _, d, (kind, stage, i) in taken:
-        own = int(starts[names[kind]][stage, i])
-        if kind == W and not forwards[d]:
-            after = max(latest[d], int(moved["B"][stage, i])) + 1
-            free = (slot for slot in count(after) if slot % K in _usual(block, stage) and slot not in used[d])
-            own = int(next(free))
-            moved["W"][stage, i] = own
-        else:
-            latest[d] = max(latest[d], own)
-        if kind == W:
-            used[d].add(own)
-        forwards[d] -= kind == F
-    return moved
-
-
 @lru_cache(maxsize=1024)
 def _usual(block: Block, stage: int) -> tuple[int, ...]:
     """Slots of the interval in which any device has a W of this stage's chunk: there is an instruction for it."""
@@ -121,7 +73,7 @@ class Ends:
     Attributes:
         block, filling: what, and how.
         durations: of F, B and W, ``[stages]``.
-        transfer, gap: as for :func:`fill`.
+        transfer, gap: time of a transfer, and from the last stage's F to when its B can start.
     """
 
     block: Block
@@ -158,4 +110,5 @@ class Ends:
         }
 
     def _filled(self, starts: Starts) -> Starts:
-        return fill(self.block, starts, self.durations, self.transfer, self.gap, self.filling)
+        taken = Queues(self.block, starts, self.durations, self.transfer, self.gap, self.filling).run()
+        return _moved(self.block, starts, taken)

@@ -2,42 +2,37 @@
 
 A candidate is the block on a grid of slots that follows the durations (:mod:`.steady`) with a program order: the order
 of passes within a slot, and whether a transfer is issued after its pass, before a later one or at the start of the next
-interval. Its warm-up and cool-down may be filled (:mod:`.ends`, :mod:`.reorder`) or be scans of their own. The block
-merely repeated, with a full or a short broadcast, is one of the candidates. :func:`.simulate` decides, by the rules of
-the machine that the program is for; between grids with a sharded vocabulary :func:`.steady_interval`, as their ends are
-alike. The search tries a fixed list of candidates in a fixed order, so it finds the same schedule everywhere.
+interval. Its warm-up and cool-down may be filled (:mod:`.ends`, :mod:`.late_weights`, :mod:`.reorder`) or be scans of
+their own. The block merely repeated, with a full or a short broadcast, is one of the candidates. The simulated time of
+their programs decides (:mod:`.judge`). The search tries a fixed list of candidates in a fixed order, so it finds the
+same schedule everywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
 from math import inf
 
-import numpy as np
-
 from .blocks import Block
 from .candidates import Candidate, Grid, order_of
 from .ends import Ends
-from .lowering.program import Program, lower
+from .judge import Judge, Times
+from .late_weights import Late, late_weights
 from .queues import Filling
 from .reorder import can_reorder, reorder
-from .repeat import repeat
 from .schedule import Order, Schedule
-from .simulation.durations import Durations
-from .simulation.simulator import GPU, Rules, simulate, steady_interval
-from .steady import KINDS, Refined, Steady, refined, steady
-
-Times = Durations | Callable[[Schedule], Durations]
+from .simulation.simulator import GPU, Rules
+from .steady import Refined, Steady, refined, steady
 
 FINER = (1, 2, 3)  # how many times as many slots an interval as the block has
 ROUNDINGS = (0.999, 0.5)
 NEAR, COMPARED = 0.005, 10  # grids whose steady states differ by less, at most so many, are compared as a whole
 WHOLE = 2  # of those, so many are searched further
 GRIDS = 2  # grids whose program orders are searched
-FEW = 16  # if the vocabulary is not sharded, devices up to which that many grids are searched instead of one
+FEW = 16  # devices up to which more is tried: two grids if the vocabulary is not sharded, instead of one
 LEANS = (0.0, 0.1, 0.2)  # shares of the time to spare for transfers that are moved from backwards to forwards
 STATS = (2, 3)  # slots for the softmax statistics
 LATE = (1, 2)  # of how many of an interval's last slots the transfers are deferred, with a sharded vocabulary
@@ -50,12 +45,8 @@ EARLY = (
     Filling(carried=1 << 20, patience=1.0),
 )
 """Fillings for devices that do not wait for each other's transfers."""
-LATE_WEIGHTS = (
-    Filling(carried=2, weights_only=True),
-    Filling(carried=1 << 20, weights_only=True),
-    Filling(carried=1 << 20, patience=1.0, weights_only=True),
-)
-"""Fillings for devices that do."""
+DELAYED = 8  # candidates whose last weight gradients are delayed; 2 with more than FEW devices
+DELAYS = (0.0, 0.5)  # by what share of its time a weight gradient of the cool-down may delay another pass
 TOGGLED = 8  # transfers that are deferred or not one by one
 MORE_CARRIED = 0.003  # what a filling of later weight gradients must save at least, as they wait in memory
 MORE_CODE = {1: 0.002, 2: 0.01}  # what scans for warm-up and cool-down must save at least, by Order.ends_apart
@@ -63,7 +54,6 @@ MERGED = (2, 4, 8, 16, 1 << 20)  # how many instructions apart merged transfers 
 MERGING = 0.002  # what that may add to the score, in which a delay also counts as a wait
 EQUAL = 0.001  # of candidates that differ by less, the one with the fewest instructions is taken
 TWICE = 0.005  # what two microbatches per interval must save at least: the code doubles
-WAITING = 1.0  # what the longest wait counts, beside the whole iteration
 
 
 def fit(
@@ -100,49 +90,19 @@ def fit(
     return min((search.best().build(m), search.repeated(m)), key=search.makespan)
 
 
-class _Search:
-    def __init__(self, block: Block, method: str, m: int, durations: Times, name, rules: Rules, inserted, counts):
-        self.block, self.method, self.name, self.rules, self.inserted = block, method, name, rules, inserted
-        self.counts = counts
-        self.durations = durations if callable(durations) else lambda _: durations
-        self.plain = self._repeated(block)(1)
-        self.m, self.trial = m, min(m, 3 * block.p + 8)  # long enough for the steady state
-        starts = [x.start for of_device in self.plain.passes for x in of_device]
-        self.short = min(m, (max(starts) - min(starts)) // block.interval + 5)  # an interval of two in the steady state
-        given = self.durations(self.plain)
-        stages = range(self.plain.stages)
-        self.takes = {
-            kind: np.array([given.of(self.plain, kind, self.plain.chunk(s))[block.placement[s]] for s in stages])
-            for kind in KINDS
-            if getattr(block, kind)
-        }
-        self.transfer = float(np.max(given.transfer)) if block.p > 1 else 0.0
-        self.gap = float(np.max(given.H))  # from the last stage's F to its B, where ends are filled
-        self.in_flight = max(lower(self._repeated(block)(self.trial)).in_flight)
-
-    def _repeated(self, block: Block) -> Callable[[int], Schedule]:
-        return lambda m: self._counted(repeat(block, self.method, m, self.name, self.inserted))
-
-    def _counted(self, schedule: Schedule) -> Schedule:
-        return replace(schedule, layer_counts=self.counts)
-
-    def repeated(self, m: int) -> Schedule:
-        """The block as it is."""
-        return self._repeated(self.block)(m)
-
-    def makespan(self, schedule: Schedule) -> float:
-        """Simulated time of the whole iteration."""
-        return simulate(lower(schedule), self.durations(schedule), self.rules).makespan
-
+class _Search(Judge):
     def best(self) -> Candidate:
         """The best of all candidates."""
         found = [*map(self.judged, self.repetitions()), *self.on_grids()]
         if self.plain.sharded and can_reorder(self.block):
             found.append(self.judged(Candidate(self._reordered)))
-        ranked = sorted(found, key=lambda candidate: candidate.score)
-        equal = [candidate for candidate in ranked if candidate.score <= ranked[0].score * (1 + EQUAL)]
+        found.sort(key=lambda candidate: candidate.score)
+        few = DELAYED if self.block.p <= FEW else 2
+        found[:few] = map(self.later, found[:few])
+        found.sort(key=lambda candidate: candidate.score)
+        equal = [candidate for candidate in found if candidate.score <= found[0].score * (1 + EQUAL)]
         best = min(equal, key=lambda candidate: candidate.instructions)
-        tried = [best, *[candidate for candidate in ranked if candidate is not best][:1]]
+        tried = [best, *[candidate for candidate in found if candidate is not best][:1]]
         for far, least in MORE_CODE.items():
             apart = [self.judged(candidate.apart(far)) for candidate in tried if candidate.score < inf]
             best = best.or_better(min(apart, key=lambda candidate: candidate.score, default=best), least)
@@ -170,47 +130,19 @@ class _Search:
         if self.plain.sharded and self.block.longest > 1 and self.method != "interlaced":
             # A pass then hides the sum of gradients, which may take longer, instead of the broadcast.
             blocks.append(replace(self.block, broadcast_slots=1))
-        plain = [Candidate(self._repeated(block)) for block in blocks]
+        plain = [Candidate(self.repeated_block(block)) for block in blocks]
         return plain + [candidate.with_order(Order(transfers="behind passes")) for candidate in plain]
 
     def on_grids(self) -> Iterator[Candidate]:
-        """The block on the best grids, with the best transfers deferred and its ends filled."""
+        """The block on the best grids, with the best transfers deferred; if nothing waits, with its ends filled."""
         several = self.plain.sharded or self.block.p <= FEW
         for n, state in enumerate(self.states()):
             for grid in self.grids(state)[: None if several and n == 0 else 1]:
                 best = self.deferred(grid)
-                yield self.judged(best) if self.plain.sharded else self.filled(best, grid)
-
-    def judged(self, candidate: Candidate) -> Candidate:
-        """The candidate with its simulated time; infinite if it cannot run or holds more than the block."""
-        program = self._lowered(candidate, self.trial)
-        if program is None:
-            return replace(candidate, score=inf)
-        timeline = simulate(program, self.durations(program.schedule), self.rules)
-        more = (self.m - self.trial) * timeline.steady_interval if self.m > self.trial else 0.0
-        score = timeline.makespan + more + WAITING * float(timeline.idle.max())
-        return replace(candidate, score=score, instructions=sum(len(segment.body) for segment in program.segments))
-
-    def paced(self, candidate: Candidate) -> Candidate:
-        """The candidate with the simulated time of its steady state alone."""
-        program = self._lowered(candidate, self.short)
-        if program is None:
-            return replace(candidate, score=inf)
-        interval = steady_interval(program, self.durations(program.schedule), self.rules)
-        return replace(candidate, score=float(f"{self.m * interval:.9g}"))  # rounded, so that equals are equal
-
-    def _lowered(self, candidate: Candidate, m: int) -> Program | None:
-        """The candidate's program, or None if it cannot run or holds more than the block."""
-        try:
-            program = lower(candidate.build(m))
-        except ValueError:
-            return None
-        return None if max(program.in_flight) > self.in_flight else program
-
-    def measured(self, candidate: Candidate) -> Candidate:
-        """The candidate with what decides between its kind: with a sharded vocabulary, the steady state alone; the
-        ends are the same, and it takes a tenth of the time."""
-        return self.paced(candidate) if self.plain.sharded else self.judged(candidate)
+                if self.plain.sharded:
+                    yield self.judged(best)
+                else:
+                    yield self.filled(best, grid) if self.rules.transfers == "eager" else best
 
     def states(self) -> list[Steady]:
         """The steady states on whose grids the block is put."""
@@ -228,8 +160,9 @@ class _Search:
         grids = [refined(found, finer * self.block.interval, *choice) for finer, *choice in choices]
         sized = [self.sized(grid, grid.block.pass_slots, max(STATS)) for grid in grids if grid]
         late = LATE if self.plain.sharded else (0,)
-        best = _fastest(_fastest(self.late(grid, slots) for slots in late)[0] for grid in sized if grid)
+        best = [_fastest(self.late(grid, slots) for slots in late)[0] for grid in sized if grid]
         if self.plain.sharded:
+            best = _fastest(best)
             best += [
                 self.late(other, grid.slots)
                 for grid in best
@@ -238,7 +171,16 @@ class _Search:
                 if (other := self.sized(grid.refined, slots, stats))
             ]
             return self.with_best_ends(best)[: GRIDS + WHOLE]
-        return _fastest(best)
+        best = _fastest(_different(best))
+        if self.rules.transfers != "eager" and self.block.p <= FEW:
+            turned = [self.turned(grid, turn) for grid in best for turn in range(1, self.block.interval)]
+            best += _fastest(_different(turned))
+        return best
+
+    def turned(self, grid: Grid, turn: int) -> Grid:
+        """A grid whose intervals open so many of the block's slots earlier."""
+        slots = turn * grid.refined.block.interval // self.block.interval
+        return self.late(self.sized(grid.refined.turned(slots), grid.refined.block.pass_slots, max(STATS)), grid.slots)
 
     def with_best_ends(self, grids: list[Grid]) -> list[Grid]:
         """The grids, best first, after the best whole iterations among those with nearly the best steady state."""
@@ -254,7 +196,7 @@ class _Search:
         """A grid on which a large collective takes so many slots, and the softmax statistics so many."""
         if self.plain.sharded:
             grid = replace(grid, block=replace(grid.block, pass_slots=slots, stats_slots=stats))
-        build = self._repeated(grid.block)
+        build = self.repeated_block(grid.block)
         try:
             return Grid(grid, order_of(grid, build(1)), build)
         except ValueError:  # fewer intervals are inserted than its passes need
@@ -268,21 +210,34 @@ class _Search:
     def filled(self, start: Candidate, grid: Grid) -> Candidate:
         """A candidate on a grid with the best filling of its ends; the vocabulary is not sharded."""
         best = start
-        fillings, least = (EARLY, 0.0) if self.rules.transfers == "eager" else (LATE_WEIGHTS, MORE_CARRIED)
-        for filling in fillings:
+        for filling in EARLY:
             ends = Ends(grid.refined.block, filling, self.takes, self.transfer, self.gap)
             candidate = Candidate(partial(self._with_ends, ends)).with_order(start.build(1).order)
-            best = best.or_better(self.judged(candidate), least)
+            best = best.or_better(self.judged(candidate))
+        return best
+
+    def later(self, start: Candidate) -> Candidate:
+        """A candidate with the weight gradients of its cool-down where devices wait anyway."""
+        program = self.lowered(start, self.trial)
+        if program is None or not self.block.W or self.rules.transfers == "eager":
+            return start
+        given, best, seen = self.durations(program.schedule), start, []
+        delays = DELAYS if self.block.p <= FEW else DELAYS[:1]
+        for (carried, least), delay in product(((program.rings["carried"], 0.0), (1 << 20, MORE_CARRIED)), delays):
+            shifts = late_weights(program, given, self.rules, Late(carried, delay))
+            if shifts not in seen:
+                seen.append(shifts)
+                best = best.or_better(self.judged(start.later(shifts)), least)
         return best
 
     def _with_ends(self, ends: Ends, m: int) -> Schedule:
-        return self._counted(ends.schedule(self.method, m, self.name))
+        return self.counted(ends.schedule(self.method, m, self.name))
 
     def _reordered(self, m: int) -> Schedule:
         found = reorder(self.block, self.method, m, self.name, self.inserted)
         if found is None:
             raise ValueError("no order of passes takes fewer slots than the repeated block")
-        return self._counted(found)
+        return self.counted(found)
 
     def deferred(self, grid: Grid) -> Candidate:
         """A grid with the best transfers deferred: those of an interval's last slots, then one more or one fewer."""
@@ -306,3 +261,11 @@ class _Search:
 def _fastest(grids: Iterable[Grid]) -> list[Grid]:
     """The few that take the least time, the first of equals."""
     return sorted(grids, key=lambda grid: grid.score)[:GRIDS]
+
+
+def _different(grids: Iterable[Grid]) -> Iterable[Grid]:
+    """One grid for every time: whole iterations that take equally long are mostly the same program."""
+    by_time: dict[str, Grid] = {}
+    for grid in grids:
+        by_time.setdefault(f"{grid.score:.9g}", grid)
+    return by_time.values()

@@ -39,13 +39,11 @@ class Filling:
         carried: how many more weight gradients than in the repeated block may wait on a device.
         patience: in the cool-down, for how much of a W a device rather waits for a B.
         backwards: whether a B may also run early where the device would wait.
-        weights_only: whether only weight gradients of the cool-down move. Then devices wait for each other as before.
     """
 
     carried: int = 0
     patience: float = 0.5
     backwards: bool = False
-    weights_only: bool = False
 
 
 def orders_of(block: Block, starts: Starts) -> list[list[Ran]]:
@@ -162,8 +160,6 @@ class Queues:
         x = device.waiting[0]
         if (at := ready(x)) <= now + tiny:
             return x
-        if self.filling.weights_only:
-            return None
         until = min(at, self.planned[x]) if at < np.inf else self.planned[x]
         early = [y for y in device.next_of(F) if y[1] == device.first_stage]
         early += device.next_of(B) if self.filling.backwards else []

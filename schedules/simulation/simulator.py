@@ -64,7 +64,7 @@ def simulate(program: Program, durations: Durations | None = None, rules: Rules 
 
     Time and memory grow with intervals x instructions x devices; p=64, m=512 takes about a second.
     """
-    engine = _Engine(program, durations or Durations(), rules)
+    engine = Engine(program, durations or Durations(), rules)
     for segment in program.segments:
         engine.run(segment)
     return Timeline(program, tuple(engine.tracks), engine.clock.copy())
@@ -82,7 +82,7 @@ def steady_interval(program: Program, durations: Durations, rules: Rules, interv
         replace(i, tables={name: np.repeat(table[n : n + 1], intervals, axis=0) for name, table in i.tables.items()})
         for i in program.segments[k].body
     )
-    engine = _Engine(program, durations, rules)
+    engine = Engine(program, durations, rules)
     ends = []
     for _ in range(2):
         engine.run(Segment(0, intervals, body))
@@ -93,7 +93,7 @@ def steady_interval(program: Program, durations: Durations, rules: Rules, interv
     return (ends[1] - ends[0]) / intervals / microbatches
 
 
-class _Engine:
+class Engine:
     """The clocks of all devices, carried through the program."""
 
     def __init__(self, program: Program, durations: Durations, rules: Rules):
