@@ -48,7 +48,7 @@ def late_weights(program: Program, durations: Durations, rules: Rules, late: Lat
         durations, rules: as for :func:`.simulator.simulate`; both ends of a transfer must wait for each other.
         late: how long they may wait.
     """
-    cooling = _Cooling(program)
+    cooling = Cooling(program)
     engine = Engine(cooling.without, durations, rules)
     for segment in cooling.without.segments:
         engine.run(segment)
@@ -72,7 +72,7 @@ def with_shifts(schedule: Schedule, shifts: Shifts) -> Schedule:
     return replace(schedule, passes=tuple(map(tuple, passes)))
 
 
-class _Cooling:
+class Cooling:
     """A program, and the same without the weight gradients that follow a device's last forward.
 
     Attributes:
@@ -134,7 +134,7 @@ class _Second(Engine):
         taken: the slot of every weight gradient that has run, by stage and microbatch.
     """
 
-    def __init__(self, cooling: _Cooling, late: Late, latest: Mapping[int, np.ndarray], durations, rules: Rules):
+    def __init__(self, cooling: Cooling, late: Late, latest: Mapping[int, np.ndarray], durations, rules: Rules):
         super().__init__(cooling.without, durations, rules)
         self.cooling, self.late, self.latest = cooling, late, latest
         self.waiting: list[list[tuple[int, int]]] = [[] for _ in range(self.schedule.p)]

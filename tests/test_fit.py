@@ -114,10 +114,10 @@ def test_two_microbatches_per_interval_keep_every_order_and_halve_the_intervals(
 
 
 def test_two_microbatches_share_an_interval_where_that_is_faster(monkeypatch):
-    given = Durations(F=1, B=1, W=1, transfer=0.2)
-    two = lower(build("zb-h1", "baseline", p=8, m=32, durations=given))
+    given = Durations(F=1, B=1.2, W=0.9, transfer=0.1)
+    two = lower(build("interleaved-1f1b", "baseline", p=4, m=32, durations=given))
     monkeypatch.setattr(sys.modules["vocabpp_jax.schedules.fit"], "TWICE", 1.0)
-    one = lower(build("zb-h1", "baseline", p=8, m=32, durations=given))
+    one = lower(build("interleaved-1f1b", "baseline", p=4, m=32, durations=given))
     assert two.schedule.interval == 2 * one.schedule.interval
     assert simulate(two, given, GPU).makespan < 0.985 * simulate(one, given, GPU).makespan
 
@@ -178,6 +178,16 @@ def test_transfers_share_permutes_where_that_costs_next_to_nothing(schedule, met
     permutes = [sum(i.op == "permute" for s in program.segments for i in s.body) for program in (shared, apart)]
     assert permutes[0] < permutes[1] and shared.open_transfers <= apart.open_transfers
     assert simulate(shared, given, GPU).makespan <= 1.002 * simulate(apart, given, GPU).makespan
+
+
+def test_an_interval_opens_where_the_warm_up_waits_least(monkeypatch):
+    given = Durations(F=1, B=1, W=1, transfer=0.01)
+    found = lower(build("zb-h2", "baseline", p=4, m=32, durations=given))
+    monkeypatch.setattr(sys.modules["vocabpp_jax.schedules.fit"]._Search, "turned", lambda self, grid, turn: grid)
+    usual = lower(build("zb-h2", "baseline", p=4, m=32, durations=given))
+    assert found.in_flight == usual.in_flight
+    longest = [simulate(program, given, GPU).longest_wait_ratio for program in (found, usual)]
+    assert longest[0] < 0.001 < 0.01 < longest[1]
 
 
 def test_a_deferred_transfer_leaves_in_the_next_interval():
