@@ -1,4 +1,4 @@
-"""Warm-up and cool-down: earlier forwards of the first chunk and later weight gradients, where devices would wait.
+"""Warm-up and cool-down where no device waits for another to take a transfer: other passes where it would only wait.
 
 A repeated block fills the pipeline at the pace of its steady state. A device that waits in the warm-up can run forwards
 of its first chunk early if it has memory for them; one that waits in the cool-down has run weight gradients too early

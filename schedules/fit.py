@@ -45,10 +45,10 @@ EARLY = (
     Filling(carried=1 << 20, patience=1.0),
 )
 """Fillings for devices that do not wait for each other's transfers."""
-DELAYED = 8  # candidates whose last weight gradients are delayed; 2 with more than FEW devices
+DELAYED = 8  # candidates whose last weight gradients are delayed; with more than FEW devices, 2
 DELAYS = (0.0, 0.5)  # by what share of its time a weight gradient of the cool-down may delay another pass
 TOGGLED = 8  # transfers that are deferred or not one by one
-MORE_CARRIED = 0.003  # what a filling of later weight gradients must save at least, as they wait in memory
+MORE_CARRIED = 0.003  # what more weight gradients that wait must save at least, as they take memory
 MORE_CODE = {1: 0.002, 2: 0.01}  # what scans for warm-up and cool-down must save at least, by Order.ends_apart
 MERGED = (2, 4, 8, 16, 1 << 20)  # how many instructions apart merged transfers may land
 MERGING = 0.002  # what that may add to the score, in which a delay also counts as a wait

@@ -16,6 +16,7 @@ from itertools import count
 
 import numpy as np
 
+from .lowering.events import opening_slot
 from .lowering.program import Instruction, Program, Segment
 from .schedule import Pass, Schedule
 from .simulation.durations import Durations
@@ -86,6 +87,7 @@ class Cooling:
     def __init__(self, program: Program):
         self.schedule = schedule = program.schedule
         self.starts = {x[:3]: x.start for of_device in schedule.passes for x in of_device}
+        self.opens = opening_slot(schedule)
         self.lines = max(len(segment.body) for segment in program.segments)
         last_forward = np.full(schedule.p, -1)
         for segment in program.segments:
@@ -107,7 +109,7 @@ class Cooling:
 
     def slot(self, interval: int, instruction: Instruction) -> int:
         """The schedule's slot in which an instruction runs."""
-        return self.base + interval * self.schedule.interval + instruction.slot
+        return self.opens + interval * self.schedule.interval + instruction.slot
 
     def _without(self, segment: Segment, last_forward: np.ndarray) -> Segment:
         body = list(segment.body)
@@ -118,10 +120,7 @@ class Cooling:
             table = instruction.tables["microbatch"].copy()
             late = (table >= 0) & (self.place(intervals, line) > last_forward)
             for n, d in np.argwhere(late).tolist():
-                moved = int(self.schedule.stage_of[instruction.chunk, d]), int(table[n, d])
-                self.movable.add(moved)
-                self.base = 0
-                self.base = self.starts["W", *moved] - self.slot(segment.first_interval + n, instruction)
+                self.movable.add((int(self.schedule.stage_of[instruction.chunk, d]), int(table[n, d])))
             table[late] = -1
             body[line] = replace(instruction, tables=instruction.tables | {"microbatch": table})
         return replace(segment, body=tuple(body))
@@ -158,20 +157,18 @@ class _Second(Engine):
             return lambda n: (step(n), self._wait(track, n))
         if instruction.name != "W":
             return step
-        takes = np.broadcast_to(self.durations.of(self.schedule, "W", instruction.chunk), self.schedule.p)
+        takes = self.durations.of(self.schedule, "W", instruction.chunk)
         latest = self.latest[track.first_interval][:, track.line]
 
-        def step_with_more(n: int) -> None:
+        def step_and_more(n: int) -> None:
             step(n)
+            in_time = self.clock + (1 - self.late.delay) * takes <= latest[n] * (1 + 1e-12)
             for d, waiting in enumerate(self.waiting):
-                if waiting and (
-                    self.clock[d] + (1 - self.late.delay) * takes[d] <= latest[n, d] * (1 + 1e-12)
-                    or len(waiting) > self.late.carried
-                ):
-                    if self._take(d, track.first_interval + n, instruction):
-                        self.clock[d] += takes[d]
+                may = waiting and (in_time[d] or len(waiting) >= self.late.carried)
+                if may and self._take(d, track.first_interval + n, instruction):
+                    self.clock[d] += takes[d]
 
-        return step_with_more
+        return step_and_more
 
     def _wait(self, track: Track, n: int) -> None:
         """Weight gradients of the B passes that have just run wait."""

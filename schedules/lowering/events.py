@@ -75,7 +75,7 @@ def events_of(schedule: Schedule, order: Order | None = None) -> Events:
             | {x.kind for passes in schedule.passes for x in passes}
         )
     )
-    base = _base(schedule)
+    base = opening_slot(schedule)
     parts = _pass_events(schedule, order, words, base) + _step_events(schedule, words)
     columns = np.concatenate([np.stack(np.broadcast_arrays(*part)).astype(np.int32) for part in parts], axis=1)
     device, slot, rank, inside, op, name, stage, microbatch, peer = columns
@@ -83,7 +83,7 @@ def events_of(schedule: Schedule, order: Order | None = None) -> Events:
     return Events(*(c[sort] for c in (device, slot, rank, inside, op, name, stage, microbatch, peer)), words, base)
 
 
-def _base(schedule: Schedule) -> int:
+def opening_slot(schedule: Schedule) -> int:
     """The slot that opens the first interval, see :attr:`.Schedule.opens`."""
     steps, K, opens = schedule.vocabulary.steps, schedule.interval, schedule.opens
     first = min(

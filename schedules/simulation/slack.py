@@ -1,7 +1,7 @@
-"""How late every device may come to an instruction without delaying a pass of the last one.
+"""How late passes may end without delaying the last one.
 
-The simulation in reverse: from the end of the last pass back through the program, every instruction passes its limit on
-to what must come before it, on its own device and, through transfers and collectives, on others.
+The simulation in reverse: from the end of the last pass back through the program, every instruction hands its limit on
+to those that must come before it, on its own device and, through transfers and collectives, on others.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from .timeline import Timeline, Track
 
 
 def latest_ends(timeline: Timeline, durations: Durations, rules: Rules, since: int) -> dict[int, np.ndarray]:
-    """For every scan, by its first interval, when its passes must have ended at the latest, ``[intervals, lines, p]``.
+    """When the instructions of every scan, by its first interval, must end at the latest, ``[intervals, lines, p]``.
 
-    Infinite on devices on which nothing follows that others wait for, before interval ``since``, and for all
-    instructions other than passes.
+    Infinite for all but passes, before interval ``since``, and on devices for which nothing waits any more.
 
     Args:
         timeline, durations, rules: what was simulated, by rules in which both ends of a transfer wait.
@@ -48,15 +47,13 @@ class _Reverse:
     def run(self, segment: Segment, since: int) -> np.ndarray:
         """One scan, from its end."""
         found = np.full((segment.intervals, len(segment.body), self.p), np.inf)
-        steps = {"run": self._run, "permute": self._permute, "land": self._land, "start": self._start}
+        steps = {"permute": self._permute, "land": self._land, "start": self._start, "done": self._done}
         for n in range(segment.intervals - 1, max(0, since - segment.first_interval) - 1, -1):
             for line in range(len(segment.body) - 1, -1, -1):
                 instruction = segment.body[line]
                 if instruction.op == "run":
                     found[n, line] = self._run(self.tracks[segment.first_interval, line], n)
-                elif instruction.op == "done":
-                    self.pending[instruction.name] = float(self.clock.min())
-                elif instruction.op != "keep":
+                elif instruction.op in steps:
                     steps[instruction.op](instruction)
         return found
 
@@ -86,6 +83,9 @@ class _Reverse:
             self.launched[involved] = free[involved]
             self.transfer_stream = np.minimum(self.transfer_stream, free)
         self.clock = np.minimum(self.clock, free)
+
+    def _done(self, instruction: Instruction) -> None:
+        self.pending[instruction.name] = float(self.clock.min())
 
     def _start(self, instruction: Instruction) -> None:
         end = min(self.pending.pop(instruction.name, np.inf), self.collectives)
