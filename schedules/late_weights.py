@@ -33,7 +33,7 @@ class Late:
     """How long weight gradients may wait.
 
     Attributes:
-        carried: how many may on a device.
+        carried: once so many do on a device, it runs one at the next instruction for it.
         delay: by what share of its own time one may delay another pass.
     """
 
