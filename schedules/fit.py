@@ -48,7 +48,7 @@ EARLY = (
 DELAYED = 8  # candidates whose last weight gradients are delayed; with more than FEW devices, 2
 DELAYS = (0.0, 0.5)  # by what share of its time a weight gradient of the cool-down may delay another pass
 TOGGLED = 8  # transfers that are deferred or not one by one
-MORE_CARRIED = 0.003  # what more weight gradients that wait must save at least, as they take memory
+MORE_CARRIED = {1: 0.003, 1 << 20: 0.01}  # what so many more that wait must save at least, as they take memory
 MORE_CODE = {1: 0.002, 2: 0.01}  # what scans for warm-up and cool-down must save at least, by Order.ends_apart
 MERGED = (2, 4, 8, 16, 1 << 20)  # how many instructions apart merged transfers may land
 MERGING = 0.002  # what that may add to the score, in which a delay also counts as a wait
@@ -223,8 +223,8 @@ class _Search(Judge):
             return start
         given, best, seen = self.durations(program.schedule), start, []
         delays = DELAYS if self.block.p <= FEW else DELAYS[:1]
-        for (carried, least), delay in product(((program.rings["carried"], 0.0), (1 << 20, MORE_CARRIED)), delays):
-            shifts = late_weights(program, given, self.rules, Late(carried, delay))
+        for (more, least), delay in product(({0: 0.0} | MORE_CARRIED).items(), delays):
+            shifts = late_weights(program, given, self.rules, Late(program.rings["carried"] + more, delay))
             if shifts not in seen:
                 seen.append(shifts)
                 best = best.or_better(self.judged(start.later(shifts)), least)
