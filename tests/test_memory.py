@@ -103,7 +103,7 @@ class TestA100:
             pytest.param(
                 *("v-half", "vocab-2", 2),
                 marks=pytest.mark.xfail(
-                    strict=True, reason="embed_sum and embed_grad_broadcast start together; XLA ends the first at once"
+                    strict=True, reason="XLA looks the embeddings up behind all passes, and so starts embed_sum there"
                 ),
             ),
         ],
