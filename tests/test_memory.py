@@ -99,13 +99,8 @@ class TestA100:
             ("1f1b", "vocab-2", 2),
             ("1f1b", "vocab-2", 4),
             pytest.param("v-half", "vocab-1", 2, marks=pytest.mark.newest),
+            pytest.param("v-half", "vocab-2", 2, marks=pytest.mark.newest),
             ("v-half", "vocab-2", 3),
-            pytest.param(
-                *("v-half", "vocab-2", 2),
-                marks=pytest.mark.xfail(
-                    strict=True, reason="XLA looks the embeddings up behind all passes, and so starts embed_sum there"
-                ),
-            ),
         ],
     )
     def test_collectives_hide_behind_transformer_passes_and_nothing_is_copied(self, schedule, method, p):

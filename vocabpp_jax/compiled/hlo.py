@@ -42,9 +42,9 @@ class Line(NamedTuple):
         return tuple(found[1].split("/")) if found else ()
 
     @property
-    def operand(self) -> str:
-        """The name of the first operand."""
-        return self.rest.split(",")[0].split(")")[0].split("%")[-1]
+    def operands(self) -> list[str]:
+        """The names of the operands."""
+        return re.findall(r"%([\w.\-]+)", self.rest.split(")")[0])
 
 
 class Copy(NamedTuple):
@@ -60,7 +60,7 @@ class Collective(NamedTuple):
     """A collective: its kind, its step of the program, its bytes.
 
     Attributes:
-        passes_before: the passes that run between the instruction that makes its operand and its start.
+        passes_before: the passes that run before its start although an operand could be made before them.
         passes_between: the passes between its start and end.
     """
 
@@ -132,26 +132,28 @@ class Loop:
         """The collectives of the body, in the order of their ends."""
         passes: list[str] = []
         starts: dict[str, tuple[Line, int]] = {}
-        made: dict[str, int] = {}  # for every instruction, how many passes have run by then
+        ready: dict[str, int] = {}  # for every instruction, how many passes have to run first
         found = []
 
         def add(kind: str, start: Line, at: int, size: int) -> None:
-            before, between = passes[made.get(start.operand, 0) : at], passes[at:]
+            first = min((ready.get(name, 0) for name in start.operands), default=0)
+            before, between = passes[first:at], passes[at:]
             found.append(Collective(kind, _step(start), size, tuple(before), tuple(between)))
 
         for line in self.computations[self.body]:
+            ready[line.name] = max((ready.get(name, 0) for name in line.operands), default=0)
             if line.op == "while":
                 passes.append(line.scope[-2] if len(line.scope) > 1 else line.name)
             elif line.op.endswith("-start"):
                 starts[line.name] = line, len(passes)
-            elif line.op.endswith("-done") and line.operand in starts:
-                start, at = starts.pop(line.operand)
+            elif line.op.endswith("-done") and line.operands[0] in starts:
+                start, at = starts.pop(line.operands[0])
                 if (kind := start.op.removesuffix("-start")) in _COLLECTIVES:
                     add(kind, start, at, shape_bytes(line.shape))
             elif line.op in _COLLECTIVES:
                 add(line.op, line, len(passes), shape_bytes(line.shape))
-            renames = line.op in ("bitcast", "get-tuple-element")
-            made[line.name] = made.get(line.operand, 0) if renames else len(passes)
+            if line.op == "while" or line.op.endswith("-done"):
+                ready[line.name] = len(passes)
         return found
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ... import vocab
-from ...pipeline.buffers import Cells, State, get, put, put_if, run_if, wait_for_passes
+from ...pipeline.buffers import Cells, State, get, passes_wait_for, put, put_if, run_if, wait_for_passes
 from ...pipeline.mesh import PIPE
 from .vocabulary_layer import Collective, Run, Start, VocabularyLayer, flight, send_buffer
 
@@ -67,8 +67,13 @@ class InputSteps(VocabularyLayer):
         """IF: embeds tokens and positions."""
         ids_BL, tables = self._ids(cells["microbatch"]), self.params["embed"]
         if self.layout.sharded:
-            # Nothing else orders lookups, and XLA would combine the sums of two microbatches of an interval.
-            return state | {"part": self._embed(tables, wait_for_passes(state, ids_BL))}
+            # Nothing else orders lookups: XLA would combine the sums of two microbatches of an interval, and fuse a
+            # lookup with an update behind later passes. So a lookup waits for the passes before it, and later ones for
+            # it: for an element, which the barrier keeps XLA from looking up alone, and which is read before the sum,
+            # or the sum, computed in place, would need a copy.
+            part_BLD = lax.optimization_barrier(self._embed(tables, wait_for_passes(state, ids_BL)))
+            state = passes_wait_for(state, part_BLD)
+            return state | {"part": wait_for_passes(state, part_BLD)}
         # Only one device has the unsharded tables; all others would look up zeros.
         return run_if(
             cells["microbatch"] >= 0,
