@@ -20,7 +20,7 @@ from .blocks import Block
 from .candidates import Candidate, Grid, order_of
 from .ends import Ends
 from .judge import Judge, Times
-from .late_weights import Late, late_weights
+from .late_weights import Cooling, Late
 from .queues import Filling
 from .reorder import can_reorder, reorder
 from .schedule import Order, Schedule
@@ -45,7 +45,7 @@ EARLY = (
     Filling(carried=1 << 20, patience=1.0),
 )
 """Fillings for devices that do not wait for each other's transfers."""
-DELAYED = 8  # candidates whose last weight gradients are delayed; with more than FEW devices, 2
+DELAYED = 8  # candidates whose last weight gradients are delayed; with more than FEW devices, 4, or 2 of a V
 DELAYS = (0.0, 0.5)  # by what share of its time a weight gradient of the cool-down may delay another pass
 TOGGLED = 8  # transfers that are deferred or not one by one
 MORE_CARRIED = {1: 0.003, 1 << 20: 0.01}  # what so many more that wait must save at least, as they take memory
@@ -97,7 +97,7 @@ class _Search(Judge):
         if self.plain.sharded and can_reorder(self.block):
             found.append(self.judged(Candidate(self._reordered)))
         found.sort(key=lambda candidate: candidate.score)
-        few = DELAYED if self.block.p <= FEW else 2
+        few = DELAYED if self.block.p <= FEW else 4 // self.plain.chunks
         found[:few] = map(self.later, found[:few])
         found.sort(key=lambda candidate: candidate.score)
         equal = [candidate for candidate in found if candidate.score <= found[0].score * (1 + EQUAL)]
@@ -113,9 +113,15 @@ class _Search(Judge):
         if candidate.build(self.trial).order.transfers == "behind slots":
             return candidate
         choices = product(("before passes", "behind passes"), MERGED)
-        tried = [self.judged(candidate.merged(*choice)) for choice in choices]
-        equal = [merged for merged in tried if merged.score <= candidate.score * (1 + MERGING)]
-        return min((candidate, *equal), key=lambda candidate: candidate.instructions)
+        tried = [candidate.merged(*choice) for choice in choices]
+        programs = [(program.instructions, n, program) for n, c in enumerate(tried) if (program := self.lowered(c))]
+        for instructions, n, program in sorted(programs, key=lambda row: row[:2]):
+            if instructions >= candidate.instructions:
+                break
+            merged = self.judged(tried[n], program)
+            if merged.score <= candidate.score * (1 + MERGING):
+                return merged
+        return candidate
 
     def unrolled(self, candidate: Candidate) -> Candidate:
         """The candidate with two microbatches per interval and the best transfers deferred."""
@@ -218,13 +224,14 @@ class _Search(Judge):
 
     def later(self, start: Candidate) -> Candidate:
         """A candidate with the weight gradients of its cool-down where devices wait anyway."""
-        program = self.lowered(start, self.trial)
+        program = self.lowered(start)
         if program is None or not self.block.W or self.rules.transfers == "eager":
             return start
         given, best, seen = self.durations(program.schedule), start, []
         delays = DELAYS if self.block.p <= FEW else DELAYS[:1]
-        for (more, least), delay in product(({0: 0.0} | MORE_CARRIED).items(), delays):
-            shifts = late_weights(program, given, self.rules, Late(program.rings["carried"] + more, delay))
+        coolings = [Cooling(program, given, self.rules, chunk) for chunk in range(program.schedule.chunks)]
+        for (more, least), cooling, delay in product(({0: 0.0} | MORE_CARRIED).items(), coolings, delays):
+            shifts = cooling.shifts(Late(program.rings["carried"] + more, delay))
             if shifts not in seen:
                 seen.append(shifts)
                 best = best.or_better(self.judged(start.later(shifts)), least)

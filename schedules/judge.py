@@ -63,15 +63,20 @@ class Judge:
         """Simulated time of the whole iteration."""
         return simulate(lower(schedule), self.durations(schedule), self.rules).makespan
 
-    def judged(self, candidate: Candidate) -> Candidate:
-        """The candidate with its simulated time; infinite if it cannot run or holds more than the block."""
-        program = self.lowered(candidate, self.trial)
+    def judged(self, candidate: Candidate, program: Program | None = None) -> Candidate:
+        """The candidate with its simulated time; infinite if it cannot run or holds more than the block.
+
+        Args:
+            candidate: to judge.
+            program: what :meth:`lowered` made of it, if it is at hand.
+        """
+        program = program or self.lowered(candidate)
         if program is None:
             return replace(candidate, score=inf)
         timeline = simulate(program, self.durations(program.schedule), self.rules)
         more = (self.m - self.trial) * timeline.steady_interval if self.m > self.trial else 0.0
         score = timeline.makespan + more + WAITING * float(timeline.idle.max())
-        return replace(candidate, score=score, instructions=sum(len(segment.body) for segment in program.segments))
+        return replace(candidate, score=score, instructions=program.instructions)
 
     def paced(self, candidate: Candidate) -> Candidate:
         """The candidate with the simulated time of its steady state alone."""
@@ -81,10 +86,11 @@ class Judge:
         interval = steady_interval(program, self.durations(program.schedule), self.rules)
         return replace(candidate, score=float(f"{self.m * interval:.9g}"))  # rounded, so that equals are equal
 
-    def lowered(self, candidate: Candidate, m: int) -> Program | None:
-        """The candidate's program, or None if it cannot run or holds more than the block."""
+    def lowered(self, candidate: Candidate, m: int | None = None) -> Program | None:
+        """The candidate's program for a trial or for ``m`` microbatches; None if it cannot run or holds more than the
+        block."""
         try:
-            program = lower(candidate.build(m))
+            program = lower(candidate.build(self.trial if m is None else m))
         except ValueError:
             return None
         return None if max(program.in_flight) > self.in_flight else program

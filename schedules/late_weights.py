@@ -41,27 +41,6 @@ class Late:
     delay: float = 0.0
 
 
-def late_weights(program: Program, durations: Durations, rules: Rules, late: Late) -> Shifts:
-    """The weight gradients of the cool-down that run in other slots, and how much later.
-
-    Args:
-        program: of a schedule with W passes.
-        durations, rules: as for :func:`.simulator.simulate`; both ends of a transfer must wait for each other.
-        late: how long they may wait.
-    """
-    cooling = Cooling(program)
-    engine = Engine(cooling.without, durations, rules)
-    for segment in cooling.without.segments:
-        engine.run(segment)
-    timeline = Timeline(cooling.without, tuple(engine.tracks), engine.clock)
-    second = _Second(cooling, late, latest_ends(timeline, durations, rules, cooling.since), durations, rules)
-    for segment in cooling.without.segments:
-        second.run(segment)
-    second.run_what_is_left()
-    m = program.schedule.m
-    return {(stage, m - i): slot - cooling.starts["W", stage, i] for (stage, i), slot in second.taken.items()}
-
-
 def with_shifts(schedule: Schedule, shifts: Shifts) -> Schedule:
     """The schedule, with as many microbatches or more, with its weight gradients so much later."""
 
@@ -74,34 +53,53 @@ def with_shifts(schedule: Schedule, shifts: Shifts) -> Schedule:
 
 
 class Cooling:
-    """A program, and the same without the weight gradients that follow a device's last forward.
+    """The cool-down of a program, and when its passes must end at the latest if its weight gradients need not run.
 
     Attributes:
+        schedule: of the program, with W passes.
         starts: slots of all passes, by kind, stage and microbatch.
-        since: the first interval in which a device has no forward left.
-        movable: the weight gradients that are left out, each a stage and a microbatch.
+        movable: the weight gradients that are left out, each a stage and a microbatch: on every device those that follow
+            its last forward.
         without: the program without them.
+        latest: as :func:`.slack.latest_ends` returns it, for the program without them.
         busy: slots in which each device runs something else.
     """
 
-    def __init__(self, program: Program):
+    def __init__(self, program: Program, durations: Durations, rules: Rules, last_chunk: int):
+        """Simulates a program without the weight gradients of its cool-down.
+
+        Args:
+            program, durations, rules: as for :func:`.simulator.simulate`; both ends of a transfer must wait for each
+                other.
+            last_chunk: the last chunk whose forwards count. In a V, those of a device's first chunk end long before those
+                of its second.
+        """
+        self.durations, self.rules = durations, rules
         self.schedule = schedule = program.schedule
         self.starts = {x[:3]: x.start for of_device in schedule.passes for x in of_device}
         self.opens = opening_slot(schedule)
         self.lines = max(len(segment.body) for segment in program.segments)
-        last_forward = np.full(schedule.p, -1)
-        for segment in program.segments:
-            for line, instruction in enumerate(segment.body):
-                if (instruction.op, instruction.name) == ("run", "F"):
-                    n, d = np.nonzero(instruction.tables["microbatch"] >= 0)
-                    np.maximum.at(last_forward, d, self.place(segment.first_interval + n, line))
-        self.since = int(last_forward.min()) // self.lines
+        last_forward = self._last_forward(program, last_chunk)
         self.movable: set[tuple[int, int]] = set()
         segments = (self._without(segment, last_forward) for segment in program.segments)
         self.without = replace(program, segments=tuple(segments))
         self.busy = [
             {x.start for x in of_device if x.kind != "W" or x[1:3] not in self.movable} for of_device in schedule.passes
         ]
+        engine = Engine(self.without, durations, rules)
+        for segment in self.without.segments:
+            engine.run(segment)
+        timeline = Timeline(self.without, tuple(engine.tracks), engine.clock)
+        self.latest = latest_ends(timeline, durations, rules, int(last_forward.min()) // self.lines)
+
+    def shifts(self, late: Late) -> Shifts:
+        """The weight gradients that run in other slots, and how much later."""
+        second = _Second(self, late)
+        for segment in self.without.segments:
+            second.run(segment)
+        second.run_what_is_left()
+        m = self.schedule.m
+        return {(stage, m - i): slot - self.starts["W", stage, i] for (stage, i), slot in second.taken.items()}
 
     def place(self, interval, line: int):
         """A number that grows along the program."""
@@ -110,6 +108,16 @@ class Cooling:
     def slot(self, interval: int, instruction: Instruction) -> int:
         """The schedule's slot in which an instruction runs."""
         return self.opens + interval * self.schedule.interval + instruction.slot
+
+    def _last_forward(self, program: Program, last_chunk: int) -> np.ndarray:
+        """The place of every device's last forward."""
+        found = np.full(program.schedule.p, -1)
+        for segment in program.segments:
+            for line, instruction in enumerate(segment.body):
+                if (instruction.op, instruction.name) == ("run", "F") and instruction.chunk <= last_chunk:
+                    n, d = np.nonzero(instruction.tables["microbatch"] >= 0)
+                    np.maximum.at(found, d, self.place(segment.first_interval + n, line))
+        return found
 
     def _without(self, segment: Segment, last_forward: np.ndarray) -> Segment:
         body = list(segment.body)
@@ -133,9 +141,10 @@ class _Second(Engine):
         taken: the slot of every weight gradient that has run, by stage and microbatch.
     """
 
-    def __init__(self, cooling: Cooling, late: Late, latest: Mapping[int, np.ndarray], durations, rules: Rules):
-        super().__init__(cooling.without, durations, rules)
-        self.cooling, self.late, self.latest = cooling, late, latest
+    def __init__(self, cooling: Cooling, late: Late):
+        super().__init__(cooling.without, cooling.durations, cooling.rules)
+        self.cooling, self.late = cooling, late
+        self.busy = [set(slots) for slots in cooling.busy]
         self.waiting: list[list[tuple[int, int]]] = [[] for _ in range(self.schedule.p)]
         self.taken: dict[tuple[int, int], int] = {}
 
@@ -158,7 +167,7 @@ class _Second(Engine):
         if instruction.name != "W":
             return step
         takes = self.durations.of(self.schedule, "W", instruction.chunk)
-        latest = self.latest[track.first_interval][:, track.line]
+        latest = self.cooling.latest[track.first_interval][:, track.line]
 
         def step_and_more(n: int) -> None:
             step(n)
@@ -181,9 +190,9 @@ class _Second(Engine):
         """Whether a weight gradient of the instruction's chunk waits on the device, and may run there."""
         slot, stage = self.cooling.slot(interval, instruction), int(self.stages[instruction.chunk][d])
         found = next((w for w in self.waiting[d] if w[0] == stage), None)
-        if found is None or slot in self.cooling.busy[d]:
+        if found is None or slot in self.busy[d]:
             return False
         self.waiting[d].remove(found)
         self.taken[found] = slot
-        self.cooling.busy[d].add(slot)
+        self.busy[d].add(slot)
         return True

@@ -99,9 +99,10 @@ def opening_slot(schedule: Schedule) -> int:
 def _pass_events(schedule: Schedule, order: Order, words: tuple[str, ...], base: int) -> list[tuple]:
     """Passes, and the transfers of what F and B make: to a neighbour, or kept where the same device reads it."""
     device = np.repeat(np.arange(schedule.p), [len(passes) for passes in schedule.passes])
+    code = {word: n for n, word in enumerate(words)}
     rows = np.array(
         [
-            (words.index(x.kind), x.stage, x.microbatch, x.start + x.slots - 1)
+            (code[x.kind], x.stage, x.microbatch, x.start + x.slots - 1)
             for passes in schedule.passes
             for x in passes
         ],

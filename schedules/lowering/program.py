@@ -74,6 +74,11 @@ class Program:
         """Activations of a stage alive at once, by device: from F to B, or to W where that is a pass of its own."""
         return self.peaks.get("kept", self.peaks.get("residual", (0,) * self.schedule.p))
 
+    @property
+    def instructions(self) -> int:
+        """Instructions of all segments' bodies."""
+        return sum(len(segment.body) for segment in self.segments)
+
     @cached_property
     def open_transfers(self) -> int:
         """Permutes that have left and not landed, at most: every device allocates two buffers for each."""
@@ -178,8 +183,7 @@ class _Body:
             arrivals = rows[self.events.op[rows] == self.events.code("recv")]
             leaving = rows[self.events.op[rows] == self.events.code("send")]
             pairs = tuple(sorted((transfer.source, transfer.target) for transfer in transfers))
-            passes = {(self.events.words[self.events.name[n]], self.schedule.chunk(self.events.stage[n])) for n in rows}
-            maker = min(passes) if self.lines.by_pass and len(passes) == 1 else ("", 0)
+            maker = self._maker(rows) if self.lines.by_pass else ("", 0)
             lands = self._tables(arrivals)
             leaves = lands | self._tables(leaving, ("outbox",))
             lands.pop("outbox", None)
@@ -189,6 +193,14 @@ class _Body:
                 Instruction("permute", *maker, self._slot(at - 1), pairs, leaves),
                 Instruction("land", *maker, self._slot(due), pairs, lands),
             )
+
+    def _maker(self, rows: np.ndarray) -> tuple[str, int]:
+        """The kind and chunk of the pass that makes what is moved, or ("", 0) if several do."""
+        name, stage = self.events.name[rows], self.events.stage[rows]
+        chunks = self.schedule.chunks_of(stage)
+        if (name != name[0]).any() or (chunks != chunks[0]).any():
+            return "", 0
+        return self.events.words[name[0]], int(chunks[0])
 
     def _transfers(self, n: int) -> dict[Transfer, np.ndarray]:
         """The transfers of a line, in the order in which they share permutes, with the rows of their events."""

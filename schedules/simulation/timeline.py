@@ -142,20 +142,28 @@ class Timeline:
 
     @cached_property
     def steady_interval(self) -> float:
-        """Time per microbatch once all devices are busy: the slope of the backwards' ends, after the warm-up.
+        """Time per microbatch once all devices are busy: the mean slope of the forwards' ends over all stages.
 
-        Measured between the middle of the iteration and the last forward of the first stage if m is at least 3p + 8,
-        otherwise over the middle half.
+        Measured over the last p forwards of every stage in the second half of the iteration, between the first backward
+        and the last forward of the first stage. If there is no such time, as in GPipe, it is the slope of the backwards
+        over their middle half.
         """
-        schedule = self.schedule
-        p, m = schedule.p, schedule.m
-        end = self._times("B" if schedule.trains else "F")[1]
-        a, b = (m // 2, m - p - 4) if m >= 3 * p + 8 else (m // 4, max(m // 4 + 1, 3 * m // 4))
-        if b - a > p:
-            b = a + (b - a) // p * p  # whole periods of schedules with groups of p microbatches
-        if b >= m:
-            return self.makespan / m
-        return float((end[:, b] - end[:, a]).mean() / (b - a))
+        p, m = self.schedule.p, self.schedule.m
+        end = self._times("F")[1]
+        opens, closes = end[0, m // 2], end[0, -1]
+        if self.schedule.trains:
+            begins, ends = self._times("B")
+            opens = max(opens, begins[0, 0])
+            if np.searchsorted(end[0], opens) + 1 >= m:
+                a, b = m // 4, max(m // 4 + 1, 3 * m // 4)
+                return float((ends[:, b] - ends[:, a]).mean() / (b - a)) if b < m else self.makespan / m
+        slopes: dict[bool, list[float]] = {True: [], False: []}  # by whether p forwards are there, a schedule's period
+        for of_stage in end:
+            a, b = np.searchsorted(of_stage, opens), np.searchsorted(of_stage, closes, side="right") - 1
+            if b > a:
+                n = min(p, b - a)
+                slopes[n == p].append((of_stage[b] - of_stage[b - n]) / n)
+        return float(np.mean(slopes[True] or slopes[False] or [self.makespan / m]))
 
     @property
     def steady_bubble(self) -> float:
