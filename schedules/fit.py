@@ -47,7 +47,7 @@ EARLY = (
 """Fillings for devices that do not wait for each other's transfers."""
 DELAYED = 8  # candidates whose last weight gradients are delayed; with more than FEW devices, 4, or 2 of a V
 DELAYS = (0.0, 0.5)  # by what share of its time a weight gradient of the cool-down may delay another pass
-TOGGLED = 8  # transfers that are deferred or not one by one
+TOGGLED = 8  # transfers that are deferred or not one by one; with more than FEW devices, 5
 MORE_CARRIED = {1: 0.003, 1 << 20: 0.01}  # what so many more that wait must save at least, as they take memory
 MORE_CODE = {1: 0.002, 2: 0.01}  # what scans for warm-up and cool-down must save at least, by Order.ends_apart
 MERGED = (2, 4, 8, 16, 1 << 20)  # how many instructions apart merged transfers may land
@@ -260,7 +260,7 @@ class _Search(Judge):
             slots = [slot for slot, _ in grid.order.passes]
             for first in slots[len(slots) // 2 :: 1 + len(slots) // 16]:
                 tried(frozenset(maker for maker in grid.makers if maker[0] >= first))
-        for maker in sorted(grid.makers, reverse=True)[:TOGGLED]:
+        for maker in sorted(grid.makers, reverse=True)[: TOGGLED if self.block.p <= FEW else 5]:
             tried(chosen ^ {maker})
         return best
 
