@@ -1,9 +1,10 @@
 """Weight gradients of the cool-down where their devices would only wait.
 
-No pass waits for a weight gradient. Once a device has no forward left, its weight gradients may therefore run whenever
-it waits for something else. The program says where that is: it is simulated without them, and :mod:`.simulation.slack`
-finds how late every device may come to each instruction. In a second simulation a device runs a weight gradient at the
-first instruction for one at which that delays nothing, or little. What is left runs at the end.
+No pass waits for a weight gradient. Once a device has no forward left, or none of its first chunk, its weight gradients
+may therefore run whenever it waits for something else. The program says where that is: it is simulated without them,
+and :mod:`.simulation.slack` finds how late every device may come to each instruction. In a second simulation a device
+runs a weight gradient at the first instruction for one at which that delays nothing, or little. What is left runs at
+the end.
 
 All other passes keep their slots, and every weight gradient takes a slot for which there is an instruction.
 """
@@ -58,8 +59,8 @@ class Cooling:
     Attributes:
         schedule: of the program, with W passes.
         starts: slots of all passes, by kind, stage and microbatch.
-        movable: the weight gradients that are left out, each a stage and a microbatch: on every device those that follow
-            its last forward.
+        movable: the weight gradients that are left out, each a stage and a microbatch: on every device those that
+            follow its last forward.
         without: the program without them.
         latest: as :func:`.slack.latest_ends` returns it, for the program without them.
         busy: slots in which each device runs something else.
@@ -71,8 +72,8 @@ class Cooling:
         Args:
             program, durations, rules: as for :func:`.simulator.simulate`; both ends of a transfer must wait for each
                 other.
-            last_chunk: the last chunk whose forwards count. In a V, those of a device's first chunk end long before those
-                of its second.
+            last_chunk: the last chunk whose forwards count. In a V, those of a device's first chunk end long before
+                those of its second.
         """
         self.durations, self.rules = durations, rules
         self.schedule = schedule = program.schedule

@@ -83,8 +83,8 @@ def test_in_a_v_those_that_follow_the_last_forward_of_the_first_chunk_may_wait_t
     program = lower(repeated("v-zb", "baseline"))
     more, fewer = (Cooling(program, UNIT, GPU, last_chunk).movable for last_chunk in (0, 1))
     assert fewer < more
-    # The first device runs its last forward of the first chunk long before that of the second.
-    assert len([stage for stage, _ in more if stage in (0, 7)]) >= len([stage for stage, _ in fewer if stage in (0, 7)]) + 4
+    # The first device, of stages 0 and 7, runs its last forward of the first chunk long before that of the second.
+    assert sum(stage in (0, 7) for stage, _ in more - fewer) >= 4
 
 
 @pytest.mark.parametrize("carried", [2, 4])
@@ -92,8 +92,7 @@ def test_a_device_on_which_enough_of_them_wait_runs_one_at_the_next_instruction_
     schedule = repeated("v-zb", "baseline")
     program = lower(schedule)
     few, many = (
-        max(lower(with_shifts(schedule, shifts_of(program, limit))).peaks["carried"])
-        for limit in (carried, 1 << 20)
+        max(lower(with_shifts(schedule, shifts_of(program, limit))).peaks["carried"]) for limit in (carried, 1 << 20)
     )
     assert few <= carried + 1 < many
 

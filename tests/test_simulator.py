@@ -88,7 +88,8 @@ def test_a_stage_of_its_own_duration_sets_the_pace():
 def test_the_steady_interval_of_a_short_iteration_is_that_of_a_long_one(name):
     given = Durations(F=466, B=549, W=405, transfer=4)
     short, long = (
-        simulate(lower(build(name, "baseline", p=8, m=m, durations=given)), given, GPU).steady_interval for m in (32, 120)
+        simulate(lower(build(name, "baseline", p=8, m=m, durations=given)), given, GPU).steady_interval
+        for m in (32, 120)
     )
     assert short == pytest.approx(long, rel=2e-3)
 

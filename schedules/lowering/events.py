@@ -101,11 +101,7 @@ def _pass_events(schedule: Schedule, order: Order, words: tuple[str, ...], base:
     device = np.repeat(np.arange(schedule.p), [len(passes) for passes in schedule.passes])
     code = {word: n for n, word in enumerate(words)}
     rows = np.array(
-        [
-            (code[x.kind], x.stage, x.microbatch, x.start + x.slots - 1)
-            for passes in schedule.passes
-            for x in passes
-        ],
+        [(code[x.kind], x.stage, x.microbatch, x.start + x.slots - 1) for passes in schedule.passes for x in passes],
         np.int64,
     ).reshape(-1, 4)
     name, stage, microbatch, last = rows.T
