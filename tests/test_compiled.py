@@ -36,7 +36,8 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
   %d = bf16[1024,1024]{1,0} collective-broadcast-done(%s), metadata={op_name="jit(step)/hidden_broadcast/pbroadcast"}
   %n = f32[8]{0} all-reduce(%d), metadata={op_name="jit(step)/stats/psum"}
   %e = bf16[1024,1024]{1,0} bitcast(%a)
-  %l = (bf16[1024,1024]{1,0}, bf16[1024,1024]{1,0}) collective-permute-start(%e), metadata={op_name="jit(step)/transfer/ppermute"}
+  %h = bf16[1024,1024]{1,0} fusion(%a, %e), kind=kLoop, calls=%fused
+  %l = (bf16[1024,1024]{1,0}, bf16[1024,1024]{1,0}) collective-permute-start(%h), metadata={op_name="jit(step)/transfer/ppermute"}
   %m = bf16[1024,1024]{1,0} collective-permute-done(%l), metadata={op_name="jit(step)/transfer/ppermute"}
   %small = f32[8]{0} copy(%n)
   ROOT %o = (s32[], bf16[1024,1024]{1,0}) tuple(%i, %d)
@@ -66,8 +67,13 @@ def test_passes_before_and_between_a_collectives_ends_are_named_and_a_synchronou
     ]
 
 
+def test_a_collective_is_late_behind_a_pass_and_not_behind_a_loop_that_fills_a_send_buffer():
+    assert not compiled.starts_late(()) and not compiled.starts_late(("embed_grad_broadcast",))
+    assert compiled.starts_late(("hidden_broadcast", "S"))
+
+
 def test_instructions_are_counted_over_all_computations():
-    assert compiled.instruction_count(PROGRAM) == 2 + 4 + 11 + 3
+    assert compiled.instruction_count(PROGRAM) == 2 + 4 + 12 + 3
 
 
 @pytest.mark.parametrize(

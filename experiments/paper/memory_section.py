@@ -125,7 +125,7 @@ def loops(rows: Sequence[Setting], reports: Mapping[str, dict[str, Any]]) -> str
     waited = [f"{c['step']} in {name}" for name in promising for c in large[name] if not is_hidden(c["passes_between"])]
     fits = [row.name for row in rows if reports[row.name]["peak_bytes"] <= reports[row.name]["memory_bytes"]]
     every = [(c, name) for name in fits for c in reports[name]["collectives"]]
-    late = [f"{c['step']} in {name}" for c, name in every if c["passes_before"]]
+    late = [f"{c['step']} in {name}" for c, name in every if compiled.starts_late(c["passes_before"])]
     return (
         f"Copies of 1 MiB or more in the steady-state loop: {', '.join(copied) or 'none in any row'}. "
         f"The {len(promising)} rows of vocab-1 and vocab-2 have {sum(map(len, large.values()))} vocabulary collectives "

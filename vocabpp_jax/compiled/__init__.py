@@ -1,7 +1,7 @@
 """What XLA makes of a run's programs, for GPUs that need not be present: memory, copies, overlap."""
 
 from ..pipeline.flags import FLAGS
-from .hlo import Collective, Copy, Loop, instruction_count, loops
+from .hlo import Collective, Copy, Loop, instruction_count, loops, starts_late
 from .programs import PROGRAMS, ProgramReport, Programs
 from .target import UnsupportedTarget, devices
 from .usage import StateBytes, state_bytes, used_bytes
@@ -19,6 +19,7 @@ __all__ = [
     "devices",
     "instruction_count",
     "loops",
+    "starts_late",
     "state_bytes",
     "used_bytes",
 ]

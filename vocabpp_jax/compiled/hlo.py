@@ -6,7 +6,7 @@ Works on the text of scheduled HLO, where the order of the lines is the order of
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -60,7 +60,8 @@ class Collective(NamedTuple):
     """A collective: its kind, its step of the program, its bytes.
 
     Attributes:
-        passes_before: the passes that run before its start although an operand could be made before them.
+        passes_before: the passes that run before its start although an operand could be made before them; among them,
+            by the broadcast's name, the loops that fill its send buffer.
         passes_between: the passes between its start and end.
     """
 
@@ -69,6 +70,11 @@ class Collective(NamedTuple):
     bytes: int
     passes_before: tuple[str, ...]
     passes_between: tuple[str, ...]
+
+
+def starts_late(passes_before: Sequence[str]) -> bool:
+    """Whether a collective starts behind a pass that it need not wait for. Loops that fill a send buffer are none."""
+    return any(not name.endswith("_broadcast") for name in passes_before)
 
 
 def shape_bytes(shape: str) -> int:
