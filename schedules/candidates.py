@@ -22,11 +22,13 @@ class Candidate:
         build: the schedule of so many microbatches.
         score: the lower, the better.
         instructions: of its program.
+        carried: weight gradients that wait at once on a device of its program.
     """
 
     build: Callable[[int], Schedule]
     score: float = inf
     instructions: int = 0
+    carried: int = 0
 
     def with_order(self, order: Order) -> Candidate:
         """The same in another program order."""

@@ -48,7 +48,7 @@ EARLY = (
 DELAYED = 8  # candidates whose last weight gradients are delayed; with more than FEW devices, 4, or 2 of a V
 DELAYS = (0.0, 0.5)  # by what share of its time a weight gradient of the cool-down may delay another pass
 TOGGLED = 8  # transfers that are deferred or not one by one; with more than FEW devices, 5
-MORE_CARRIED = {1: 0.003, 1 << 20: 0.01}  # what so many more that wait must save at least, as they take memory
+MORE_CARRIED = {1: 0.002, 1 << 20: 0.006}  # what so many more that wait must save at least, as they take memory
 MORE_CODE = {1: 0.002, 2: 0.01}  # what scans for warm-up and cool-down must save at least, by Order.ends_apart
 MERGED = (2, 4, 8, 16, 1 << 20)  # how many instructions apart merged transfers may land
 MERGING = 0.002  # what that may add to the score, in which a delay also counts as a wait
@@ -98,11 +98,13 @@ class _Search(Judge):
             found.append(self.judged(Candidate(self._reordered)))
         found.sort(key=lambda candidate: candidate.score)
         few = DELAYED if self.block.p <= FEW else 4 // self.plain.chunks
-        found[:few] = map(self.later, found[:few])
-        found.sort(key=lambda candidate: candidate.score)
-        equal = [candidate for candidate in found if candidate.score <= found[0].score * (1 + EQUAL)]
-        best = min(equal, key=lambda candidate: candidate.instructions)
-        tried = [best, *[candidate for candidate in found if candidate is not best][:1]]
+        for start in found[:few]:
+            found += self.later(start)
+        best = _worth_its_memory(found)
+        equal = [c for c in found if c.score <= best.score * (1 + EQUAL) and c.carried <= best.carried]
+        best = min(equal, key=lambda candidate: (candidate.instructions, candidate.score))
+        others = [c for c in found if c is not best and c.carried <= best.carried]
+        tried = [best, *sorted(others, key=lambda candidate: candidate.score)[:1]]
         for far, least in MORE_CODE.items():
             apart = [self.judged(candidate.apart(far)) for candidate in tried if candidate.score < inf]
             best = best.or_better(min(apart, key=lambda candidate: candidate.score, default=best), least)
@@ -222,20 +224,20 @@ class _Search(Judge):
             best = best.or_better(self.judged(candidate))
         return best
 
-    def later(self, start: Candidate) -> Candidate:
-        """A candidate with the weight gradients of its cool-down where devices wait anyway."""
+    def later(self, start: Candidate) -> Iterator[Candidate]:
+        """A candidate with the weight gradients of its cool-down where devices wait anyway, with more or fewer of them
+        waiting."""
         program = self.lowered(start)
         if program is None or not self.block.W or self.rules.transfers == "eager":
-            return start
-        given, best, seen = self.durations(program.schedule), start, []
+            return
+        given, seen = self.durations(program.schedule), []
         delays = DELAYS if self.block.p <= FEW else DELAYS[:1]
         coolings = [Cooling(program, given, self.rules, chunk) for chunk in range(program.schedule.chunks)]
-        for (more, least), cooling, delay in product(({0: 0.0} | MORE_CARRIED).items(), coolings, delays):
+        for more, cooling, delay in product((0, *MORE_CARRIED), coolings, delays):
             shifts = cooling.shifts(Late(program.rings["carried"] + more, delay))
             if shifts not in seen:
                 seen.append(shifts)
-                best = best.or_better(self.judged(start.later(shifts)), least)
-        return best
+                yield self.judged(start.later(shifts))
 
     def _with_ends(self, ends: Ends, m: int) -> Schedule:
         return self.counted(ends.schedule(self.method, m, self.name))
@@ -263,6 +265,16 @@ class _Search(Judge):
         for maker in sorted(grid.makers, reverse=True)[: TOGGLED if self.block.p <= FEW else 5]:
             tried(chosen ^ {maker})
         return best
+
+
+def _worth_its_memory(found: Iterable[Candidate]) -> Candidate:
+    """The fastest candidate whose waiting weight gradients save enough, beside those with fewer, for their memory."""
+    first, *others = sorted(found, key=lambda candidate: (candidate.score == inf, candidate.carried, candidate.score))
+    best = first
+    for other in others:
+        more = other.carried - best.carried
+        best = best.or_better(other, next(least for n, least in ({0: 0.0} | MORE_CARRIED).items() if more <= n))
+    return best
 
 
 def _fastest(grids: Iterable[Grid]) -> list[Grid]:

@@ -76,7 +76,8 @@ class Judge:
         timeline = simulate(program, self.durations(program.schedule), self.rules)
         more = (self.m - self.trial) * timeline.steady_interval if self.m > self.trial else 0.0
         score = timeline.makespan + more + WAITING * float(timeline.idle.max())
-        return replace(candidate, score=score, instructions=program.instructions)
+        carried = program.rings.get("carried", 0)
+        return replace(candidate, score=score, instructions=program.instructions, carried=carried)
 
     def paced(self, candidate: Candidate) -> Candidate:
         """The candidate with the simulated time of its steady state alone."""
