@@ -47,7 +47,7 @@ EARLY = (
 """Fillings for devices that do not wait for each other's transfers."""
 DELAYED = 8  # candidates whose last weight gradients are delayed; with more than FEW devices, 4, or 2 of a V
 DELAYS = (0.0, 0.5)  # by what share of its time a weight gradient of the cool-down may delay another pass
-TOGGLED = 8  # transfers that are deferred or not one by one; with more than FEW devices, 5
+TOGGLED = (8, 5)  # transfers that are deferred or not one by one, and with more than FEW devices
 MORE_CARRIED = {1: 0.002, 1 << 20: 0.006}  # what so many more that wait must save at least, as they take memory
 MORE_CODE = {1: 0.002, 2: 0.01}  # what scans for warm-up and cool-down must save at least, by Order.ends_apart
 MERGED = (2, 4, 8, 16, 1 << 20)  # how many instructions apart merged transfers may land
@@ -262,15 +262,14 @@ class _Search(Judge):
             slots = [slot for slot, _ in grid.order.passes]
             for first in slots[len(slots) // 2 :: 1 + len(slots) // 16]:
                 tried(frozenset(maker for maker in grid.makers if maker[0] >= first))
-        for maker in sorted(grid.makers, reverse=True)[: TOGGLED if self.block.p <= FEW else 5]:
+        for maker in sorted(grid.makers, reverse=True)[: TOGGLED[self.block.p > FEW]]:
             tried(chosen ^ {maker})
         return best
 
 
 def _worth_its_memory(found: Iterable[Candidate]) -> Candidate:
     """The fastest candidate whose waiting weight gradients save enough, beside those with fewer, for their memory."""
-    first, *others = sorted(found, key=lambda candidate: (candidate.score == inf, candidate.carried, candidate.score))
-    best = first
+    best, *others = sorted(found, key=lambda candidate: (candidate.score == inf, candidate.carried, candidate.score))
     for other in others:
         more = other.carried - best.carried
         best = best.or_better(other, next(least for n, least in ({0: 0.0} | MORE_CARRIED).items() if more <= n))

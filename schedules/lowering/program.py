@@ -102,7 +102,7 @@ def lower(schedule: Schedule, order: Order | None = None) -> Program:
 
 
 class _Lines:
-    """For every event: its interval, the instruction it belongs to, and its pair where it is sent."""
+    """For every event: its interval, its chunk, the instruction it belongs to, and its pair where it is sent."""
 
     def __init__(self, schedule: Schedule, events: Events, order: Order):
         K, p = schedule.interval, schedule.p
@@ -112,7 +112,7 @@ class _Lines:
         moved = (events.rank == TRANSFERS) | (events.rank == DEFERRED)
         self.behind_pass = behind_pass = (events.rank == TRANSFERS) & self.by_pass
         kept = events.op == events.code("keep")
-        chunk = schedule.chunks_of(events.stage)
+        self.chunk = chunk = schedule.chunks_of(events.stage)
         kinds = order.ranks(K, events.words, schedule.chunks)
         inside = np.where((events.rank == PASSES) | behind_pass, kinds[self.slot, events.name, chunk], events.order)
         merged = (events.rank == TRANSFERS) & (not self.by_pass)
@@ -196,11 +196,10 @@ class _Body:
 
     def _maker(self, rows: np.ndarray) -> tuple[str, int]:
         """The kind and chunk of the pass that makes what is moved, or ("", 0) if several do."""
-        name, stage = self.events.name[rows], self.events.stage[rows]
-        chunks = self.schedule.chunks_of(stage)
-        if (name != name[0]).any() or (chunks != chunks[0]).any():
+        names, chunks = self.events.name[rows], self.lines.chunk[rows]
+        if (names != names[0]).any() or (chunks != chunks[0]).any():
             return "", 0
-        return self.events.words[name[0]], int(chunks[0])
+        return self.events.words[names[0]], int(chunks[0])
 
     def _transfers(self, n: int) -> dict[Transfer, np.ndarray]:
         """The transfers of a line, in the order in which they share permutes, with the rows of their events."""
