@@ -1,0 +1,116 @@
+"""The grids of slots on which the search (:mod:`.fit`) puts a block: where passes begin and intervals open.
+
+A grid follows the times of the block's steady state (:mod:`.steady`). The simulated time of the program that results
+decides between grids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import product
+
+from .candidates import Grid, order_of
+from .judge import Judge
+from .steady import Refined, Steady, refined, steady
+
+FINER = (1, 2, 3)  # how many times as many slots an interval as the block has
+ROUNDINGS = (0.999, 0.5)
+NEAR, COMPARED = 0.005, 10  # grids whose steady states differ by less, at most so many, are compared as a whole
+WHOLE = 2  # of those, so many are searched further
+GRIDS = 2  # grids whose program orders are searched
+FEW = 16  # devices up to which more is tried
+DELAYED, MOST_DELAYED = 96, 32  # candidates times devices whose last weight gradients are delayed, and the most of them
+LEANS = (0.0, 0.1, 0.2)  # shares of the time to spare for transfers that are moved from backwards to forwards
+STATS = (2, 3)  # slots for the softmax statistics
+LATE = (1, 2)  # of how many of an interval's last slots the transfers are deferred, with a sharded vocabulary
+DEFERRED = (1, 2)  # of how many of the block's last slots they are, without
+
+
+class Grids(Judge):
+    """A judge of grids, too."""
+
+    @property
+    def few(self) -> int:
+        """Of how many candidates the last weight gradients are delayed, which takes longer the more devices there are;
+        with more than FEW of 4, or 2 of a V."""
+        return min(MOST_DELAYED, DELAYED // self.block.p) if self.block.p <= FEW else 4 // self.plain.chunks
+
+    def states(self) -> list[Steady]:
+        """The steady states on whose grids the block is put."""
+        if not self.block.W or self.block.group > 1 or self.block.interval < 2:
+            return []
+        # In a V, forwards go both ways: time can rarely be moved from backwards to forwards, and that has not paid.
+        leans = LEANS if len(self.block.placement) == self.block.p else LEANS[:1]
+        return steady(self.block, self.takes, self.transfer, leans)
+
+    def grids(self, found: Steady) -> list[Grid]:
+        """The grids for a steady state with the shortest intervals, the best first."""
+        choices = product(FINER, ROUNDINGS, (False, True))
+        tried = (refined(found, finer * self.block.interval, *choice) for finer, *choice in choices)
+        grids = {grid.block: grid for grid in tried if grid}.values()
+        if not self.plain.sharded:
+            return self.turned(grids)
+        sized = [self.sized(grid, grid.block.pass_slots, max(STATS)) for grid in grids]
+        best = [_fastest(self.late(grid, slots) for slots in LATE)[0] for grid in sized if grid]
+        best = _fastest(best)
+        best += [
+            self.late(other, grid.slots)
+            for grid in best
+            for slots in range(max(1, grid.refined.block.pass_slots - 1), grid.refined.block.pass_slots + 2)
+            for stats in STATS
+            if (other := self.sized(grid.refined, slots, stats))
+        ]
+        return self.with_best_ends(best)[: GRIDS + WHOLE]
+
+    def turned(self, grids: Iterable[Refined]) -> list[Grid]:
+        """The fastest grids, each with intervals that open in the best of the block's slots.
+
+        Where both ends of a transfer wait for each other, no transfer crosses the end of an interval, so that it
+        matters which ones it cuts short.
+        """
+        many = self.rules.transfers != "eager" and self.block.p <= FEW
+        tried = []
+        for grid, turn in product(grids, range(self.block.interval if many else 1)):
+            finer = grid.block.interval // self.block.interval
+            sized = self.sized(grid.turned(turn * finer), grid.block.pass_slots, max(STATS))
+            tried += [(turn, self.late(sized, slots * finer)) for slots in (DEFERRED if many else (0,))]
+        return _fastest(_different(tried), self.few if many else GRIDS)
+
+    def with_best_ends(self, grids: list[Grid]) -> list[Grid]:
+        """The grids, best first, after the best whole iterations among those with nearly the best steady state."""
+        ranked = sorted(grids, key=lambda grid: grid.score)
+        near: dict = {}
+        for grid in ranked:
+            if grid.score <= ranked[0].score * (1 + NEAR) and len(near) < COMPARED:
+                near.setdefault((grid.refined.block, grid.late), grid)
+        whole = sorted(near.values(), key=lambda grid: self.judged(grid.candidate(grid.late)).score)[:WHOLE]
+        return [*whole, *(grid for grid in ranked if not any(grid is one for one in whole))]
+
+    def sized(self, grid: Refined, slots: int, stats: int) -> Grid | None:
+        """A grid on which a large collective takes so many slots, and the softmax statistics so many."""
+        if self.plain.sharded:
+            grid = replace(grid, block=replace(grid.block, pass_slots=slots, stats_slots=stats))
+        build = self.repeated_block(grid.block)
+        try:
+            return Grid(grid, order_of(grid, build(1)), build)
+        except ValueError:  # fewer intervals are inserted than its passes need
+            return None
+
+    def late(self, grid: Grid, slots: int) -> Grid:
+        """The grid with the transfers of an interval's last slots deferred, and how long it takes."""
+        late = frozenset(maker for maker in grid.makers if maker[0] >= grid.refined.block.interval - slots)
+        return replace(grid, slots=slots, late=late, score=self.measured(grid.candidate(late)).score)
+
+
+def _fastest(grids: Iterable[Grid], few: int = GRIDS) -> list[Grid]:
+    """The few that take the least time, the first of equals."""
+    return sorted(grids, key=lambda grid: grid.score)[:few]
+
+
+def _different(grids: Iterable[tuple[int, Grid]]) -> Iterable[Grid]:
+    """One grid for every turn and time: whole iterations that take equally long are mostly the same program."""
+    found: dict[tuple[int, str], Grid] = {}
+    for turn, grid in grids:
+        found.setdefault((turn, f"{grid.score:.9g}"), grid)
+    return found.values()
