@@ -42,11 +42,10 @@ BEST = (3, 1)  # grids on which that is judged with late weight gradients, and w
 CARRIED = (0, 1, 1 << 20)  # how many more weight gradients may wait than in the repeated block
 CARRYING = 0.0015  # what each weight gradient that waits must save at least, as it takes memory
 MORE_CODE = {1: 0.002, 2: 0.01}  # what scans for warm-up and cool-down must save at least, by Order.ends_apart
-TWICE_THE_CODE = 0.01  # what they must save at least if they double the instructions
 MERGED = (2, 4, 8, 16, 1 << 20)  # how many instructions apart merged transfers may land
 MERGING = 0.001  # what that may add to the score, in which a delay also counts as a wait
 EQUAL = 0.001  # of candidates that differ by less, the one with the fewest instructions is taken
-TWICE = 0.005  # what two microbatches per interval must save at least: the code doubles
+TWICE = 0.005  # what doubling the instructions must save at least, as two microbatches per interval do
 
 
 def fit(
@@ -103,7 +102,7 @@ class _Search(Grids):
             apart = [self.judged(candidate.apart(far)) for candidate in tried if candidate.score < inf]
             other = min(apart, key=lambda candidate: candidate.score, default=best)
             growth = other.instructions / max(1, best.instructions) - 1
-            best = best.or_better(other, max(least, TWICE_THE_CODE * growth))
+            best = best.or_better(other, max(least, TWICE * growth))
         return self.merged(best.or_better(self.unrolled(best), TWICE))
 
     def merged(self, candidate: Candidate) -> Candidate:
