@@ -93,7 +93,7 @@ class _Search(Grids):
             found += self.later(start)
         found.sort(key=_worth_its_memory)
         found += map(self.toggled, _of_different_grids(found)[: BEST[self.block.p > FEW]])
-        best = min(found, key=_worth_its_memory)
+        best = self.best_settled(found)
         equal = [c for c in found if c.score <= best.score * (1 + EQUAL) and c.carried <= best.carried]
         best = min(equal, key=lambda candidate: (candidate.instructions, candidate.score))
         others = [c for c in found if c is not best and c.carried <= best.carried]
@@ -102,8 +102,22 @@ class _Search(Grids):
             apart = [self.judged(candidate.apart(far)) for candidate in tried if candidate.score < inf]
             other = min(apart, key=lambda candidate: candidate.score, default=best)
             growth = other.instructions / max(1, best.instructions) - 1
-            best = best.or_better(other, max(least, TWICE * growth))
-        return self.merged(best.or_better(self.unrolled(best), TWICE))
+            best = self.better(best, other, max(least, TWICE * growth))
+        return self.merged(self.better(best, self.unrolled(best), TWICE))
+
+    def best_settled(self, found: list[Candidate]) -> Candidate:
+        """The best candidate if its steady state has settled; the others' may not have."""
+        settled: list[Candidate] = []
+        while True:
+            n = min(range(len(found)), key=lambda n: _worth_its_memory(found[n]))
+            if any(found[n] is candidate for candidate in settled):
+                return found[n]
+            found[n] = self.settled(found[n])
+            settled.append(found[n])
+
+    def better(self, best: Candidate, other: Candidate, least: float) -> Candidate:
+        """The other candidate if it is better by more than this share, once its steady state has settled."""
+        return best if best.or_better(other, least) is best else best.or_better(self.settled(other), least)
 
     def merged(self, candidate: Candidate) -> Candidate:
         """The candidate with as many of its transfers merged as it can do with; behind slots they are already."""
@@ -116,6 +130,8 @@ class _Search(Grids):
             if instructions >= candidate.instructions:
                 break
             merged = self.judged(tried[n], program)
+            if merged.score <= candidate.score * (1 + MERGING):
+                merged = self.settled(merged)
             if merged.score <= candidate.score * (1 + MERGING):
                 return merged
         return candidate

@@ -15,6 +15,7 @@ from .repeat import repeat
 from .schedule import Schedule
 from .simulation.durations import Durations
 from .simulation.simulator import Rules, simulate, steady_interval
+from .simulation.timeline import Timeline
 from .steady import KINDS
 
 Times = Durations | Callable[[Schedule], Durations]
@@ -74,10 +75,23 @@ class Judge:
         if program is None:
             return replace(candidate, score=inf)
         timeline = simulate(program, self.durations(program.schedule), self.rules)
-        more = (self.m - self.trial) * timeline.steady_interval if self.m > self.trial else 0.0
-        score = timeline.makespan + more + WAITING * float(timeline.idle.max())
+        score = self.whole(timeline) + WAITING * float(timeline.idle.max())
         carried = program.rings.get("carried", 0)
         return replace(candidate, score=score, instructions=program.instructions, carried=carried)
+
+    def whole(self, timeline: Timeline) -> float:
+        """The time of the whole iteration, of which the timeline may be a shorter one."""
+        more = self.m - timeline.schedule.m
+        return timeline.makespan + (more * timeline.steady_interval if more > 0 else 0.0)
+
+    def settled(self, candidate: Candidate) -> Candidate:
+        """The candidate with the time of its iteration from a trial twice as long, as some programs come to their
+        steady state late."""
+        if self.m <= 2 * self.trial or candidate.score == inf:
+            return candidate
+        programs = [lower(candidate.build(m)) for m in (self.trial, 2 * self.trial)]
+        short, long = (self.whole(simulate(p, self.durations(p.schedule), self.rules)) for p in programs)
+        return replace(candidate, score=candidate.score + long - short)
 
     def paced(self, candidate: Candidate) -> Candidate:
         """The candidate with the simulated time of its steady state alone."""
