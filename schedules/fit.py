@@ -130,10 +130,8 @@ class _Search(Grids):
             if instructions >= candidate.instructions:
                 break
             merged = self.judged(tried[n], program)
-            if merged.score <= candidate.score * (1 + MERGING):
-                merged = self.settled(merged)
-            if merged.score <= candidate.score * (1 + MERGING):
-                return merged
+            if (found := self.better(candidate, merged, -MERGING)) is not candidate:
+                return found
         return candidate
 
     def unrolled(self, candidate: Candidate) -> Candidate:
