@@ -126,6 +126,8 @@ def unrolled(schedule: Schedule, late: int | None) -> Schedule:
     Deferred are the transfers of the last ``late`` slots, or with None those of the second half that were.
     """
     K, order = schedule.interval, schedule.order
+    if order.windows:
+        raise ValueError("windows are intervals of one pass; two of them are not one interval")
     passes = tuple((slot + half, kinds) for half in (0, K) for slot, kinds in order.passes)
     if late is None:
         deferred = {(slot + K, kind, chunk) for slot, kind, chunk in order.deferred}

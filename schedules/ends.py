@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 
 from .blocks import Block
-from .queues import KINDS, B, F, Filling, Queues, Ran, Starts, W
+from .queues import KINDS, B, F, Filling, Queues, Ran, Starts, W, orders_of
 from .repeat import assembled
 from .schedule import Schedule
 from .vocabulary import insert, unsharded
@@ -110,5 +110,6 @@ class Ends:
         }
 
     def _filled(self, starts: Starts) -> Starts:
-        taken = Queues(self.block, starts, self.durations, self.transfer, self.gap, self.filling).run()
-        return _moved(self.block, starts, taken)
+        orders = orders_of(self.block, starts)
+        queues = Queues(self.block.placement, orders, self.durations, self.filling, self.transfer, self.gap)
+        return _moved(self.block, starts, queues.run())

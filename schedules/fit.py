@@ -89,7 +89,7 @@ class _Search(Grids):
         if self.plain.sharded and can_reorder(self.block):
             found.append(self.judged(Candidate(self._reordered)))
         found.sort(key=lambda candidate: candidate.score)
-        for start in found[: self.few]:
+        for start in self.promising(found):
             found += self.later(start)
         found.sort(key=_worth_its_memory)
         found += map(self.toggled, _of_different_grids(found)[: BEST[self.block.p > FEW]])
@@ -104,6 +104,12 @@ class _Search(Grids):
             growth = other.instructions / max(1, best.instructions) - 1
             best = self.better(best, other, max(least, TWICE * growth))
         return self.merged(self.better(best, self.unrolled(best), TWICE))
+
+    def promising(self, found: list[Candidate]) -> list[Candidate]:
+        """The few best, and those on the grids of every steady state, whose weight gradients may wait more."""
+        leans = [candidate.grid.refined.lean if candidate.grid else 0.0 for candidate in found]
+        few = [self.few // 2 if lean else self.few for lean in leans]
+        return [c for n, c in enumerate(found) if leans[:n].count(leans[n]) < few[n]]
 
     def best_settled(self, found: list[Candidate]) -> Candidate:
         """The best candidate if its steady state has settled; the others' may not have."""
@@ -154,7 +160,7 @@ class _Search(Grids):
         """The block on the best grids, with the best transfers deferred; if nothing waits, with its ends filled."""
         several = self.plain.sharded or self.block.p <= FEW
         for n, state in enumerate(self.states()):
-            for grid in self.grids(state)[: None if several and n == 0 else 1]:
+            for grid in self.grids(state)[: None if several and n == 0 or self.in_windows else 1]:
                 if self.plain.sharded:
                     yield self.judged(self.deferred(grid))
                 elif self.rules.transfers == "eager":

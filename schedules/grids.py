@@ -13,15 +13,18 @@ from itertools import product
 from .candidates import Grid, order_of
 from .judge import Judge
 from .steady import Refined, Steady, refined, steady
+from .windows import Windows
 
 FINER = (1, 2, 3)  # how many times as many slots an interval as the block has
 ROUNDINGS = (0.999, 0.5)
 NEAR, COMPARED = 0.005, 10  # grids whose steady states differ by less, at most so many, are compared as a whole
+NEARLY = 0.002  # by how much the steady states of grids differ that are compared with a warm-up of windows
 WHOLE = 2  # of those, so many are searched further
 GRIDS = 2  # grids whose program orders are searched
 FEW = 16  # devices up to which more is tried
 DELAYED, MOST_DELAYED = 96, 8  # candidates times devices whose last weight gradients are delayed, and the most of them
-LEANS = (0.0, 0.1, 0.2)  # shares of the time to spare for transfers that are moved from backwards to forwards
+LEANS = (0.0, 0.1, 0.2)  # shares of a transfer's time to spare that are moved towards the last device
+V_LEANS = (0.0, 0.65, 0.75)  # the same in a V, where they leave the first device less to wait for
 STATS = (2, 3)  # slots for the softmax statistics
 LATE = (1, 2)  # of how many of an interval's last slots the transfers are deferred, with a sharded vocabulary
 DEFERRED = (1, 2)  # of how many of the block's last slots they are, without
@@ -32,25 +35,43 @@ class Grids(Judge):
 
     @property
     def few(self) -> int:
-        """Of how many candidates the last weight gradients are delayed, which takes longer the more devices there are;
-        with more than FEW of 4, or 2 of a V."""
+        """Of how many candidates on one steady state's grids the last weight gradients are delayed, which takes longer
+        the more devices there are; with more than FEW of 4, or 2 of a V."""
         return min(MOST_DELAYED, DELAYED // self.block.p) if self.block.p <= FEW else 4 // self.plain.chunks
+
+    @property
+    def many(self) -> bool:
+        """Whether both ends of a transfer wait for each other, and more is tried."""
+        return self.rules.transfers != "eager" and self.block.p <= FEW
+
+    @property
+    def in_windows(self) -> bool:
+        """Whether the warm-up can be windows: in a V, where a microbatch passes every device twice before its B."""
+        return len(self.block.placement) > self.block.p and not self.plain.sharded and self.rules.transfers != "eager"
 
     def states(self) -> list[Steady]:
         """The steady states on whose grids the block is put."""
         if not self.block.W or self.block.group > 1 or self.block.interval < 2:
             return []
-        # In a V, forwards go both ways: time can rarely be moved from backwards to forwards, and that has not paid.
-        leans = LEANS if len(self.block.placement) == self.block.p else LEANS[:1]
+        if len(self.block.placement) == self.block.p:
+            leans = LEANS
+        else:
+            leans = V_LEANS if self.in_windows and self.many else V_LEANS[:1]
         return steady(self.block, self.takes, self.transfer, leans)
+
+    def windows(self, lean: bool) -> tuple[int, ...]:
+        """How many windows a warm-up may have: none, until the first B, or until all devices are in the steady state."""
+        if not self.in_windows:
+            return (0,)
+        return (5 * self.block.p - 4,) if lean else (0, len(self.block.placement))
 
     def grids(self, found: Steady) -> list[Grid]:
         """The grids for a steady state with the shortest intervals, the best first."""
-        choices = product(FINER, ROUNDINGS, (False, True))
+        choices = product(FINER[:-1] if self.in_windows else FINER, ROUNDINGS, (False, True))
         tried = (refined(found, finer * self.block.interval, *choice) for finer, *choice in choices)
         grids = {grid.block: grid for grid in tried if grid}.values()
         if not self.plain.sharded:
-            return self.turned(grids)
+            return self.turned(grids, found.lean > 0)
         sized = [self.sized(grid, grid.block.pass_slots, max(STATS)) for grid in grids]
         best = [_fastest(self.late(grid, slots) for slots in LATE)[0] for grid in sized if grid]
         best = _fastest(best)
@@ -63,19 +84,27 @@ class Grids(Judge):
         ]
         return self.with_best_ends(best)[: GRIDS + WHOLE]
 
-    def turned(self, grids: Iterable[Refined]) -> list[Grid]:
+    def turned(self, grids: Iterable[Refined], lean: bool) -> list[Grid]:
         """The fastest grids, each with intervals that open in the best of the block's slots.
 
         Where both ends of a transfer wait for each other, no transfer crosses the end of an interval, so that it
         matters which ones it cuts short.
         """
-        many = self.rules.transfers != "eager" and self.block.p <= FEW
         tried = []
-        for grid, turn in product(grids, range(self.block.interval if many else 1)):
+        for grid, turn in product(grids, range(self.block.interval if self.many else 1)):
             finer = grid.block.interval // self.block.interval
             sized = self.sized(grid.turned(turn * finer), grid.block.pass_slots, max(STATS))
-            tried += [(turn, self.late(sized, slots * finer)) for slots in (DEFERRED if many else (0,))]
-        return _fastest(_different(tried), self.few if many else GRIDS)
+            late = (DEFERRED[:1] if lean else DEFERRED) if self.many else (0,)
+            tried += [(turn, deferring(sized, slots * finer)) for slots in late]
+        if self.in_windows and self.many:
+            tried = self.near(tried)
+        scored = [(turn, self.scored(self.opened(grid, n))) for n in self.windows(lean) for turn, grid in tried]
+        return _fastest(_different(scored), self.few if self.many else GRIDS)
+
+    def near(self, tried: list[tuple[int, Grid]]) -> list[tuple[int, Grid]]:
+        """The grids with nearly the best steady state."""
+        paces = [self.paced(grid.candidate(grid.late)).score for _, grid in tried]
+        return [one for one, pace in zip(tried, paces, strict=True) if pace <= min(paces) * (1 + NEARLY)]
 
     def with_best_ends(self, grids: list[Grid]) -> list[Grid]:
         """The grids, best first, after the best whole iterations among those with nearly the best steady state."""
@@ -99,8 +128,25 @@ class Grids(Judge):
 
     def late(self, grid: Grid, slots: int) -> Grid:
         """The grid with the transfers of an interval's last slots deferred, and how long it takes."""
-        late = frozenset(maker for maker in grid.makers if maker[0] >= grid.refined.block.interval - slots)
-        return replace(grid, slots=slots, late=late, score=self.measured(grid.candidate(late)).score)
+        return self.scored(deferring(grid, slots))
+
+    def scored(self, grid: Grid) -> Grid:
+        """The grid with the score of its candidate."""
+        return replace(grid, score=self.measured(grid.candidate(grid.late)).score)
+
+    def opened(self, grid: Grid, windows: int) -> Grid:
+        """The grid with a warm-up of so many windows."""
+        if not windows:
+            return grid
+        warmed = Windows(grid.refined.block, windows)
+        build = lambda m: self.counted(warmed.schedule(self.method, m, self.name))  # noqa: E731
+        return replace(grid, order=replace(grid.order, windows=windows), build=build)
+
+
+def deferring(grid: Grid, slots: int) -> Grid:
+    """The grid with the transfers of an interval's last slots deferred."""
+    late = frozenset(maker for maker in grid.makers if maker[0] >= grid.refined.block.interval - slots)
+    return replace(grid, slots=slots, late=late)
 
 
 def _fastest(grids: Iterable[Grid], few: int = GRIDS) -> list[Grid]:

@@ -7,7 +7,7 @@ backward before weight gradients that nothing needs.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,7 +55,7 @@ def orders_of(block: Block, starts: Starts) -> list[list[Ran]]:
     return [[x[1:] for x in sorted(of_device)] for of_device in found]
 
 
-def held(orders: list[list[Ran]]) -> Bounds:
+def held(orders: Sequence[Sequence[Ran]]) -> Bounds:
     """What the fullest device holds."""
     peaks = np.zeros(3, int)
     for order in orders:
@@ -68,12 +68,20 @@ def held(orders: list[list[Ran]]) -> Bounds:
 class Queues:
     """One process per device, which runs its passes in order, but another one where it would only wait."""
 
-    def __init__(self, block: Block, starts: Starts, durations, transfer: float, gap: float, filling: Filling):
-        self.block, self.transfer, self.gap, self.filling = block, transfer, gap, filling
-        self.orders = orders_of(block, starts)
+    def __init__(
+        self,
+        placement: Sequence[int],
+        orders: Sequence[Sequence[Ran]],
+        durations: Mapping[str, np.ndarray],
+        filling: Filling,
+        transfer: float = 0.0,
+        gap: float = 0.0,
+    ):
+        self.placement, self.transfer, self.gap, self.filling = placement, transfer, gap, filling
+        self.orders, self.p = orders, len(orders)
         self.bounds = held(self.orders)
         self.takes = [np.asarray(durations[kind], float).tolist() for kind in KINDS]
-        self.stages = len(block.placement)
+        self.stages = len(placement)
         self.planned = self._as_soon_as_possible()
 
     def _inputs(self, x: Ran):
@@ -86,13 +94,13 @@ class Queues:
         source = stage - 1 if kind == F else stage + 1
         if source < 0:
             return ()
-        far = self.block.placement[source] != self.block.placement[stage]
+        far = self.placement[source] != self.placement[stage]
         return (((kind, source, i), self.transfer * far),)
 
     def _as_soon_as_possible(self) -> dict[Ran, float]:
         """When every pass starts if each device keeps to its order."""
         starts, ends = {}, {}
-        at, free, moved = [0] * self.block.p, [0.0] * self.block.p, True
+        at, free, moved = [0] * self.p, [0.0] * self.p, True
         while moved:
             moved = False
             for d, order in enumerate(self.orders):
@@ -113,7 +121,7 @@ class Queues:
         devices = [_Device(order, self.bounds) for order in self.orders]
         ends: dict[Ran, float] = {}
         taken: list[tuple[float, int, Ran]] = []
-        events, left = [(0.0, d) for d in range(self.block.p)], sum(map(len, self.orders))
+        events, left = [(0.0, d) for d in range(self.p)], sum(map(len, self.orders))
 
         def ready(x: Ran) -> float:
             return max((ends[y] + wait if y in ends else np.inf for y, wait in self._inputs(x)), default=0.0)
@@ -139,9 +147,9 @@ class Queues:
         kind, stage, _ = x
         reader = stage + (kind == F) - (kind == B)
         if kind != W and 0 <= reader < self.stages:
-            yield self.block.placement[reader], self.transfer
+            yield self.placement[reader], self.transfer
         elif kind == F:
-            yield self.block.placement[stage], self.gap
+            yield self.placement[stage], self.gap
 
     def _choose(self, device: _Device, now: float, ready, limit: int) -> Ran | None:
         tiny = 1e-9 * max(now, 1.0)
@@ -203,7 +211,7 @@ class _Device:
 class _Ordered:
     """Passes in order, any of which can be removed."""
 
-    def __init__(self, order: list[Ran]):
+    def __init__(self, order: Sequence[Ran]):
         self.order, self.at, self.gone = order, 0, set()
         self.by_stage: dict[tuple[int, int], list[Ran]] = {}
         for x in reversed(order):

@@ -94,6 +94,8 @@ class Order:
             chunk.
         merged: unless transfers leave behind slots, those that leave together share an instruction if they land at most
             so many instructions apart. It lands where the first of them must.
+        windows: so many of the first intervals are a scan of their own, with transfers behind slots; see
+            :mod:`.windows`.
     """
 
     passes: tuple[tuple[int, tuple[tuple[str, int], ...]], ...] = ()
@@ -101,6 +103,7 @@ class Order:
     ends_apart: Literal[0, 1, 2] = 0
     deferred: frozenset[tuple[int, str, int]] = frozenset()
     merged: int = 0
+    windows: int = 0
 
     def ranks(self, interval: int, words: Sequence[str], chunks: int) -> np.ndarray:
         """The rank of every (slot, word, chunk) among the passes of its slot, ``[interval, words, chunks]``."""

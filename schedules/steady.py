@@ -5,8 +5,9 @@ are a solution of difference constraints: a pass starts after the previous one o
 arrived, ``i`` intervals later for microbatch ``i``. Among the many solutions, the best leaves every transfer as much
 time as possible, because in one program for all devices the two ends of a transfer wait for each other. :func:`steady`
 finds the shortest interval, then the longest transfers that do not lengthen it, and spaces the passes as if transfers
-took that long. Forwards may be given more of that time than backwards. The last stages then start intervals later. By
-then, the first stages have little left of their warm-up, in which their intervals are shorter and they have to wait.
+took that long. Transfers towards the last device may be given more of that time than those towards the first. The last
+devices then start intervals later. By then, the first have little left of their warm-up, in which their intervals are
+shorter and they have to wait.
 
 :func:`refined` puts the block on a grid of slots that follows these times. All of its other properties stay: the order
 of passes on every device, and hence the microbatches in flight.
@@ -33,8 +34,9 @@ class Steady:
     Attributes:
         block: the block.
         interval: time from one microbatch to the next.
-        spread: time available to a transfer beyond its duration, on average over forwards and backwards.
+        spread: time available to a transfer beyond its duration, on average over both directions.
         start, end: of microbatch 0's passes, by kind, ``[stages]``.
+        lean: share of the spread that is moved from transfers towards the first device to those towards the last.
     """
 
     block: Block
@@ -42,6 +44,7 @@ class Steady:
     spread: float
     start: Mapping[str, np.ndarray]
     end: Mapping[str, np.ndarray]
+    lean: float = 0.0
 
 
 def steady(
@@ -53,8 +56,8 @@ def steady(
         block: with passes of one slot each.
         durations: of F, B and, if present, W, ``[stages]``.
         transfer: time of a transfer between neighbors.
-        leans: shares of that time to move from transfers of backwards to those of forwards, beginning with 0; one
-            without a solution is left out.
+        leans: shares of that time to move from transfers towards the first device to those towards the last, beginning
+            with 0; one without a solution is left out.
     """
     constraints = _Constraints(block, durations)
     load = np.zeros(block.p)
@@ -69,7 +72,7 @@ def steady(
         if times is not None:
             start = constraints.by_kind(times)
             end = {kind: start[kind] + constraints.durations[kind] for kind in start}
-            found.append(Steady(block, interval, spread, start, end))
+            found.append(Steady(block, interval, spread, start, end, lean))
     return found
 
 
@@ -95,7 +98,8 @@ class _Constraints:
         at, to, later, self.moves = (np.array(column) for column in zip(*edges, strict=True))
         self.at, self.to, self.later = at, to, later
         self.takes = np.concatenate([self.durations[kind] for kind in self.durations])[at]
-        self.leans = self.moves * np.array([{"F": 1, "B": -1, "W": 0}[self.nodes[n][0]] for n in to])
+        device = np.array([block.placement[stage] for _, stage in self.nodes])
+        self.leans = np.sign(device[to] - device[at]) * self.moves
 
     def _orders(self):
         """Every device runs its passes one after the other, and then those of the next microbatch."""
@@ -120,7 +124,7 @@ class _Constraints:
     def solve(self, interval: float, transfer: float, lean: float = 0.0) -> np.ndarray | None:
         """The earliest start times by node, or None if there are none: longest paths by relaxation.
 
-        Transfers of forwards take ``lean`` more, those of backwards ``lean`` less.
+        Transfers towards the last device take ``lean`` more, those towards the first ``lean`` less.
         """
         weight = self.takes + transfer * self.moves + lean * self.leans - interval * self.later
         times, tiny = np.zeros(len(self.nodes)), 1e-9 * interval
@@ -144,10 +148,12 @@ class Refined:
     Attributes:
         block: the block.
         fraction: of its slot at which every pass ends, or starts, by kind, ``[stages]``.
+        lean: of its steady state.
     """
 
     block: Block
     fraction: Mapping[str, np.ndarray]
+    lean: float = 0.0
 
     @cached_property
     def passes(self) -> dict[int, tuple[tuple[str, int], ...]]:
@@ -200,4 +206,5 @@ def refined(found: Steady, K: int, rounding: float, by_start: bool = False) -> R
             **{kind: tuple((of_kind - first).tolist()) for kind, of_kind in slots.items()},
         ),
         {kind: when[kind] - slots[kind] for kind in slots},
+        found.lean,
     )

@@ -114,6 +114,7 @@ def _pass_events(schedule: Schedule, order: Order, words: tuple[str, ...], base:
     away = moved & (peer != device)
     K = schedule.interval
     deferred = away & order.defers(K, words, schedule.chunks)[(last - base) % K, name, schedule.chunks_of(stage)]
+    deferred &= last - base >= K * order.windows
     slot = np.where(deferred, last + K - (last - base) % K, last)
     rank = np.where(deferred, DEFERRED, TRANSFERS)
 

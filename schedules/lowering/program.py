@@ -96,7 +96,7 @@ def lower(schedule: Schedule, order: Order | None = None) -> Program:
     events = events_of(schedule, order)
     cells = allocate(schedule, events)
     lines = _Lines(schedule, events, order)
-    scans = scan_bounds(schedule.p, lines.interval, lines.identity, lines.pair, order.ends_apart)
+    scans = scan_bounds(schedule.p, lines.interval, lines.identity, lines.pair, order.ends_apart, order.windows)
     segments = [_Body(schedule, events, cells, lines, a, b).segment() for a, b in scans]
     return Program(schedule, tuple(s for s in segments if s.body), cells.peaks)
 
@@ -109,13 +109,14 @@ class _Lines:
         self.schedule, self.events = schedule, events
         self.interval, self.slot = np.divmod(events.slot - events.base, K)
         self.by_pass, self.order = order.transfers != "behind slots", order
+        by_pass = self.by_pass & (self.interval >= order.windows)
         moved = (events.rank == TRANSFERS) | (events.rank == DEFERRED)
-        self.behind_pass = behind_pass = (events.rank == TRANSFERS) & self.by_pass
+        self.behind_pass = behind_pass = (events.rank == TRANSFERS) & by_pass
         kept = events.op == events.code("keep")
         self.chunk = chunk = schedule.chunks_of(events.stage)
         kinds = order.ranks(K, events.words, schedule.chunks)
         inside = np.where((events.rank == PASSES) | behind_pass, kinds[self.slot, events.name, chunk], events.order)
-        merged = (events.rank == TRANSFERS) & (not self.by_pass)
+        merged = (events.rank == TRANSFERS) & ~by_pass
         parts = (
             (self.slot, K),
             (np.where(behind_pass, PASSES, events.rank), AFTER + 1),
@@ -178,12 +179,13 @@ class _Body:
         rows_of: dict[Transfer, np.ndarray] = {}
         for n in filter(self._moves, range(len(self.groups))):
             rows_of |= self._transfers(n)
-        for at, due, transfers in permutes(rows_of, self.lines.order.merged if self.lines.by_pass else None):
+        by_pass = self.lines.by_pass and self.a >= self.lines.order.windows
+        for at, due, transfers in permutes(rows_of, self.lines.order.merged if by_pass else None):
             rows = np.concatenate([rows_of[transfer] for transfer in transfers])
             arrivals = rows[self.events.op[rows] == self.events.code("recv")]
             leaving = rows[self.events.op[rows] == self.events.code("send")]
             pairs = tuple(sorted((transfer.source, transfer.target) for transfer in transfers))
-            maker = self._maker(rows) if self.lines.by_pass else ("", 0)
+            maker = self._maker(rows) if by_pass else ("", 0)
             lands = self._tables(arrivals)
             leaves = lands | self._tables(leaving, ("outbox",))
             lands.pop("outbox", None)

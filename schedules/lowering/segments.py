@@ -23,9 +23,13 @@ STEADY = 64  # what a run of more than p like intervals counts as
 
 
 def scan_bounds(
-    p: int, interval: np.ndarray, identity: np.ndarray, pair: np.ndarray, ends_apart: int = 0
+    p: int, interval: np.ndarray, identity: np.ndarray, pair: np.ndarray, ends_apart: int = 0, windows: int = 0
 ) -> list[tuple[int, int]]:
     """First interval and end of every scan, from each event's interval, instruction and pair of devices (or -1)."""
+    if windows:
+        rest = interval >= windows
+        scans = scan_bounds(p, interval[rest] - windows, identity[rest], pair[rest], ends_apart)
+        return [(0, windows), *((a + windows, b + windows) for a, b in scans)]
     needs, cost = _needs(p, interval, identity, pair)
     runs = [(need, len(list(same))) for need, same in groupby(needs)]
     everything = 0
