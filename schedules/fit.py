@@ -15,11 +15,12 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from math import inf
+from typing import NamedTuple
 
 from .blocks import Block
-from .candidates import Candidate, Grid, Maker, Waiting
+from .candidates import Candidate, Grid
 from .ends import Ends
-from .grids import FEW, Grids
+from .grids import FEW, V_LEANS, Grids
 from .judge import Times
 from .late_weights import Cooling, Late
 from .queues import Filling
@@ -38,7 +39,6 @@ EARLY = (
 """Fillings for devices that do not wait for each other's transfers."""
 DELAYS = (0.0, 0.5)  # by what share of its time a weight gradient of the cool-down may delay another pass
 TOGGLED = (8, 5)  # transfers that are deferred or not one by one, and with more than FEW devices
-BEST = (3, 1)  # grids on which that is judged with late weight gradients, and with more than FEW devices
 CARRIED = (0, 1, 1 << 20)  # how many more weight gradients may wait than in the repeated block
 CARRYING = 0.0015  # what each weight gradient that waits must save at least, as it takes memory
 MORE_CODE = {1: 0.002, 2: 0.01}  # what scans for warm-up and cool-down must save at least, by Order.ends_apart
@@ -82,6 +82,20 @@ def fit(
     return min((search.best().build(m), search.repeated(m)), key=search.makespan)
 
 
+class Waiting(NamedTuple):
+    """How weight gradients of the cool-down wait.
+
+    Attributes:
+        more: how many more of them on a device than in the repeated block.
+        chunk: from a device's last forward of which chunk on.
+        delay: as :attr:`.late_weights.Late.delay`.
+    """
+
+    more: int
+    chunk: int
+    delay: float
+
+
 class _Search(Grids):
     def best(self) -> Candidate:
         """The best of all candidates."""
@@ -89,10 +103,8 @@ class _Search(Grids):
         if self.plain.sharded and can_reorder(self.block):
             found.append(self.judged(Candidate(self._reordered)))
         found.sort(key=lambda candidate: candidate.score)
-        for start in self.promising(found):
-            found += self.later(start)
-        found.sort(key=_worth_its_memory)
-        found += map(self.toggled, _of_different_grids(found)[: BEST[self.block.p > FEW]])
+        for start, ways in self.promising(found):
+            found += self.later(start, ways)
         best = self.best_settled(found)
         equal = [c for c in found if c.score <= best.score * (1 + EQUAL) and c.carried <= best.carried]
         best = min(equal, key=lambda candidate: (candidate.instructions, candidate.score))
@@ -105,11 +117,16 @@ class _Search(Grids):
             best = self.better(best, other, max(least, TWICE * growth))
         return self.merged(self.better(best, self.unrolled(best), TWICE))
 
-    def promising(self, found: list[Candidate]) -> list[Candidate]:
-        """The few best, and those on the grids of every steady state, whose weight gradients may wait more."""
-        leans = [candidate.grid.refined.lean if candidate.grid else 0.0 for candidate in found]
-        few = [self.few // 2 if lean else self.few for lean in leans]
-        return [c for n, c in enumerate(found) if leans[:n].count(leans[n]) < few[n]]
+    def promising(self, found: list[Candidate]) -> list[tuple[Candidate, list[Waiting]]]:
+        """The few best on the grids of every steady state, and how their weight gradients may wait: where transfers
+        towards the last device have more time, as long as they can, or the first devices wait."""
+        chunks, starts = range(self.plain.chunks), []
+        some = [Waiting(*way) for way in product(CARRIED, chunks, DELAYS if self.block.p <= FEW else DELAYS[:1])]
+        all_of_them = [Waiting(CARRIED[-1], chunk, 0.0) for chunk in chunks]
+        for lean in V_LEANS if self.in_windows else V_LEANS[:1]:
+            of_state = [c for c in found if not self.in_windows or (c.grid.refined.lean if c.grid else 0.0) == lean]
+            starts += [(c, all_of_them if lean else some) for c in of_state[: self.few // 2 if lean else self.few]]
+        return starts
 
     def best_settled(self, found: list[Candidate]) -> Candidate:
         """The best candidate if its steady state has settled; the others' may not have."""
@@ -160,7 +177,8 @@ class _Search(Grids):
         """The block on the best grids, with the best transfers deferred; if nothing waits, with its ends filled."""
         several = self.plain.sharded or self.block.p <= FEW
         for n, state in enumerate(self.states()):
-            for grid in self.grids(state)[: None if several and n == 0 or self.in_windows else 1]:
+            grids = self.grids(state)
+            for grid in grids[: None if several and n == 0 or self.in_windows else 1]:
                 if self.plain.sharded:
                     yield self.judged(self.deferred(grid))
                 elif self.rules.transfers == "eager":
@@ -177,32 +195,18 @@ class _Search(Grids):
             best = best.or_better(self.judged(candidate))
         return best
 
-    def toggled(self, best: Candidate) -> Candidate:
-        """A candidate on a grid with the best transfers deferred, judged with its late weight gradients; with a sharded
-        vocabulary, that would take too long."""
-        if best.grid is None or self.plain.sharded or self.rules.transfers == "eager":
-            return best
-        for maker in self.last_makers(best.grid):
-            other = self.judged(best.grid.candidate(best.deferred ^ {maker}))
-            others = [other] if best.late is None else list(self.later(other, [best.late]))
-            best = min([best, *others], key=_worth_its_memory)
-        return best
-
-    def later(self, start: Candidate, ways: Iterable[Waiting] = ()) -> Iterator[Candidate]:
-        """A candidate with the weight gradients of its cool-down where devices wait anyway, with more or fewer of them
-        waiting."""
+    def later(self, start: Candidate, ways: Iterable[Waiting]) -> Iterator[Candidate]:
+        """A candidate with the weight gradients of its cool-down where devices wait anyway, waiting in these ways."""
         program = self.lowered(start)
         if program is None or not self.block.W or self.rules.transfers == "eager":
             return
         given, seen = self.durations(program.schedule), []
-        delays = DELAYS if self.block.p <= FEW else DELAYS[:1]
-        ways = ways or [Waiting(*way) for way in product(CARRIED, range(program.schedule.chunks), delays)]
         coolings = {chunk: Cooling(program, given, self.rules, chunk) for chunk in {way.chunk for way in ways}}
         for way in ways:
             shifts = coolings[way.chunk].shifts(Late(program.rings["carried"] + way.more, way.delay))
             if shifts not in seen:
                 seen.append(shifts)
-                yield self.judged(start.later(shifts, way))
+                yield self.judged(start.later(shifts))
 
     def _with_ends(self, ends: Ends, m: int) -> Schedule:
         return self.counted(ends.schedule(self.method, m, self.name))
@@ -215,27 +219,14 @@ class _Search(Grids):
 
     def deferred(self, grid: Grid) -> Candidate:
         """A grid with the best transfers deferred: those of an interval's last slots, but for one or another."""
-        best = self.measured(grid.candidate(grid.late))
-        for maker in self.last_makers(grid):
-            candidate = self.measured(grid.candidate(best.deferred ^ {maker}))
+        deferred, best = grid.late, self.measured(grid.candidate(grid.late))
+        for maker in sorted(grid.makers, reverse=True)[: TOGGLED[self.block.p > FEW]]:
+            candidate = self.measured(grid.candidate(deferred ^ {maker}))
             if candidate.score < best.score * (1 - 1e-9):
-                best = candidate
+                deferred, best = deferred ^ {maker}, candidate
         return best
-
-    def last_makers(self, grid: Grid) -> list[Maker]:
-        """The last of an interval's passes whose transfers can be deferred."""
-        return sorted(grid.makers, reverse=True)[: TOGGLED[self.block.p > FEW]]
 
 
 def _worth_its_memory(candidate: Candidate) -> float:
     """A candidate's score, with what its waiting weight gradients must save for their memory."""
     return candidate.score * (1 + CARRYING * candidate.carried)
-
-
-def _of_different_grids(found: Iterable[Candidate]) -> list[Candidate]:
-    """The first candidate on every grid."""
-    first: dict[int, Candidate] = {}
-    for candidate in found:
-        if candidate.grid:
-            first.setdefault(id(candidate.grid), candidate)
-    return list(first.values())

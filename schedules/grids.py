@@ -8,23 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 from .candidates import Grid, order_of
 from .judge import Judge
+from .schedule import Schedule
 from .steady import Refined, Steady, refined, steady
-from .windows import Windows
+from .windows import Windows, busy
 
 FINER = (1, 2, 3)  # how many times as many slots an interval as the block has
 ROUNDINGS = (0.999, 0.5)
 NEAR, COMPARED = 0.005, 10  # grids whose steady states differ by less, at most so many, are compared as a whole
-NEARLY = 0.002  # by how much the steady states of grids differ that are compared with a warm-up of windows
 WHOLE = 2  # of those, so many are searched further
+NEARLY = 0.002  # by how much the steady states of grids differ that are compared with a warm-up of windows
 GRIDS = 2  # grids whose program orders are searched
 FEW = 16  # devices up to which more is tried
-DELAYED, MOST_DELAYED = 96, 8  # candidates times devices whose last weight gradients are delayed, and the most of them
+DELAYED, MOST_DELAYED = 64, 8  # candidates times devices whose last weight gradients are delayed, and the most of them
 LEANS = (0.0, 0.1, 0.2)  # shares of a transfer's time to spare that are moved towards the last device
-V_LEANS = (0.0, 0.65, 0.75)  # the same in a V, where they leave the first device less to wait for
+V_LEANS = (0.0, 0.65, 0.7, 0.75)  # the same in a V, where they leave the first device less to wait for
+BUSY = 0.9  # share of the windows until the steady state in which the first device must have a pass to run
 STATS = (2, 3)  # slots for the softmax statistics
 LATE = (1, 2)  # of how many of an interval's last slots the transfers are deferred, with a sharded vocabulary
 DEFERRED = (1, 2)  # of how many of the block's last slots they are, without
@@ -46,8 +49,8 @@ class Grids(Judge):
 
     @property
     def in_windows(self) -> bool:
-        """Whether the warm-up can be windows: in a V, where a microbatch passes every device twice before its B."""
-        return len(self.block.placement) > self.block.p and not self.plain.sharded and self.rules.transfers != "eager"
+        """Whether the warm-up may be windows: in a V, where a microbatch passes every device twice before its B."""
+        return self.many and not self.plain.sharded and len(self.block.placement) > self.block.p
 
     def states(self) -> list[Steady]:
         """The steady states on whose grids the block is put."""
@@ -55,23 +58,30 @@ class Grids(Judge):
             return []
         if len(self.block.placement) == self.block.p:
             leans = LEANS
+        elif self.in_windows and busy(self.block, self.windows(True)[0]) >= BUSY:
+            leans = V_LEANS
         else:
-            leans = V_LEANS if self.in_windows and self.many else V_LEANS[:1]
+            leans = V_LEANS[:1]
         return steady(self.block, self.takes, self.transfer, leans)
 
-    def windows(self, lean: bool) -> tuple[int, ...]:
-        """How many windows a warm-up may have: none, until the first B, or until all devices are in the steady state."""
+    def windows(self, leans: bool) -> tuple[int, ...]:
+        """How many windows a warm-up may have: none, until the first B, or until all devices are in the steady state.
+
+        The first microbatch has crossed the devices four times, a device a window, when its last B ends; until the
+        first devices have caught up with the last, it takes about as long as to cross them once more.
+        """
         if not self.in_windows:
             return (0,)
-        return (5 * self.block.p - 4,) if lean else (0, len(self.block.placement))
+        return (5 * self.block.p - 4,) if leans else (0, len(self.block.placement))
 
     def grids(self, found: Steady) -> list[Grid]:
         """The grids for a steady state with the shortest intervals, the best first."""
-        choices = product(FINER[:-1] if self.in_windows else FINER, ROUNDINGS, (False, True))
+        leans = found.lean > 0 and self.in_windows
+        choices = product(FINER[:-1] if leans else FINER, ROUNDINGS, (False, True))
         tried = (refined(found, finer * self.block.interval, *choice) for finer, *choice in choices)
         grids = {grid.block: grid for grid in tried if grid}.values()
         if not self.plain.sharded:
-            return self.turned(grids, found.lean > 0)
+            return self.turned(grids, leans)
         sized = [self.sized(grid, grid.block.pass_slots, max(STATS)) for grid in grids]
         best = [_fastest(self.late(grid, slots) for slots in LATE)[0] for grid in sized if grid]
         best = _fastest(best)
@@ -84,7 +94,7 @@ class Grids(Judge):
         ]
         return self.with_best_ends(best)[: GRIDS + WHOLE]
 
-    def turned(self, grids: Iterable[Refined], lean: bool) -> list[Grid]:
+    def turned(self, grids: Iterable[Refined], leans: bool) -> list[Grid]:
         """The fastest grids, each with intervals that open in the best of the block's slots.
 
         Where both ends of a transfer wait for each other, no transfer crosses the end of an interval, so that it
@@ -94,11 +104,11 @@ class Grids(Judge):
         for grid, turn in product(grids, range(self.block.interval if self.many else 1)):
             finer = grid.block.interval // self.block.interval
             sized = self.sized(grid.turned(turn * finer), grid.block.pass_slots, max(STATS))
-            late = (DEFERRED[:1] if lean else DEFERRED) if self.many else (0,)
+            late = (DEFERRED[:1] if leans else DEFERRED) if self.many else (0,)
             tried += [(turn, deferring(sized, slots * finer)) for slots in late]
-        if self.in_windows and self.many:
+        if self.in_windows:
             tried = self.near(tried)
-        scored = [(turn, self.scored(self.opened(grid, n))) for n in self.windows(lean) for turn, grid in tried]
+        scored = [(turn, self.scored(self.opened(grid, n))) for n in self.windows(leans) for turn, grid in tried]
         return _fastest(_different(scored), self.few if self.many else GRIDS)
 
     def near(self, tried: list[tuple[int, Grid]]) -> list[tuple[int, Grid]]:
@@ -138,9 +148,11 @@ class Grids(Judge):
         """The grid with a warm-up of so many windows."""
         if not windows:
             return grid
-        warmed = Windows(grid.refined.block, windows)
-        build = lambda m: self.counted(warmed.schedule(self.method, m, self.name))  # noqa: E731
+        build = partial(self._in_windows, Windows(grid.refined.block, windows))
         return replace(grid, order=replace(grid.order, windows=windows), build=build)
+
+    def _in_windows(self, windows: Windows, m: int) -> Schedule:
+        return self.counted(windows.schedule(self.method, m, self.name))
 
 
 def deferring(grid: Grid, slots: int) -> Grid:

@@ -1,11 +1,13 @@
 """Warm-up one pass at a time, for schedules whose devices wait for each other to take a transfer.
 
-In the steady state an interval holds every pass of a microbatch, and a microbatch takes long from device to device, so
-that transfers have time. A warm-up in such intervals takes as long, and devices wait. So the warm-up is a scan of its
-own over short intervals, *windows*, in each of which a device runs one pass at most. What it makes is there for the
-next window: a microbatch crosses a device in each.
+In the steady state a microbatch takes its time from device to device, so that nobody waits for transfers. In the
+warm-up that delays the first passes of all devices. So the warm-up is a scan of its own over short intervals,
+*windows*, in each of which a device runs one pass at most. What it makes has arrived when the next window begins: a
+microbatch crosses a device in each.
 
-The order of passes is that of the repeated block, run as soon as inputs and memory allow (:mod:`.queues`).
+The order of passes is that of the repeated block, run as soon as inputs and memory allow (:mod:`.queues`). Passes of a
+window are in its first slot, so that transfers behind it are one in each direction; W passes, which send nothing, are
+in the second.
 """
 
 from __future__ import annotations
@@ -36,20 +38,30 @@ class Windows:
             ValueError: the steady state does not follow the windows.
         """
         block, vocabulary = insert(self.block, method, m)
-        shifts = np.array([block.shift(i) for i in range(m)])
-        starts = {kind: np.array(getattr(block, kind))[:, None] + shifts for kind in KINDS}
+        starts = _repeated(block, m)
         i, later, moved = _moved(block, self.count, min(m, 4 * block.p + 8))
         starts = {kind: np.concatenate([moved[kind], starts[kind][:, i:] + later], axis=1) for kind in KINDS}
         steps = unsharded(block.placement, starts["F"][0], starts["F"][-1], starts["B"][0])
         return assembled(block, replace(vocabulary, steps=steps), starts, name)
 
 
+def busy(block: Block, count: int) -> float:
+    """In what share of so many windows the first device has a pass to run."""
+    starts = _repeated(block, 4 * block.p + 8)
+    ran = _ran(block.placement, tuple(map(tuple, orders_of(block, starts))))
+    return sum(d == block.placement[0] and now < count for now, d, _ in ran) / count
+
+
+def _repeated(block: Block, m: int) -> Starts:
+    shifts = np.array([block.shift(i) for i in range(m)])
+    return {kind: np.array(getattr(block, kind))[:, None] + shifts for kind in KINDS}
+
+
 @lru_cache(maxsize=4096)
 def _moved(block: Block, count: int, m: int) -> tuple[int, int, Starts]:
     """From which microbatch on all passes are as many slots later as in the repeated block, how many, and the slots of
     the passes before."""
-    shifts = np.array([block.shift(i) for i in range(m)])
-    starts = {kind: np.array(getattr(block, kind))[:, None] + shifts for kind in KINDS}
+    starts = _repeated(block, m)
     K, stages, moved = block.interval, len(block.placement), {kind: slots.copy() for kind, slots in starts.items()}
     names, latest, from_F_to_B = tuple(KINDS), [-1] * block.p, block.B[-1] - block.F[-1] - 1
     for now, d, (kind, stage, i) in _ran(block.placement, tuple(map(tuple, orders_of(block, starts)))):

@@ -25,9 +25,17 @@ STEADY = 64  # what a run of more than p like intervals counts as
 def scan_bounds(
     p: int, interval: np.ndarray, identity: np.ndarray, pair: np.ndarray, ends_apart: int = 0, windows: int = 0
 ) -> list[tuple[int, int]]:
-    """First interval and end of every scan, from each event's interval, instruction and pair of devices (or -1)."""
+    """First interval and end of every scan, from each event's interval, instruction and pair of devices (or -1).
+
+    The first ``windows`` intervals are one.
+
+    Raises:
+        ValueError: not so many intervals.
+    """
     if windows:
         rest = interval >= windows
+        if windows < 0 or not rest.any():
+            raise ValueError(f"windows is {windows} and intervals are {int(interval.max()) + 1}; give fewer, from 0 on")
         scans = scan_bounds(p, interval[rest] - windows, identity[rest], pair[rest], ends_apart)
         return [(0, windows), *((a + windows, b + windows) for a, b in scans)]
     needs, cost = _needs(p, interval, identity, pair)
