@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf
+from typing import NamedTuple
 
 from .late_weights import Shifts, with_shifts
 from .schedule import Order, Schedule
@@ -12,6 +13,20 @@ from .steady import Refined
 
 Maker = tuple[int, str, int]
 """A pass that makes what is transferred: its slot in the interval, kind and chunk."""
+
+
+class Waiting(NamedTuple):
+    """How weight gradients of the cool-down wait.
+
+    Attributes:
+        more: how many more of them on a device than in the repeated block.
+        chunk: from a device's last forward of which chunk on.
+        delay: as :attr:`.late_weights.Late.delay`.
+    """
+
+    more: int
+    chunk: int
+    delay: float
 
 
 @dataclass(frozen=True)
@@ -23,7 +38,8 @@ class Candidate:
         score: the lower, the better.
         instructions: of its program.
         carried: weight gradients that wait at once on a device of its program.
-        grid: on which grid the block is put; None if on none.
+        grid, deferred: on which grid the block is put, and the passes whose transfers are deferred; None if on none.
+        late: how its last weight gradients wait; None if they keep their slots.
     """
 
     build: Callable[[int], Schedule]
@@ -31,6 +47,8 @@ class Candidate:
     instructions: int = 0
     carried: int = 0
     grid: Grid | None = None
+    deferred: frozenset[Maker] = frozenset()
+    late: Waiting | None = None
 
     def with_order(self, order: Order) -> Candidate:
         """The same in another program order."""
@@ -44,9 +62,9 @@ class Candidate:
         """The same with transfers that leave otherwise, merged if they land at most so many instructions apart."""
         return self._ordered(lambda order: replace(order, transfers=transfers, merged=apart))
 
-    def later(self, shifts: Shifts) -> Candidate:
+    def later(self, shifts: Shifts, late: Waiting) -> Candidate:
         """The same with other slots for the weight gradients of the cool-down."""
-        return replace(self, build=lambda m: with_shifts(self.build(m), shifts))
+        return replace(self, build=lambda m: with_shifts(self.build(m), shifts), late=late)
 
     def unrolled(self, late: int | None) -> Candidate:
         """The same with two microbatches per interval, see :func:`unrolled`."""
@@ -92,7 +110,7 @@ class Grid:
     def candidate(self, deferred: frozenset[Maker]) -> Candidate:
         """The repetition, with some transfers deferred."""
         start = Candidate(self.build).with_order(replace(self.order, deferred=deferred))
-        return replace(start, grid=self)
+        return replace(start, grid=self, deferred=deferred)
 
 
 def order_of(grid: Refined, schedule: Schedule) -> Order:

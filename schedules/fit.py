@@ -15,10 +15,9 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from math import inf
-from typing import NamedTuple
 
 from .blocks import Block
-from .candidates import Candidate, Grid
+from .candidates import Candidate, Grid, Maker, Waiting
 from .ends import Ends
 from .grids import FEW, V_LEANS, Grids
 from .judge import Times
@@ -82,20 +81,6 @@ def fit(
     return min((search.best().build(m), search.repeated(m)), key=search.makespan)
 
 
-class Waiting(NamedTuple):
-    """How weight gradients of the cool-down wait.
-
-    Attributes:
-        more: how many more of them on a device than in the repeated block.
-        chunk: from a device's last forward of which chunk on.
-        delay: as :attr:`.late_weights.Late.delay`.
-    """
-
-    more: int
-    chunk: int
-    delay: float
-
-
 class _Search(Grids):
     def best(self) -> Candidate:
         """The best of all candidates."""
@@ -105,6 +90,7 @@ class _Search(Grids):
         found.sort(key=lambda candidate: candidate.score)
         for start, ways in self.promising(found):
             found += self.later(start, ways)
+        found.append(self.toggled(min(found, key=_worth_its_memory)))
         best = self.best_settled(found)
         equal = [c for c in found if c.score <= best.score * (1 + EQUAL) and c.carried <= best.carried]
         best = min(equal, key=lambda candidate: (candidate.instructions, candidate.score))
@@ -195,6 +181,17 @@ class _Search(Grids):
             best = best.or_better(self.judged(candidate))
         return best
 
+    def toggled(self, best: Candidate) -> Candidate:
+        """With many devices, a candidate on a grid with the best transfers deferred, judged with its late weight
+        gradients; with fewer, more grids are tried, and with a sharded vocabulary that would take too long."""
+        if best.grid is None or self.plain.sharded or self.block.p <= FEW or self.rules.transfers == "eager":
+            return best
+        for maker in self.last_makers(best.grid):
+            other = self.judged(best.grid.candidate(best.deferred ^ {maker}))
+            others = [other] if best.late is None else list(self.later(other, [best.late]))
+            best = min([best, *others], key=_worth_its_memory)
+        return best
+
     def later(self, start: Candidate, ways: Iterable[Waiting]) -> Iterator[Candidate]:
         """A candidate with the weight gradients of its cool-down where devices wait anyway, waiting in these ways."""
         program = self.lowered(start)
@@ -206,7 +203,7 @@ class _Search(Grids):
             shifts = coolings[way.chunk].shifts(Late(program.rings["carried"] + way.more, way.delay))
             if shifts not in seen:
                 seen.append(shifts)
-                yield self.judged(start.later(shifts))
+                yield self.judged(start.later(shifts, way))
 
     def _with_ends(self, ends: Ends, m: int) -> Schedule:
         return self.counted(ends.schedule(self.method, m, self.name))
@@ -219,12 +216,16 @@ class _Search(Grids):
 
     def deferred(self, grid: Grid) -> Candidate:
         """A grid with the best transfers deferred: those of an interval's last slots, but for one or another."""
-        deferred, best = grid.late, self.measured(grid.candidate(grid.late))
-        for maker in sorted(grid.makers, reverse=True)[: TOGGLED[self.block.p > FEW]]:
-            candidate = self.measured(grid.candidate(deferred ^ {maker}))
+        best = self.measured(grid.candidate(grid.late))
+        for maker in self.last_makers(grid):
+            candidate = self.measured(grid.candidate(best.deferred ^ {maker}))
             if candidate.score < best.score * (1 - 1e-9):
-                deferred, best = deferred ^ {maker}, candidate
+                best = candidate
         return best
+
+    def last_makers(self, grid: Grid) -> list[Maker]:
+        """The last of an interval's passes whose transfers can be deferred."""
+        return sorted(grid.makers, reverse=True)[: TOGGLED[self.block.p > FEW]]
 
 
 def _worth_its_memory(candidate: Candidate) -> float:

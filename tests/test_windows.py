@@ -67,8 +67,14 @@ def test_a_program_has_more_intervals_than_windows():
         Windows(blocks.v_zb(4), 3).schedule("baseline", 1, "v-zb")
 
 
-@pytest.mark.parametrize(("name", "p", "wait"), [("v-zb", 4, 1.04), ("v-zb", 8, 1.1), ("v-half", 8, 5.35)])
-def test_fitted_to_equal_passes_a_v_waits_as_long_as_a_published_one_and_a_point(name, p, wait):
-    given = Durations(F=100, B=100, W=100, transfer=1)
-    built = schedules.build(name, "baseline", p=p, m=64, durations=given)
-    assert 100 * simulate(lower(built), given, GPU).longest_wait_ratio <= wait
+EQUAL, UNEQUAL = Durations(F=100, B=100, W=100, transfer=1), Durations(F=466, B=549, W=405, transfer=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "p", "given", "published"),
+    [("v-zb", 4, EQUAL, 0.04), ("v-half", 4, UNEQUAL, 1.86), ("v-zb", 8, EQUAL, 0.1), ("v-zb", 8, UNEQUAL, 1.11)],
+)
+def test_a_fitted_v_waits_at_most_a_point_longer_than_the_published_one(name, p, given, published):
+    fitted = lower(schedules.build(name, "baseline", p=p, m=64, durations=given))
+    assert 100 * simulate(fitted, given, GPU).longest_wait_ratio <= published + 1
+    assert fitted.schedule.order.windows and max(fitted.in_flight) <= 2 * p
