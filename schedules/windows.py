@@ -57,7 +57,7 @@ def _repeated(block: Block, m: int) -> Starts:
     return {kind: np.array(getattr(block, kind))[:, None] + shifts for kind in KINDS}
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def _moved(block: Block, count: int, m: int) -> tuple[int, int, Starts]:
     """From which microbatch on all passes are as many slots later as in the repeated block, how many, and the slots of
     the passes before."""
@@ -86,7 +86,7 @@ def _moved(block: Block, count: int, m: int) -> tuple[int, int, Starts]:
     return i, int(later[0, i]), {kind: slots[:, :i] for kind, slots in moved.items()}
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=16)
 def _ran(placement: tuple[int, ...], orders: tuple[tuple[Ran, ...], ...]) -> list[tuple[int, int, Ran]]:
     """The passes of these orders if each takes one slot and starts as soon as it can, by time, with the devices."""
     ones = {kind: np.ones(len(placement)) for kind in KINDS}
