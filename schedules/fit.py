@@ -182,9 +182,9 @@ class _Search(Grids):
         return best
 
     def toggled(self, best: Candidate) -> Candidate:
-        """With many devices, a candidate on a grid with the best transfers deferred, judged with its late weight
-        gradients; with fewer, more grids are tried, and with a sharded vocabulary that would take too long."""
-        if best.grid is None or self.plain.sharded or self.block.p <= FEW or self.rules.transfers == "eager":
+        """A candidate on a grid with the best transfers deferred, judged with its late weight gradients; where windows
+        are tried that has not paid, and with a sharded vocabulary it would take too long."""
+        if best.grid is None or self.plain.sharded or self.in_windows or self.rules.transfers == "eager":
             return best
         for maker in self.last_makers(best.grid):
             other = self.judged(best.grid.candidate(best.deferred ^ {maker}))

@@ -49,8 +49,10 @@ class Grids(Judge):
 
     @property
     def in_windows(self) -> bool:
-        """Whether the warm-up may be windows: in a V, where a microbatch passes every device twice before its B."""
-        return self.many and not self.plain.sharded and len(self.block.placement) > self.block.p
+        """Whether the warm-up may be windows: in a V, where a microbatch passes every device twice before its B, with
+        enough microbatches for a steady state behind them."""
+        p, long_enough = self.block.p, self.m >= 3 * self.block.p
+        return self.many and not self.plain.sharded and len(self.block.placement) > p and long_enough
 
     def states(self) -> list[Steady]:
         """The steady states on whose grids the block is put."""

@@ -187,12 +187,21 @@ def test_zb_h2_waits_for_nothing_if_all_passes_take_equally_long():
 
 def test_an_interval_opens_where_devices_wait_least(monkeypatch):
     given = Durations(F=1, B=1, W=1, transfer=0.01)
-    found = lower(build("v-zb", "baseline", p=8, m=32, durations=given))
+    found = lower(build("v-zb", "baseline", p=10, m=30, durations=given))
     monkeypatch.setattr(Refined, "turned", lambda self, slots: self)
-    usual = lower(build("v-zb", "baseline", p=8, m=32, durations=given))
+    usual = lower(build("v-zb", "baseline", p=10, m=30, durations=given))
     assert found.in_flight == usual.in_flight
     longest = [simulate(program, given, GPU).longest_wait_ratio for program in (found, usual)]
-    assert longest[0] < 0.009 < 0.016 < longest[1]
+    assert longest[0] < 0.018 < 0.021 < longest[1]
+
+
+def test_transfers_are_deferred_where_late_weight_gradients_then_wait_least(monkeypatch):
+    given = Durations(F=1, B=1, W=1, transfer=0.01)
+    found = lower(build("v-zb", "baseline", p=17, m=64, durations=given))
+    monkeypatch.setattr(sys.modules["vocabpp_jax.schedules.fit"]._Search, "toggled", lambda self, best: best)
+    usual = lower(build("v-zb", "baseline", p=17, m=64, durations=given))
+    longest = [simulate(program, given, GPU).longest_wait_ratio for program in (found, usual)]
+    assert longest[0] < 0.06 < 0.08 < longest[1]
 
 
 def test_weight_gradients_wait_only_if_that_is_worth_their_memory(monkeypatch):
