@@ -24,7 +24,8 @@ WHOLE = 2  # of those, so many are searched further
 NEARLY = 0.002  # by how much the steady states of grids differ that are compared with a warm-up of windows
 GRIDS = 2  # grids whose program orders are searched
 FEW = 16  # devices up to which more is tried
-DELAYED, MOST_DELAYED = 64, 8  # candidates times devices whose last weight gradients are delayed, and the most of them
+MOST_DELAYED = 8  # candidates whose last weight gradients are delayed
+DELAYED = (96, 64)  # the same times devices, and where windows are tried
 LEANS = (0.0, 0.1, 0.2)  # shares of a transfer's time to spare that are moved towards the last device
 V_LEANS = (0.0, 0.65, 0.7, 0.75)  # the same in a V, where they leave the first device less to wait for
 BUSY = 0.9  # share of the windows until the steady state in which the first device must have a pass to run
@@ -40,7 +41,9 @@ class Grids(Judge):
     def few(self) -> int:
         """Of how many candidates on one steady state's grids the last weight gradients are delayed, which takes longer
         the more devices there are; with more than FEW of 4, or 2 of a V."""
-        return min(MOST_DELAYED, DELAYED // self.block.p) if self.block.p <= FEW else 4 // self.plain.chunks
+        if self.block.p > FEW:
+            return 4 // self.plain.chunks
+        return min(MOST_DELAYED, DELAYED[self.in_windows] // self.block.p)
 
     @property
     def many(self) -> bool:
